@@ -1,0 +1,196 @@
+"""Images as tf.data of uint8 [H, W, C]: the digits of scikit-learn, TFDS, and StyleGAN's TFRecords.
+
+The order of the training images is a function of the seed and the step: each epoch is shuffled with a seed of its own,
+while the records are still encoded, and a resumed run skips to its place. (Flips belong to the training step.)
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import Preset
+
+TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
+
+# Bounds the memory of shuffling; the encoded records are no larger than their pixels.
+_SHUFFLE_BYTES = 2**30
+# Every sixth digit is the test split, so that both splits hold digits of every writer.
+_DIGITS_TEST_EVERY = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """Where training images come from.
+
+    Attributes:
+      num_examples: images in one epoch.
+      records: records(epoch_seed) is a dataset of one epoch's encoded images; `epoch_seed` is an int64 scalar tensor.
+      decode: one encoded image to uint8 [H, W, C].
+      image_shape: (H, W, C).
+    """
+
+    num_examples: int
+    records: Callable[[tf.Tensor], tf.data.Dataset]
+    decode: Callable[[tf.Tensor], tf.Tensor]
+    image_shape: tuple[int, int, int]
+
+
+def open_source(preset: Preset, *, data_dir: str | None = None, tfrecord: str | None = None) -> ImageSource:
+    """The training images of `preset`, from `tfrecord` (a StyleGAN file or glob) where given, else its own place.
+
+    Raises:
+      InputError: the data is missing, damaged, or of another shape; the message names the flag and the file.
+    """
+    if tfrecord:
+        return _tfrecord_source(tfrecord, preset.image_shape)
+    if preset.dataset == "digits":
+        return _digits_source(preset.image_shape)
+    if preset.dataset in TFDS_NAMES:
+        return _tfds_source(TFDS_NAMES[preset.dataset], data_dir, preset.image_shape)
+    raise InputError(f"--dataset={preset.dataset} is read from StyleGAN TFRecords: name them by --tfrecord=FILE_OR_GLOB")
+
+
+def training_batches(
+    source: ImageSource, *, batch_size: int, per_replica: int, seed: int, start_step: int, worker: int = 0, workers: int = 1
+) -> tf.data.Dataset:
+    """Endless batches uint8 [per_replica, H, W, C] of one worker, from training step `start_step` on.
+
+    The global batch of step s is records s * batch_size ... of the shuffled stream, whatever the number of workers
+    and replicas; worker w takes the w-th of its `workers` equal slices. Resuming reads, but does not decode, the part
+    of one epoch that was already seen.
+    """
+    first = start_step * batch_size
+    share = batch_size // workers
+    epochs = tf.data.Dataset.range(first // source.num_examples, 2**31)
+    return (
+        epochs.flat_map(lambda epoch: source.records((seed << 31) + epoch))
+        .skip(first % source.num_examples)
+        .batch(batch_size)
+        .map(lambda records: records[worker * share : (worker + 1) * share])
+        .unbatch()
+        .map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(per_replica, drop_remainder=True, num_parallel_calls=tf.data.AUTOTUNE)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+def _shuffle_buffer(num_examples: int, image_shape: tuple[int, int, int]) -> int:
+    return min(num_examples, _SHUFFLE_BYTES // int(np.prod(image_shape)))
+
+
+def _require_shape(where: str, found, wanted: tuple[int, int, int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise InputError(f"{where}: images are {tuple(found)}, the preset wants {tuple(wanted)} (height, width, channels)")
+
+
+# --- digits ------------------------------------------------------------------------------------------------
+
+
+def load_digits(split: str = "all") -> np.ndarray:
+    """scikit-learn's 1,797 scanned digits, uint8 [N, 8, 8, 1]; `split` is train, test (every sixth) or all.
+
+    Their 17 grey levels 0..16 are spread over 0..255.
+    """
+    import sklearn.datasets  # only digits need it
+
+    images = np.round(sklearn.datasets.load_digits().images * (255.0 / 16.0)).astype(np.uint8)[..., None]
+    test = np.arange(len(images)) % _DIGITS_TEST_EVERY == _DIGITS_TEST_EVERY - 1
+    return {"train": images[~test], "test": images[test], "all": images}[split]
+
+
+def _digits_source(image_shape: tuple[int, int, int]) -> ImageSource:
+    images = load_digits("train")
+    _require_shape("--dataset=digits", images.shape[1:], image_shape)
+
+    def records(epoch_seed):
+        return tf.data.Dataset.from_tensor_slices(images).shuffle(len(images), seed=epoch_seed)
+
+    return ImageSource(len(images), records, lambda image: image, image_shape)
+
+
+# --- TFDS --------------------------------------------------------------------------------------------------
+
+
+def _tfds_source(name: str, data_dir: str | None, image_shape: tuple[int, int, int]) -> ImageSource:
+    import tensorflow_datasets as tfds  # seconds to import, and only TFDS data needs it
+
+    data_dir = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
+    folder = os.path.join(data_dir, name)
+    versions = sorted(tf.io.gfile.glob(os.path.join(folder, "*.*.*")), key=_version)
+    if not versions:
+        raise InputError(f"--data_dir={data_dir} holds no prepared {name}: make it with `tfds build {name} --data_dir={data_dir}`")
+    builder = tfds.builder_from_directory(versions[-1])
+    _require_shape(versions[-1], builder.info.features["image"].shape, image_shape)
+    num_examples = builder.info.splits["train"].num_examples
+    buffer = _shuffle_buffer(num_examples, image_shape)
+
+    def records(epoch_seed):
+        encoded = builder.as_dataset(split="train", shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()})
+        return encoded.map(lambda example: example["image"]).shuffle(buffer, seed=epoch_seed)
+
+    def decode(encoded):
+        image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
+        return tf.ensure_shape(image, image_shape)
+
+    return ImageSource(num_examples, records, decode, image_shape)
+
+
+def _version(folder: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else -1 for part in os.path.basename(folder.rstrip("/")).split("."))
+
+
+# --- StyleGAN TFRecords ------------------------------------------------------------------------------------
+
+_TFRECORD_FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
+_TFRECORD_OVERHEAD = 16  # length (8), its CRC (4), the record's CRC (4)
+
+
+def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int]) -> ImageSource:
+    files = sorted(tf.io.gfile.glob(pattern))
+    if not files:
+        raise InputError(f"--tfrecord={pattern} matches no file")
+    num_examples = sum(_count_records(file, image_shape) for file in files)
+    buffer = _shuffle_buffer(num_examples, image_shape)
+    height, width, channels = image_shape
+
+    def records(epoch_seed):
+        shuffled_files = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files), seed=epoch_seed)
+        return tf.data.TFRecordDataset(shuffled_files).shuffle(buffer, seed=epoch_seed)
+
+    def decode(record):
+        data = tf.io.parse_single_example(record, _TFRECORD_FEATURES)["data"]
+        image = tf.reshape(tf.io.decode_raw(data, tf.uint8), [channels, height, width])
+        return tf.transpose(image, [1, 2, 0])
+
+    return ImageSource(num_examples, records, decode, image_shape)
+
+
+def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
+    """Records in `file`, after a look at the first: all are of one length, so that the file's size tells the rest."""
+    if tf.io.gfile.isdir(file):
+        raise InputError(f"--tfrecord={file} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it")
+    try:
+        first = next(iter(tf.data.TFRecordDataset(file).take(1)), None)
+        if first is None:
+            raise InputError(f"--tfrecord={file} holds no records")
+        example = tf.io.parse_single_example(first, _TFRECORD_FEATURES)
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        raise InputError(
+            f"--tfrecord={file} is not a StyleGAN TFRecord (its first record is cut off, or lacks `shape` and `data`)"
+        ) from error
+    channels, height, width = example["shape"].numpy()
+    _require_shape(f"--tfrecord={file}", (int(height), int(width), int(channels)), image_shape)
+    if len(example["data"].numpy()) != np.prod(image_shape):
+        raise InputError(f"--tfrecord={file}: record 0 holds {len(example['data'].numpy())} bytes, not uint8 pixels")
+
+    record_bytes = len(first.numpy()) + _TFRECORD_OVERHEAD
+    count, rest = divmod(tf.io.gfile.stat(file).length, record_bytes)
+    if rest:
+        raise InputError(
+            f"--tfrecord={file} is truncated: record {count} has {rest} of its {record_bytes} bytes; copy the file again"
+        )
+    return count

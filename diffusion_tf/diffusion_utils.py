@@ -1,0 +1,237 @@
+"""The mathematics of the paper: forward process q, reverse process p, losses and the terms of the bound.
+
+Pure functions of tensors, float32 inside, with no I/O and no network: the network arrives as
+`denoise_fn(x_t, t) -> model_output`, with x_t float32 [B, H, W, C] in [-1, 1] at t = 0, t int32 [B] in [0, T)
+(index t is the paper's step t + 1) and model_output [B, H, W, C], or [B, H, W, 2C] for learned variances.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import CHOICES, Preset
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+
+DenoiseFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def images_to_x(images: tf.Tensor) -> tf.Tensor:
+    """uint8 images to float32 in [-1, 1]."""
+    return tf.cast(images, tf.float32) / 127.5 - 1.0
+
+
+def x_to_images(x: tf.Tensor) -> tf.Tensor:
+    """float32 x, clipped to [-1, 1], to the nearest uint8 level."""
+    return tf.cast(tf.round((tf.clip_by_value(x, -1.0, 1.0) + 1.0) * 127.5), tf.uint8)
+
+
+def mean_flat(x: tf.Tensor) -> tf.Tensor:
+    """Mean over all axes but the first: [B, ...] -> [B]."""
+    return tf.reduce_mean(x, axis=list(range(1, len(x.shape))))
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2) -> tf.Tensor:
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) of each dimension, in nats; shapes broadcast."""
+    squared = tf.math.squared_difference(mean1, mean2) * tf.exp(-logvar2)
+    return 0.5 * (-1.0 + logvar2 - logvar1 + tf.exp(logvar1 - logvar2) + squared)
+
+
+def approx_standard_normal_cdf(x: tf.Tensor) -> tf.Tensor:
+    """The standard normal's distribution function by the tanh approximation, within 2e-4 of the exact one."""
+    return 0.5 * (1.0 + tf.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_scales: tf.Tensor) -> tf.Tensor:
+    """log p(x_0 | x_1) of each dimension, in nats, by the discrete decoder (Eq. 13).
+
+    Args:
+      x: float32, the 256 levels k / 127.5 - 1. The bins of the first and the last level are open.
+      means: the decoder's means, broadcastable to x.
+      log_scales: logarithms of its standard deviations, broadcastable to x.
+
+    Returns:
+      Log-likelihoods, at least log(1e-12), in the broadcast shape.
+    """
+    # Differs from Eq. 13, as the authors' code does: a tanh approximation in place of the normal's exact CDF.
+    centered = x - means
+    inv_std = tf.exp(-log_scales)
+    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
+    cdf_min = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
+    probability = tf.where(x < -0.999, cdf_plus, tf.where(x > 0.999, 1.0 - cdf_min, cdf_plus - cdf_min))
+    return tf.math.log(tf.maximum(probability, 1e-12))
+
+
+class PMeanVariance(NamedTuple):
+    """p(x_{t-1} | x_t), and the x_0 that the network predicts; each float32 [B, H, W, C]."""
+
+    mean: tf.Tensor
+    variance: tf.Tensor
+    log_variance: tf.Tensor
+    pred_xstart: tf.Tensor
+
+
+class GaussianDiffusion:
+    """The forward process of `schedule` and the reverse process that a network parameterises.
+
+    Args:
+      schedule: the tables of betas [T].
+      model_mean_type: the network predicts `eps` (Eq. 11), `xstart` (x_0) or `xprev` (the mean of x_{t-1}).
+      model_var_type: `fixedlarge` (sigma_t^2 = beta_t), `fixedsmall` (the posterior's variance), or `learned`
+        (the second half of the output's channels is the log-variance itself).
+      loss_type: `mse` (L_simple, Eq. 14) or `kl` (a uniformly drawn term of the bound, Eq. 5).
+
+    Raises:
+      InputError: an unknown type, or a combination that has no meaning.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, *, model_mean_type: str, model_var_type: str, loss_type: str):
+        given = {"model_mean_type": model_mean_type, "model_var_type": model_var_type, "loss_type": loss_type}
+        for name, value in given.items():
+            if value not in CHOICES[name]:
+                raise InputError(f"--{name}={value}: choose one of {', '.join(CHOICES[name])}")
+        if loss_type == "mse" and model_var_type == "learned":
+            raise InputError("--loss_type=mse gives a learned variance no gradient: use --loss_type=kl")
+        if model_mean_type == "eps" and schedule.alphas_cumprod[-1] == 0.0:
+            raise InputError(
+                "--model_mean_type=eps cannot recover x_0 where alphas_cumprod is 0, as --beta_schedule=jsd ends:"
+                " use xstart or xprev"
+            )
+        self.schedule = schedule
+        self.num_timesteps = schedule.num_timesteps
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+
+    @classmethod
+    def from_preset(cls, preset: Preset) -> "GaussianDiffusion":
+        """The diffusion that `preset` describes."""
+        betas = get_beta_schedule(
+            preset.beta_schedule,
+            beta_start=preset.beta_start,
+            beta_end=preset.beta_end,
+            num_timesteps=preset.num_timesteps,
+        )
+        return cls(
+            NoiseSchedule(betas),
+            model_mean_type=preset.model_mean_type,
+            model_var_type=preset.model_var_type,
+            loss_type=preset.loss_type,
+        )
+
+    @staticmethod
+    def _extract(table: np.ndarray, t: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+        """table[t], cast to float32 once, as [B, 1, ..., 1] against x."""
+        values = tf.gather(tf.constant(table, tf.float32), t)
+        return tf.reshape(values, [-1] + [1] * (len(x.shape) - 1))
+
+    # --- The forward process -------------------------------------------------------------------------------
+
+    def q_mean_variance(self, x_start, t):
+        """Mean [B, H, W, C], variance and log-variance [B, 1, 1, 1] of q(x_t | x_0) (Eq. 4)."""
+        mean = self._extract(self.schedule.sqrt_alphas_cumprod, t, x_start) * x_start
+        variance = self._extract(1.0 - self.schedule.alphas_cumprod, t, x_start)
+        log_variance = self._extract(self.schedule.log_one_minus_alphas_cumprod, t, x_start)
+        return mean, variance, log_variance
+
+    def q_sample(self, x_start, t, noise):
+        """x_t ~ q(x_t | x_0) by the standard normal `noise` (Eq. 4)."""
+        return (
+            self._extract(self.schedule.sqrt_alphas_cumprod, t, x_start) * x_start
+            + self._extract(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )
+
+    def q_posterior(self, x_start, x_t, t):
+        """Mean [B, H, W, C], variance and clipped log-variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (Eqs. 6-7)."""
+        mean = (
+            self._extract(self.schedule.posterior_mean_coef1, t, x_t) * x_start
+            + self._extract(self.schedule.posterior_mean_coef2, t, x_t) * x_t
+        )
+        variance = self._extract(self.schedule.posterior_variance, t, x_t)
+        log_variance_clipped = self._extract(self.schedule.posterior_log_variance_clipped, t, x_t)
+        return mean, variance, log_variance_clipped
+
+    # --- The reverse process -------------------------------------------------------------------------------
+
+    def predict_xstart_from_eps(self, x_t, t, eps):
+        """x_0 from the predicted noise (Eq. 15)."""
+        return (
+            self._extract(self.schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+            - self._extract(self.schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
+        )
+
+    def predict_xstart_from_xprev(self, x_t, t, xprev):
+        """x_0 from the predicted posterior mean (Eq. 7 solved for x_0)."""
+        coef1, coef2 = self.schedule.posterior_mean_coef1, self.schedule.posterior_mean_coef2
+        return self._extract(1.0 / coef1, t, x_t) * xprev - self._extract(coef2 / coef1, t, x_t) * x_t
+
+    def _model_log_variance(self, x_t, t):
+        """Variance and log-variance of a fixed-variance p(x_{t-1} | x_t), [B, H, W, C] (Section 3.2)."""
+        schedule = self.schedule
+        if self.model_var_type == "fixedlarge":
+            tables = (schedule.betas, schedule.fixedlarge_log_variance)
+        else:
+            tables = (schedule.posterior_variance, schedule.posterior_log_variance_clipped)
+        return [self._extract(table, t, x_t) * tf.ones_like(x_t) for table in tables]
+
+    def p_mean_variance(self, denoise_fn: DenoiseFn, x_t, t, *, clip_denoised: bool) -> PMeanVariance:
+        """p(x_{t-1} | x_t); `clip_denoised` clips the predicted x_0 to [-1, 1] (as sampling and bits/dim do)."""
+        model_output = tf.cast(denoise_fn(x_t, t), tf.float32)
+        if self.model_var_type == "learned":
+            model_output, log_variance = tf.split(model_output, 2, axis=-1)
+            variance = tf.exp(log_variance)
+        else:
+            variance, log_variance = self._model_log_variance(x_t, t)
+
+        if self.model_mean_type == "eps":
+            pred_xstart = self.predict_xstart_from_eps(x_t, t, model_output)
+        elif self.model_mean_type == "xprev":
+            pred_xstart = self.predict_xstart_from_xprev(x_t, t, model_output)
+        else:
+            pred_xstart = model_output
+        if clip_denoised:
+            pred_xstart = tf.clip_by_value(pred_xstart, -1.0, 1.0)
+
+        if self.model_mean_type == "xprev":
+            mean = model_output  # the mean itself is predicted, so clipping cannot reach it
+        else:
+            mean, _, _ = self.q_posterior(pred_xstart, x_t, t)
+        return PMeanVariance(mean, variance, log_variance, pred_xstart)
+
+    def p_sample(self, denoise_fn: DenoiseFn, x_t, t, noise, *, clip_denoised: bool = True):
+        """One step of Algorithm 2: (x_{t-1}, pred_xstart), with no noise added at t = 0."""
+        p = self.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised)
+        nonzero = tf.reshape(tf.cast(t != 0, tf.float32), [-1] + [1] * (len(x_t.shape) - 1))
+        return p.mean + nonzero * tf.exp(0.5 * p.log_variance) * noise, p.pred_xstart
+
+    # --- Losses and the bound ------------------------------------------------------------------------------
+
+    def training_losses(self, denoise_fn: DenoiseFn, x_start, t, noise) -> tf.Tensor:
+        """Losses [B] of Algorithm 1: mean squared error (Eq. 14), or L_{t-1} in bits/dim for `kl` (not clipped)."""
+        x_t = self.q_sample(x_start, t, noise)
+        if self.loss_type == "kl":
+            return self.vb_terms_bpd(denoise_fn, x_start, x_t, t, clip_denoised=False)
+        if self.model_mean_type == "eps":
+            target = noise
+        elif self.model_mean_type == "xstart":
+            target = x_start
+        else:
+            target, _, _ = self.q_posterior(x_start, x_t, t)
+        return mean_flat(tf.math.squared_difference(target, tf.cast(denoise_fn(x_t, t), tf.float32)))
+
+    def vb_terms_bpd(self, denoise_fn: DenoiseFn, x_start, x_t, t, *, clip_denoised: bool) -> tf.Tensor:
+        """The term of the bound (Eq. 5) at t, [B] in bits/dim: L_0 (Eq. 13) where t = 0, else L_{t-1}."""
+        true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
+        p = self.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised)
+        kl = normal_kl(true_mean, true_log_variance, p.mean, p.log_variance)
+        decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=p.mean, log_scales=0.5 * p.log_variance)
+        return tf.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2.0)
+
+    def prior_bpd(self, x_start) -> tf.Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)) (Eq. 5), [B] in bits/dim."""
+        last = tf.fill([tf.shape(x_start)[0]], self.num_timesteps - 1)
+        mean, _, log_variance = self.q_mean_variance(x_start, last)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)

@@ -1,0 +1,78 @@
+"""Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
+
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+
+STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
+
+
+def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
+    """The strategy called `name`; connects to a TPU where one is asked for.
+
+    `auto` is a TPU when `tpu` is given or one is attached, all GPUs when there are several, else one device.
+    `mirrored` takes all GPUs, or all logical CPU devices where there is no GPU; `multi_worker` reads TF_CONFIG.
+
+    Args:
+      tpu: `local` on a TPU VM, or a TPU's name or grpc address.
+
+    Raises:
+      InputError: an unknown name, or a TPU that cannot be reached.
+    """
+    if name not in STRATEGIES:
+        raise InputError(f"--strategy={name}: choose one of {', '.join(STRATEGIES)}")
+    gpus = tf.config.list_logical_devices("GPU")
+    if name == "auto":
+        if tpu or tf.config.list_physical_devices("TPU"):
+            name = "tpu"
+        else:
+            name = "mirrored" if len(gpus) > 1 else "one_device"
+    if name == "tpu":
+        return _tpu_strategy(tpu or "local")
+    if name == "multi_worker":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = [device.name for device in gpus or tf.config.list_logical_devices("CPU")]
+    if name == "mirrored":
+        return tf.distribute.MirroredStrategy(devices)
+    return tf.distribute.OneDeviceStrategy(devices[0])
+
+
+def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+        if tpu != "local":
+            tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--tpu={tpu}: cannot reach the TPU ({reason}); on a machine without one use --strategy=auto") from error
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def compiles_with_xla(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a replica's functions ask for XLA themselves.
+
+    A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Replicas that meet in an
+    all-reduce cannot be one XLA program outside of a TPU.
+    """
+    return strategy.num_replicas_in_sync == 1 and not isinstance(strategy, tf.distribute.TPUStrategy)
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes files."""
+    resolver = strategy.cluster_resolver
+    if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return True
+    return resolver.task_type == "chief" or (resolver.task_type == "worker" and resolver.task_id == 0)
+
+
+def per_replica_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> int:
+    """Images of each replica.
+
+    Raises:
+      InputError: the batch size is not divisible by the number of replicas.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if batch_size <= 0 or batch_size % replicas:
+        raise InputError(f"--batch_size={batch_size} must be a positive multiple of the {replicas} replicas")
+    return batch_size // replicas

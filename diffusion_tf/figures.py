@@ -1,0 +1,56 @@
+"""Pictures of images: grids with captions, as PNG."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffusion_tf.workdir import write_file
+
+_MARGIN = 8  # pixels round each grid
+_CAPTION = 20  # pixels above each grid
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Tiles uint8 [N, H, W, C] row by row into [rows * H, columns * W, C]; missing tiles are black."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
+    padded[:count] = images
+    tiles = padded.reshape(rows, columns, height, width, channels)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+
+
+def square_grid(images: np.ndarray) -> np.ndarray:
+    """`image_grid` with as many columns as rows, or one more row."""
+    return image_grid(images, max(1, int(len(images) ** 0.5)))
+
+
+def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> bytes:
+    """A PNG of captioned grids side by side, each pixel repeated until the picture is `min_height` pixels high."""
+    panels = []
+    for caption, grid in grids.items():
+        scale = max(1, -(-min_height // grid.shape[0]))
+        rgb = np.broadcast_to(grid, (*grid.shape[:2], 3)) if grid.shape[-1] == 1 else grid[..., :3]
+        panels.append((caption, Image.fromarray(np.ascontiguousarray(rgb.repeat(scale, 0).repeat(scale, 1)))))
+
+    width = sum(panel.width + 2 * _MARGIN for _, panel in panels)
+    height = max(panel.height for _, panel in panels) + _CAPTION + 2 * _MARGIN
+    picture = Image.new("RGB", (width, height), "white")
+    left = _MARGIN
+    for caption, panel in panels:
+        ImageDraw.Draw(picture).text((left, _MARGIN), caption, fill="black")
+        picture.paste(panel, (left, _MARGIN + _CAPTION))
+        left += panel.width + 2 * _MARGIN
+    return _png(picture)
+
+
+def write_png(path: str, png: bytes) -> None:
+    """Writes an encoded picture whole, or not at all."""
+    write_file(path, png)
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,55 @@
+"""Random numbers as a function of (seed, stream, step, example): nothing is drawn, everything is looked up.
+
+Philox4x32 is a counter-based generator, so the noise of example i at step s can be computed without that of any
+other. Two things follow: image i is the same for any batch size and number of replicas, and a resumed run is the
+run. `tf.random.stateless_uniform` cannot say "from example i on", so this calls the operation beneath it, whose
+counter is an argument; its bits are the same on every device, inside and outside of XLA.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+_PHILOX = 1  # tf.random.Algorithm.PHILOX, as the raw operation wants it
+_PER_BLOCK = 4  # float32 values to one step of the Philox counter
+
+
+class CounterRng:
+    """The random numbers of the consecutive examples `first_example, first_example + 1, ...` at one step.
+
+    Args:
+      seed: int in [0, 2^32).
+      step: training step or diffusion timestep, int or integer scalar tensor.
+      first_example: index of the first example in the global batch (training) or of the first image (sampling).
+    """
+
+    def __init__(self, seed: int, step, first_example):
+        self.seed = seed
+        self.step = tf.cast(step, tf.uint64)
+        self.first_example = tf.cast(first_example, tf.uint64)
+
+    def uniform(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
+        """float32 in [0, 1) of static `shape` [B, ...]; row j belongs to example first_example + j.
+
+        `stream` names what the numbers are for; two names give independent numbers.
+        """
+        size = math.prod(shape[1:])
+        blocks = -(-size // _PER_BLOCK)
+        key = tf.constant([(self.seed << 32) | zlib.crc32(stream.encode())], tf.uint64)
+        counter = tf.stack([self.first_example * tf.constant(blocks, tf.uint64), self.step])
+        rows = tf.raw_ops.StatelessRandomUniformV2(
+            shape=[shape[0], blocks * _PER_BLOCK], key=key, counter=counter, alg=_PHILOX
+        )
+        return tf.reshape(rows[:, :size], shape)
+
+    def normal(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
+        """Standard normal float32 of static `shape` [B, ...], by the Box-Muller transform of `uniform`."""
+        size = math.prod(shape[1:])
+        pairs = -(-size // 2)
+        u = self.uniform(stream, (shape[0], 2, pairs))
+        radius = tf.sqrt(-2.0 * tf.math.log(1.0 - u[:, 0]))  # 1 - u is in (0, 1]
+        angle = (2.0 * math.pi) * u[:, 1]
+        values = tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)
+        return tf.reshape(values[:, :size], shape)

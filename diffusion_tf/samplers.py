@@ -1,0 +1,122 @@
+"""Sampling loops, each one compiled loop over all timesteps, and the `Sampler` that draws image i by its index."""
+
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
+from diffusion_tf.distribution import compiles_with_xla, per_replica_batch_size
+from diffusion_tf.rng import CounterRng
+
+# noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
+NoiseFn = Callable[[tf.Tensor], tf.Tensor]
+
+
+def p_sample_loop(
+    diffusion: GaussianDiffusion, denoise_fn: DenoiseFn, noise_fn: NoiseFn, *, clip_denoised: bool = True
+) -> tf.Tensor:
+    """Ancestral sampling (Algorithm 2): x_0 float32 [B, H, W, C], not clipped at the end.
+
+    A graph loop over T network evaluations; call it inside a tf.function.
+    """
+
+    def body(t, x_t):
+        x_prev, _ = diffusion.p_sample(
+            denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
+        )
+        return t - 1, x_prev
+
+    last = tf.constant(diffusion.num_timesteps - 1)
+    _, x_start = tf.while_loop(lambda t, _: t >= 0, body, (last, noise_fn(last + 1)))
+    return x_start
+
+
+def p_sample_loop_progressive(
+    diffusion: GaussianDiffusion,
+    denoise_fn: DenoiseFn,
+    noise_fn: NoiseFn,
+    *,
+    include_xstartpred_freq: int,
+    clip_denoised: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Ancestral sampling that keeps the predictions of x_0 on the way (progressive generation, Section 4.3).
+
+    Returns:
+      x_0 [B, H, W, C], and predictions [B, T // include_xstartpred_freq, H, W, C] of which entry k was made at
+      t = k * include_xstartpred_freq.
+    """
+    num_recorded = diffusion.num_timesteps // include_xstartpred_freq
+
+    def body(t, x_t, xstartpreds):
+        x_prev, pred_xstart = diffusion.p_sample(
+            denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
+        )
+        # Every t of a slot writes to it, so that the lowest one stays: no branch, and static shapes.
+        slot = tf.reshape(tf.range(num_recorded) == t // include_xstartpred_freq, [1, -1, 1, 1, 1])
+        return t - 1, x_prev, tf.where(slot, pred_xstart[:, None], xstartpreds)
+
+    last = tf.constant(diffusion.num_timesteps - 1)
+    x_T = noise_fn(last + 1)
+    xstartpreds = tf.zeros([x_T.shape[0], num_recorded, *x_T.shape[1:]])
+    _, x_start, xstartpreds = tf.while_loop(lambda t, *_: t >= 0, body, (last, x_T, xstartpreds))
+    return x_start, xstartpreds
+
+
+class Sampler:
+    """Draws images by ancestral sampling; image i is a function of the seed and i alone.
+
+    The batch size and the number of replicas only decide which images are computed together: image i differs
+    between them by float rounding.
+
+    Args:
+      strategy: where to run; every replica computes its share of each batch.
+      weights: the weights to sample with (EMA), in the order of `model.trainable_variables`.
+      image_shape: (H, W, C).
+      batch_size: images of one call, over all replicas.
+      seed: int in [0, 2^32).
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        model: keras.Model,
+        weights: Sequence[tf.Variable],
+        diffusion: GaussianDiffusion,
+        *,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        seed: int,
+    ):
+        self.batch_size = batch_size
+        per_replica = per_replica_batch_size(batch_size, strategy)
+
+        def replica_sample(first_image):
+            params = [tf.convert_to_tensor(w) for w in weights]
+            replica_id = tf.distribute.get_replica_context().replica_id_in_sync_group
+            first = first_image + tf.cast(replica_id, tf.int64) * per_replica
+
+            def noise_fn(t):
+                return CounterRng(seed, t, first).normal("sample", (per_replica, *image_shape))
+
+            def denoise_fn(x_t, t):
+                return model.stateless_call(params, [], x_t, t)[0]
+
+            return x_to_images(p_sample_loop(diffusion, denoise_fn, noise_fn))
+
+        replica_sample = tf.function(replica_sample, jit_compile=compiles_with_xla(strategy) or None)
+
+        @tf.function
+        def sample(first_image):
+            images = strategy.run(replica_sample, args=(first_image,))
+            return tf.concat(strategy.experimental_local_results(images), axis=0)
+
+        self._sample = sample
+
+    def __call__(self, first_image: int) -> np.ndarray:
+        """Images first_image .. first_image + batch_size - 1, uint8 [batch_size, H, W, C]."""
+        return self._sample(tf.constant(first_image, tf.int64)).numpy()

@@ -1,0 +1,205 @@
+"""Training: the step of Algorithm 1 (its optimiser is in train_state.py), and the loop around it."""
+
+import math
+import os
+import time
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from diffusion_tf import checkpoints, figures
+from diffusion_tf.datasets import ImageSource, training_batches
+from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
+from diffusion_tf.distribution import compiles_with_xla, is_chief, per_replica_batch_size
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import Preset
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.samplers import Sampler
+from diffusion_tf.train_state import TrainState, warmed_up_learning_rate
+from diffusion_tf.workdir import Workdir
+
+_NUM_GRID_SAMPLES = 64
+
+class Trainer:
+    """The compiled training step of a preset under a strategy.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas, or the network cannot be built.
+    """
+
+    def __init__(self, preset: Preset, strategy: tf.distribute.Strategy):
+        self.preset = preset
+        self.strategy = strategy
+        self.per_replica = per_replica_batch_size(preset.batch_size, strategy)
+        self.diffusion = GaussianDiffusion.from_preset(preset)
+        self.state = TrainState(preset, strategy)
+        # Without merge points between replicas the whole step is one XLA program.
+        self._replica_step = tf.function(self._train_step, jit_compile=compiles_with_xla(strategy) or None)
+
+    def loss_and_gradients(self, images: tf.Tensor, rng: CounterRng) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """This replica's share of the loss (Algorithm 1) over the global batch, and its gradients.
+
+        Args:
+          images: uint8 [per_replica, H, W, C].
+          rng: at the training step and this replica's first example.
+        """
+        batch = images.shape[0]
+        x_start = images_to_x(images)
+        if self.preset.random_flip:
+            flip = tf.reshape(rng.uniform("flip", (batch,)) < 0.5, [-1, 1, 1, 1])
+            x_start = tf.where(flip, tf.reverse(x_start, axis=[2]), x_start)
+        t = tf.cast(rng.uniform("t", (batch,)) * self.preset.num_timesteps, tf.int32)
+        noise = rng.normal("noise", x_start.shape)
+        params = [tf.convert_to_tensor(w) for w in self.state.params]
+
+        def denoise_fn(x_t, t):
+            return self.state.model.stateless_call(params, [], x_t, t, rng=rng)[0]
+
+        with tf.GradientTape() as tape:
+            tape.watch(params)
+            losses = self.diffusion.training_losses(denoise_fn, x_start, t, noise)
+            # The gradients are summed over replicas, so each divides by the global batch.
+            loss = tf.reduce_sum(losses) / self.preset.batch_size
+        return loss, tape.gradient(loss, params)
+
+    def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step in replica context: (loss, gradient norm), both of the global batch."""
+        context = tf.distribute.get_replica_context()
+        first_example = tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica
+        rng = CounterRng(self.preset.seed, self.state.step, first_example)
+        loss, grads = context.all_reduce(tf.distribute.ReduceOp.SUM, self.loss_and_gradients(images, rng))
+        # Differs from the authors, who clip each replica's gradient before the average: the result then depends on
+        # the number of replicas.
+        grads, grad_norm = tf.clip_by_global_norm(grads, self.preset.grad_clip)
+        self.state.apply_gradients(grads, self.preset)
+        return loss, grad_norm
+
+    @tf.function
+    def run_steps(self, iterator, num_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Takes `num_steps` training steps on the device; the mean loss and gradient norm of them."""
+        loss_sum, grad_norm_sum = tf.constant(0.0), tf.constant(0.0)
+        for _ in tf.range(num_steps):
+            loss, grad_norm = self.strategy.run(self._replica_step, args=(next(iterator),))
+            # Equal on all replicas, so any one will do.
+            loss_sum += self.strategy.experimental_local_results(loss)[0]
+            grad_norm_sum += self.strategy.experimental_local_results(grad_norm)[0]
+        count = tf.cast(num_steps, tf.float32)
+        return {"loss": loss_sum / count, "grad_norm": grad_norm_sum / count}
+
+    def batches(self, source: ImageSource):
+        """An iterator over the training batches from the state's step on."""
+
+        def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
+            return training_batches(
+                source,
+                batch_size=self.preset.batch_size,
+                per_replica=self.per_replica,
+                seed=self.preset.seed,
+                start_step=int(self.state.step),
+                worker=context.input_pipeline_id,
+                workers=context.num_input_pipelines,
+            )
+
+        return iter(self.strategy.distribute_datasets_from_function(worker_batches))
+
+
+def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
+    """Trains up to `num_steps`, from the newest checkpoint of `workdir` where there is one.
+
+    Raises:
+      InputError: the checkpoint does not fit, the data is damaged, or the loss is no longer finite.
+    """
+    preset, state = trainer.preset, trainer.state
+    steps = checkpoints.all_steps(workdir.checkpoints)
+    if steps:
+        state.restore(checkpoints.checkpoint_path(workdir.checkpoints, steps[-1]))
+    step = int(state.step)
+    reporter = _Reporter(trainer, workdir, step) if is_chief(trainer.strategy) else None
+    batches = trainer.batches(source)
+    while step < preset.num_steps:
+        num_steps = min(preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
+        start = time.monotonic()
+        try:
+            means = {name: float(v) for name, v in trainer.run_steps(batches, tf.constant(num_steps)).items()}
+        except tf.errors.DataLossError as error:
+            raise InputError(f"the training data is damaged: {error.message.splitlines()[0]}") from error
+        step += num_steps
+        if not math.isfinite(means["loss"] + means["grad_norm"]):
+            raise InputError(
+                f"the loss or its gradient is not finite between steps {step - num_steps} and {step}; the checkpoints"
+                f" in {workdir.checkpoints} are sound: try a lower --learning_rate"
+            )
+        if reporter:
+            reporter.report(step, means, num_steps * preset.batch_size / (time.monotonic() - start))
+    if reporter:
+        reporter.close()
+
+
+class _Reporter:
+    """What a run tells while it goes: progress bar, metrics.jsonl, TensorBoard, sample grids, checkpoints."""
+
+    def __init__(self, trainer: Trainer, workdir: Workdir, step: int):
+        self.trainer, self.workdir, self.preset = trainer, workdir, trainer.preset
+        workdir.rewind_metrics(step)
+        self.bar = tqdm.tqdm(initial=step, total=self.preset.num_steps, unit="step", desc=self.preset.dataset)
+        self.writer = tf.summary.create_file_writer(workdir.tensorboard)
+        self.sampler = None
+
+    def report(self, step: int, means: dict[str, float], images_per_sec: float) -> None:
+        """Reports the loop that ended at `step`, and saves and samples where it is time."""
+        metrics = {
+            "step": step,
+            **means,
+            # The rate of the loop's last step, which had step - 1 steps before it.
+            "learning_rate": float(
+                warmed_up_learning_rate(self.preset.learning_rate, self.preset.warmup_steps, tf.constant(step - 1))
+            ),
+            "param_norm": float(tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.trainer.state.params])),
+            "images_per_sec": images_per_sec,
+        }
+        self.workdir.append_metrics(metrics)
+        with self.writer.as_default(step=step):
+            for name, value in metrics.items():
+                if name != "step":
+                    tf.summary.scalar(name, value)
+        self.bar.set_postfix_str(f"loss={means['loss']:.4f}, {images_per_sec:.0f} images/s", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if step % self.preset.checkpoint_every == 0 or step == self.preset.num_steps:
+            self._save(step)
+        if self.preset.sample_every and step % self.preset.sample_every == 0:
+            self._write_samples(step)
+
+    def close(self) -> None:
+        """Ends the bar and the event file."""
+        self.bar.close()
+        self.writer.close()
+
+    def _save(self, step: int) -> None:
+        checkpoints.save(self.workdir.checkpoints, step, self.trainer.state.to_arrays())
+        checkpoints.remove_old(
+            self.workdir.checkpoints, keep=self.preset.keep_checkpoints, keep_every=self.preset.keep_every
+        )
+        self.writer.flush()
+
+    def _write_samples(self, step: int) -> None:
+        trainer = self.trainer
+        if self.sampler is None:
+            replicas = trainer.strategy.num_replicas_in_sync
+            self.sampler = Sampler(
+                trainer.strategy,
+                trainer.state.model,
+                trainer.state.ema,
+                trainer.diffusion,
+                image_shape=self.preset.image_shape,
+                batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
+                seed=self.preset.seed,
+            )
+        grid = figures.square_grid(self.sampler(0)[:_NUM_GRID_SAMPLES])
+        caption = f"{self.preset.dataset}, EMA samples at step {step}"
+        figures.write_png(
+            os.path.join(self.workdir.samples, f"step_{step:08d}.png"), figures.captioned_grids({caption: grid})
+        )
+        with self.writer.as_default(step=step):
+            tf.summary.image("ema_samples", grid[np.newaxis])
+        self.writer.flush()

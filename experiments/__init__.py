@@ -1,0 +1,6 @@
+"""The programs: `python -m experiments.NAME --help`."""
+
+import os
+
+# Before TensorFlow is imported: its C++ side reports every optional library that a machine lacks.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

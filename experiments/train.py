@@ -1,0 +1,49 @@
+"""Trains a diffusion model (Algorithm 1), or goes on with a run that was stopped.
+
+  python -m experiments.train --workdir=runs/digits
+  python -m experiments.train --workdir=gs://bucket/cifar10 --dataset=cifar10 --data_dir=gs://bucket/tfds --tpu=local
+
+The same command again goes on from the newest checkpoint. A folder that holds a run of another recipe is refused.
+"""
+
+import dataclasses
+import json
+
+from absl import flags
+
+from diffusion_tf.datasets import open_source
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.distribution import is_chief, make_strategy
+from diffusion_tf.training import Trainer, train
+from diffusion_tf.unet import UNet
+from diffusion_tf.workdir import Workdir
+from experiments import common
+
+FLAGS = flags.FLAGS
+common.define_workdir_flag()
+common.define_strategy_flags()
+common.define_preset_flags()
+flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
+flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords (a file, or a glob of shards) to train on.")
+flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and stop.")
+
+
+def main() -> None:
+    preset = common.preset_from_flags()
+    if FLAGS.dry_run:
+        GaussianDiffusion.from_preset(preset)  # refuses what training would
+        print(json.dumps(dataclasses.asdict(preset), indent=2))
+        print(f"parameters: {UNet.from_preset(preset).count_params():,}")
+        return
+    common.require_flags("workdir")
+    source = open_source(preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
+    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
+    trainer = Trainer(preset, strategy)
+    workdir = Workdir(FLAGS.workdir)
+    if is_chief(strategy):
+        workdir.prepare(preset, FLAGS.flags_into_string())
+    train(trainer, workdir, source)
+
+
+if __name__ == "__main__":
+    common.run(main)
