@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 _PHILOX = 1  # tf.random.Algorithm.PHILOX, as the raw operation wants it
-_PER_BLOCK = 4  # float32 values to one step of the Philox counter
+_WORDS_PER_BLOCK = 4  # uint32 words to one step of the Philox counter
 
 
 class CounterRng:
@@ -36,13 +36,15 @@ class CounterRng:
         `stream` names what the numbers are for; two names give independent numbers.
         """
         size = math.prod(shape[1:])
-        blocks = -(-size // _PER_BLOCK)
+        blocks = -(-size // _WORDS_PER_BLOCK)
         key = tf.constant([(self.seed << 32) | zlib.crc32(stream.encode())], tf.uint64)
         counter = tf.stack([self.first_example * tf.constant(blocks, tf.uint64), self.step])
-        rows = tf.raw_ops.StatelessRandomUniformV2(
-            shape=[shape[0], blocks * _PER_BLOCK], key=key, counter=counter, alg=_PHILOX
+        words = tf.raw_ops.StatelessRandomUniformFullIntV2(
+            shape=[shape[0], blocks * _WORDS_PER_BLOCK], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
         )
-        return tf.reshape(rows[:, :size], shape)
+        # The upper 24 bits, which float32 holds exactly.
+        uniform = tf.cast(tf.bitwise.right_shift(words[:, :size], tf.constant(8, tf.uint32)), tf.float32) * 2.0**-24
+        return tf.reshape(uniform, shape)
 
     def normal(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
         """Standard normal float32 of static `shape` [B, ...], by the Box-Muller transform of `uniform`."""

@@ -96,7 +96,7 @@ class Trainer:
                 batch_size=self.preset.batch_size,
                 per_replica=self.per_replica,
                 seed=self.preset.seed,
-                start_step=int(self.state.step),
+                start_step=int(self.state.step.numpy()),
                 worker=context.input_pipeline_id,
                 workers=context.num_input_pipelines,
             )
@@ -114,7 +114,7 @@ def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
     steps = checkpoints.all_steps(workdir.checkpoints)
     if steps:
         state.restore(checkpoints.checkpoint_path(workdir.checkpoints, steps[-1]))
-    step = int(state.step)
+    step = int(state.step.numpy())
     reporter = _Reporter(trainer, workdir, step) if is_chief(trainer.strategy) else None
     batches = trainer.batches(source)
     while step < preset.num_steps:

@@ -1,0 +1,65 @@
+"""Numbers of the authors' TF1 program, and the small network that they belong to.
+
+The weights are not stored: each fixture's description gives the random stream that they were drawn from.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+
+from diffusion_tf.presets import Preset
+from diffusion_tf.unet import UNet
+
+_FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+# The authors' small network: unet_small.npz, train_small.npz and the outputs of their small checkpoint.
+SMALL = Preset(
+    dataset="golden", image_size=16, random_flip=False, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,),
+    learning_rate=2e-4, batch_size=4, num_steps=6, warmup_steps=4,
+)  # fmt: skip
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    """The arrays of a fixture."""
+    with np.load(_FIXTURES / f"{name}.npz", allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def tf1_name(path: str) -> str:
+    """The authors' variable for one of ours: unet/down_0_block_0/conv1/kernel -> model/down_0/block_0/conv1/W."""
+    name = re.sub(r"^unet/(down_\d+|up_\d+|mid|temb)_", r"unet/\1/", path)
+    name = re.sub(r"(down|up)sample_conv", r"\1sample/conv", name)
+    return name.replace("unet/", "model/").replace("kernel", "W").replace("bias", "b")
+
+
+def tf1_order(model: UNet) -> list[str]:
+    """The model's variables by their TF1 names, in the order in which the authors' graph creates them."""
+    names = [tf1_name(v.path) for v in model.trainable_variables]
+    stages = ["temb/", "conv_in/", "down_", "mid/", "up_", "norm_out/", "conv_out/"]
+    parts = ["norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut", "norm", "q", "k", "v", "proj_out"]
+    blocks = {"down": ["block_0", "attn_0", "block_1", "attn_1", "downsample"], "mid": ["block_1", "attn_1", "block_2"]}
+    blocks["up"] = ["block_0", "attn_0", "block_1", "attn_1", "upsample"]
+
+    def key(name):
+        name = name.removeprefix("model/")
+        stage = next(i for i, prefix in enumerate(stages) if name.startswith(prefix))
+        section, *rest = name.split("/")
+        kind, _, level = section.partition("_")
+        if len(rest) == 3 or (len(rest) == 2 and rest[0] in ("downsample", "upsample")):
+            level = -int(level or 0) if kind == "up" else int(level or 0)
+            part = parts.index(rest[1]) if rest[1] in parts else 0
+            inner = (level, blocks[kind].index(rest[0]), part)
+        else:
+            inner = (0, 0, 0) if len(rest) == 1 else (0, ["dense0", "dense1"].index(rest[0]), 0)
+        return (stage, *inner, ["W", "b", "beta", "gamma"].index(rest[-1]))
+
+    return sorted(names, key=key)
+
+
+def assign_random_weights(model: UNet, stream: np.random.RandomState, scale: float = 0.05) -> None:
+    """Draws every variable from `stream` in TF1's order; group normalisation's gamma is 1 more."""
+    by_name = {tf1_name(v.path): v for v in model.trainable_variables}
+    for name in tf1_order(model):
+        values = (scale * stream.standard_normal(by_name[name].shape)).astype(np.float32)
+        by_name[name].assign(values + 1.0 if name.endswith("gamma") else values)

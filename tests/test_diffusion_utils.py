@@ -1,0 +1,278 @@
+"""The diffusion's mathematics against the authors' float32 program and closed forms."""
+
+import itertools
+
+import golden
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+import tensorflow as tf
+
+from diffusion_tf import diffusion_utils
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.errors import InputError
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+
+GOLDEN = golden.load("diffusion_ops")
+X_START, X_T, T = GOLDEN["x_start"], GOLDEN["q_sample"], GOLDEN["t"]
+MEAN_TYPES, VAR_TYPES = ("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned")
+
+
+def make(mean_type="eps", var_type="fixedlarge", loss_type="kl", num_timesteps=1000, schedule="linear"):
+    betas = get_beta_schedule(schedule, beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
+    return GaussianDiffusion(
+        NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type=loss_type
+    )
+
+
+def assert_golden(ours, key, atol=0.0):
+    """Equal to 1e-5 of each value, or where values cancel to 1e-6 of the array's scale; `atol` is added to that."""
+    expected = GOLDEN[key]
+    atol = atol + 1e-6 * max(1.0, np.abs(expected).max())
+    assert np.all(np.abs(ours - expected) <= 1e-5 * np.abs(expected) + atol), key
+
+
+def decoder_atol(diffusion, denoise_fn, x_t, t, clip):
+    """How far apart two float32 evaluations of the bound's term at t may lie, [B] in bits/dim; 0 where t > 0.
+
+    The decoder's probability is the difference of two CDFs, each good to 1.2e-7, so that an unlikely pixel's logarithm
+    (floored at 1e-12) says little: the interval of each pixel's logarithm follows from that.
+    """
+    p = diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip)
+    log_likelihood = diffusion_utils.discretized_gaussian_log_likelihood(
+        X_START, means=p.mean, log_scales=0.5 * p.log_variance
+    )
+    probability = np.exp(log_likelihood.numpy().astype(np.float64))
+    upper, lower = np.log(probability + 2.4e-7), np.log(np.maximum(probability - 2.4e-7, 1e-12))
+    return np.where(t == 0, (upper - lower).mean(axis=(1, 2, 3)) / np.log(2), 0.0)
+
+
+def constant_denoise_fn(var_type):
+    output = GOLDEN["model_output_2c" if var_type == "learned" else "model_output"]
+    return lambda x_t, t: tf.constant(output)
+
+
+def test_normalisation_of_images():
+    x = diffusion_utils.images_to_x(GOLDEN["x_start_uint8"].astype(np.uint8))
+    np.testing.assert_array_equal(x, X_START)
+    np.testing.assert_array_equal(diffusion_utils.x_to_images(x), GOLDEN["x_start_uint8"])
+    np.testing.assert_array_equal(diffusion_utils.x_to_images(tf.constant([-3.0, 3.0])), [0, 255])
+
+
+def test_forward_process():
+    diffusion = make()
+    assert_golden(diffusion.q_sample(X_START, T, GOLDEN["noise"]), "q_sample")
+    for name, ours in zip(("mean", "variance", "log_variance"), diffusion.q_mean_variance(X_START, T), strict=True):
+        assert_golden(ours, f"q_mean_variance/{name}")
+
+
+def test_posterior():
+    names = ("mean", "variance", "log_variance_clipped")
+    for name, ours in zip(names, make().q_posterior(X_START, X_T, T), strict=True):
+        assert_golden(ours, f"q_posterior/{name}")
+
+
+@pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, VAR_TYPES)))
+@pytest.mark.parametrize("clip", [True, False])
+def test_reverse_process_and_bound(mean_type, var_type, clip):
+    diffusion, denoise_fn = make(mean_type, var_type), constant_denoise_fn(var_type)
+    key = f"{mean_type}/{var_type}/clip{int(clip)}"
+    p = diffusion.p_mean_variance(denoise_fn, X_T, T, clip_denoised=clip)
+    for name, ours in p._asdict().items():
+        assert_golden(ours, f"p_mean_variance/{key}/{name}")
+    bpd = diffusion.vb_terms_bpd(denoise_fn, X_START, X_T, T, clip_denoised=clip)
+    assert_golden(bpd, f"vb_terms_bpd/{key}", decoder_atol(diffusion, denoise_fn, X_T, T, clip))
+
+
+@pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, VAR_TYPES)))
+@pytest.mark.parametrize("loss_type", ["mse", "kl"])
+def test_training_losses(mean_type, var_type, loss_type):
+    if (var_type, loss_type) == ("learned", "mse"):
+        with pytest.raises(InputError, match="--loss_type=kl"):
+            make(mean_type, var_type, loss_type)
+        return
+    diffusion, denoise_fn = make(mean_type, var_type, loss_type), constant_denoise_fn(var_type)
+    losses = diffusion.training_losses(denoise_fn, X_START, T, GOLDEN["noise"])
+    atol = decoder_atol(diffusion, denoise_fn, X_T, T, False) if loss_type == "kl" else 0.0
+    assert_golden(losses, f"training_losses/{mean_type}/{var_type}/{loss_type}", atol)
+
+
+@pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, ("fixedlarge", "fixedsmall"))))
+def test_decoder_term_of_a_good_prediction(mean_type, var_type):
+    t, x_t = np.zeros_like(T), GOLDEN["q_sample_t0"]
+    diffusion = make(mean_type, var_type)
+    assert_golden(diffusion.q_sample(X_START, t, GOLDEN["noise"]), "q_sample_t0")
+    near = GOLDEN["noise"] + 0.3 * GOLDEN["model_output"]
+    output = near if mean_type == "eps" else X_START + np.float32(0.02) * GOLDEN["model_output"]
+    denoise_fn = lambda *_: tf.constant(output)
+    bpd = diffusion.vb_terms_bpd(denoise_fn, X_START, x_t, t, clip_denoised=True)
+    atol = decoder_atol(diffusion, denoise_fn, x_t, t, True)
+    assert_golden(bpd, f"vb_terms_bpd_t0/{mean_type}/{var_type}", atol)
+
+
+@pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
+def test_sampling_step(var_type):
+    diffusion = make("eps", var_type)
+    for clip in (True, False):
+        sample, pred_xstart = diffusion.p_sample(
+            constant_denoise_fn(var_type), X_T, T, GOLDEN["noise2"], clip_denoised=clip
+        )
+        assert_golden(sample, f"p_sample/eps/{var_type}/clip{int(clip)}/sample")
+        assert_golden(pred_xstart, f"p_sample/eps/{var_type}/clip{int(clip)}/pred_xstart")
+
+
+@pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
+def test_realistic_prediction(var_type):
+    diffusion, denoise_fn = make("eps", var_type), lambda *_: tf.constant(GOLDEN["near_eps"])
+    sample, pred_xstart = diffusion.p_sample(denoise_fn, X_T, T, GOLDEN["noise2"])
+    assert_golden(sample, f"p_sample_near/eps/{var_type}/sample")
+    assert_golden(pred_xstart, f"p_sample_near/eps/{var_type}/pred_xstart")
+    bpd = diffusion.vb_terms_bpd(denoise_fn, X_START, X_T, T, clip_denoised=True)
+    assert_golden(bpd, f"vb_terms_bpd_near/eps/{var_type}")
+    if var_type == "fixedlarge":
+        for loss_type in ("mse", "kl"):
+            losses = make("eps", var_type, loss_type).training_losses(denoise_fn, X_START, T, GOLDEN["noise"])
+            assert_golden(losses, f"training_losses_near/eps/fixedlarge/{loss_type}")
+
+
+def test_prior_term():
+    assert_golden(make().prior_bpd(tf.constant(X_START)), "prior_bpd")
+
+
+def test_decoder_likelihood_and_its_cdf():
+    x, means, log_scales = (GOLDEN[f"dgll/{name}"] for name in ("x", "means", "log_scales"))
+    log_probs = diffusion_utils.discretized_gaussian_log_likelihood(
+        x[:, None, None], means=means[None, :, None], log_scales=log_scales[None, None, :]
+    )
+    # A probability is the difference of two CDFs, each good to 1.2e-7; its logarithm is good where it is not small.
+    probability, expected = np.exp(log_probs), np.exp(GOLDEN["dgll/log_probs"])
+    np.testing.assert_allclose(probability, expected, atol=2.4e-7)
+    likely = expected > 0.02
+    assert likely.sum() > 300
+    np.testing.assert_allclose(log_probs.numpy()[likely], GOLDEN["dgll/log_probs"][likely], rtol=1e-5, atol=1.2e-5)
+    np.testing.assert_allclose(
+        diffusion_utils.approx_standard_normal_cdf(GOLDEN["cdf/x"]), GOLDEN["cdf/approx"], rtol=1e-5, atol=1e-7
+    )
+
+
+def test_decoder_likelihood_is_eq_13_within_its_cdf():
+    levels = np.arange(256) / 127.5 - 1.0
+    for mean, scale in ((0.1, 0.02), (-0.99, 0.01), (1.0, 0.1)):
+        edges = np.concatenate([[-np.inf], levels[:-1] + 1 / 255, [np.inf]])
+        exact = np.diff(scipy.stats.norm.cdf(edges, mean, scale))
+        ours = np.exp(
+            diffusion_utils.discretized_gaussian_log_likelihood(
+                tf.constant(levels, tf.float32), means=mean, log_scales=tf.constant(np.log(scale), tf.float32)
+            )
+        )
+        np.testing.assert_allclose(ours, exact, atol=4e-4)
+        np.testing.assert_allclose(ours.sum(), 1.0, atol=1e-5)
+
+
+def test_normal_kl_is_the_integral():
+    mean1, logvar1, mean2, logvar2 = 0.3, -1.2, -0.5, 0.4
+    p = scipy.stats.norm(mean1, np.exp(0.5 * logvar1))
+    q = scipy.stats.norm(mean2, np.exp(0.5 * logvar2))
+    integral, _ = scipy.integrate.quad(lambda x: p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), -10, 10)
+    np.testing.assert_allclose(diffusion_utils.normal_kl(mean1, logvar1, mean2, logvar2), integral, rtol=1e-6)
+
+
+DENOISE_FNS = {
+    "dn_x": lambda x, t: 0.1 * x,
+    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "eps/fixedlarge/clip1/dn_x",
+        "eps/fixedlarge/clip0/dn_x",
+        "eps/fixedsmall/clip1/dn_x",
+        "eps/fixedlarge/clip1/dn_xt",
+        "xstart/fixedsmall/clip1/dn_x",
+        "xprev/fixedlarge/clip1/dn_x",
+    ],
+)
+@pytest.mark.parametrize("noise", ["calc_bpd", "calc_bpd_tab"])
+def test_all_terms_of_the_bound(case, noise):
+    mean_type, var_type, clip, denoise_name = case.split("/")
+    diffusion, denoise_fn = make(mean_type, var_type, num_timesteps=20), DENOISE_FNS[denoise_name]
+    noises = GOLDEN["loop20/q_noise_table"] * (noise == "calc_bpd_tab")
+    terms, mse, atol = [], [], 0.0
+    for step in range(20):
+        t = np.full([len(X_START)], step, np.int32)
+        x_t = diffusion.q_sample(X_START, t, noises[step])
+        terms.append(diffusion.vb_terms_bpd(denoise_fn, X_START, x_t, t, clip_denoised=clip == "clip1"))
+        atol = atol + decoder_atol(diffusion, denoise_fn, x_t, t, clip == "clip1")
+        p = diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip == "clip1")
+        mse.append(diffusion_utils.mean_flat(tf.math.squared_difference(p.pred_xstart, X_START)))
+    prior_bpd = diffusion.prior_bpd(tf.constant(X_START))
+    key = f"loop20/{noise}/{case}"
+    assert_golden(np.stack(terms, axis=1), f"{key}/terms_bpd", atol[:, None] * (np.arange(20) == 0))
+    assert_golden(np.stack(mse, axis=1), f"{key}/mse")
+    assert_golden(prior_bpd, f"{key}/prior_bpd")
+    assert_golden(np.sum(terms, axis=0) + prior_bpd, f"{key}/total_bpd", atol)
+
+
+def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
+    diffusion = make("eps", "fixedsmall", "mse")
+    denoise_fn = constant_denoise_fn("fixedsmall")
+    assert_golden(diffusion.q_sample(X_START, T, GOLDEN["noise"]), "v1/q_sample")
+    assert_golden(diffusion.training_losses(denoise_fn, X_START, T, GOLDEN["noise"]), "v1/p_losses")
+    mean, variance, log_variance = diffusion.q_posterior(X_START, X_T, T)
+    assert_golden(mean, "v1/q_posterior/mean")
+    assert_golden(variance, "v1/q_posterior/variance")
+    assert_golden(diffusion.predict_xstart_from_eps(X_T, T, GOLDEN["model_output"]), "v1/predict_start_from_noise")
+    later = T > 0  # at t = 0 that class takes log(1e-20), which no sample and no bound term of ours reads
+    np.testing.assert_allclose(log_variance[later], GOLDEN["v1/q_posterior/log_variance_clipped"][later], rtol=1e-5)
+    for clip in (True, False):
+        p = diffusion.p_mean_variance(denoise_fn, X_T, T, clip_denoised=clip)
+        assert_golden(p.mean, f"v1/p_mean_variance/clip{int(clip)}/mean")
+        np.testing.assert_allclose(
+            p.log_variance[later][:, :1, :1, :1], GOLDEN[f"v1/p_mean_variance/clip{int(clip)}/log_variance"][later], rtol=1e-5
+        )
+        sample, _ = diffusion.p_sample(denoise_fn, X_T, T, GOLDEN["noise2"], clip_denoised=clip)
+        assert_golden(sample, f"v1/p_sample/clip{int(clip)}")
+
+
+def test_interpolation_of_two_images():
+    diffusion = make("eps", "fixedsmall", num_timesteps=20)
+    t = np.full([4], 12, np.int32)
+    x1 = diffusion.q_sample(X_START[:4], t, GOLDEN["noise"][:4])
+    x2 = diffusion.q_sample(X_START[4:], t, GOLDEN["noise2"][:4])
+    x_t = 0.7 * x1 + 0.3 * x2
+    for step in range(12, -1, -1):
+        noise = GOLDEN["loop20/p_noise_table"][20 - step]
+        x_t, _ = diffusion.p_sample(DENOISE_FNS["dn_xt"], x_t, np.full([4], step, np.int32), noise)
+    assert_golden(x_t, "v1/loop20/interpolate")
+
+
+@pytest.mark.parametrize("mean_type", MEAN_TYPES)
+def test_predictions_invert_the_forward_process(mean_type):
+    diffusion = make(mean_type)
+    eps = (X_T - diffusion.q_mean_variance(X_START, T)[0]) / np.sqrt(1 - diffusion.schedule.alphas_cumprod)[
+        T, None, None, None
+    ]
+    output = {"eps": eps, "xstart": X_START, "xprev": diffusion.q_posterior(X_START, X_T, T)[0]}[mean_type]
+    p = diffusion.p_mean_variance(lambda *_: tf.cast(output, tf.float32), X_T, T, clip_denoised=False)
+    early = T < 500  # later x_0 drowns in the noise, and float32 cannot bring it back
+    np.testing.assert_allclose(p.pred_xstart[early], X_START[early], atol=2e-3)
+    np.testing.assert_allclose(p.mean[early], diffusion.q_posterior(X_START, X_T, T)[0][early], atol=2e-3)
+
+
+def test_eps_is_refused_where_it_cannot_say_x_0():
+    with pytest.raises(InputError, match="jsd"):
+        make("eps", schedule="jsd")
+    diffusion = make("xstart", schedule="jsd")
+    last = np.full([8], 999, np.int32)
+    sample, _ = diffusion.p_sample(lambda x, t: 0.5 * x, X_T, last, GOLDEN["noise"])
+    assert np.isfinite(sample).all()
+
+
+@pytest.mark.parametrize("wrong", ["model_mean_type", "model_var_type", "loss_type"])
+def test_unknown_types_list_the_choices(wrong):
+    right = {"model_mean_type": "eps", "model_var_type": "learned", "loss_type": "kl"}
+    with pytest.raises(InputError, match=f"--{wrong}=other: choose one of"):
+        GaussianDiffusion(make().schedule, **{**right, wrong: "other"})

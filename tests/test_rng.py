@@ -1,0 +1,86 @@
+"""The counter-based noise against a second implementation of Philox and against statistics."""
+
+import zlib
+
+import numpy as np
+import scipy.stats
+import tensorflow as tf
+
+from diffusion_tf.rng import CounterRng
+
+
+def philox4x32(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011) of one counter (4 words) and key (2 words)."""
+    c, k = [int(word) for word in counter], [int(word) for word in key]
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(high >> 32) ^ c[1] ^ k[0], high & 0xFFFFFFFF, (low >> 32) ^ c[3] ^ k[1], low & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def reference_uniform(seed, stream, step, example, size):
+    blocks = -(-size // 4)
+    words = []
+    for block in range(example * blocks, (example + 1) * blocks):
+        words += philox4x32((block & 0xFFFFFFFF, block >> 32, step, 0), (zlib.crc32(stream.encode()), seed))
+    return (np.array(words[:size], np.uint32) >> 8) / 2**24
+
+
+def test_second_implementation_is_philox():
+    assert philox4x32((0, 0, 0, 0), (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_uniform_is_philox_at_the_examples_counter():
+    for first in (0, 5, 2**33):
+        ours = CounterRng(2**31 + 7, 12345, first).uniform("noise", (3, 2, 3, 1)).numpy()
+        for row in range(3):
+            expected = reference_uniform(2**31 + 7, "noise", 12345, first + row, 6)
+            np.testing.assert_array_equal(ours[row].ravel(), expected)
+
+
+def test_same_numbers_in_eager_graph_and_xla():
+    def draw(step, first):  # of tensors: constants would be folded before XLA sees them
+        rng = CounterRng(1, step, first)
+        return rng.uniform("t", (8, 5)), rng.normal("noise", (8, 4, 4, 3))
+
+    uniform, normal = draw(9, 4)
+    for compiled in (tf.function(draw), tf.function(draw, jit_compile=True)):
+        uniform_here, normal_here = compiled(tf.constant(9), tf.constant(4))
+        np.testing.assert_array_equal(uniform_here, uniform)
+        np.testing.assert_allclose(normal_here, normal, atol=2e-6)
+
+
+def test_an_examples_numbers_do_not_depend_on_its_batch():
+    whole = CounterRng(1, 2, 0).normal("noise", (16, 3, 3, 1))
+    part = CounterRng(1, 2, 11).normal("noise", (5, 3, 3, 1))
+    np.testing.assert_allclose(whole[11:], part, atol=2e-6)
+
+
+def test_normal_is_standard_normal():
+    x = CounterRng(0, 0, 0).normal("noise", (1000, 8, 8, 3)).numpy()
+    assert scipy.stats.kstest(x.ravel()[:50_000], "norm").pvalue > 1e-3
+    assert abs(x.mean()) < 5 / np.sqrt(x.size)
+    assert abs(x.var() - 1) < 5 * np.sqrt(2 / x.size)
+    assert np.isfinite(x).all()
+    # Neighbours, and the two halves that Box-Muller makes of one pair, are uncorrelated.
+    rows = x.reshape(1000, -1)
+    for other in (np.roll(rows, 1, axis=1), np.roll(rows, 96, axis=1), np.roll(rows, 1, axis=0)):
+        assert abs(np.mean(rows * other)) < 5 / np.sqrt(rows.size)
+
+
+def test_streams_steps_and_seeds_are_independent():
+    base = CounterRng(0, 0, 0).normal("noise", (100, 64)).numpy()
+    others = [
+        CounterRng(0, 0, 0).normal("flip", (100, 64)),
+        CounterRng(0, 1, 0).normal("noise", (100, 64)),
+        CounterRng(1, 0, 0).normal("noise", (100, 64)),
+        CounterRng(0, 0, 100).normal("noise", (100, 64)),
+    ]
+    for other in others:
+        assert abs(np.mean(base * other.numpy())) < 5 / np.sqrt(base.size)
+
+
+def test_odd_sizes():
+    assert CounterRng(0, 0, 0).normal("noise", (2, 3, 3, 1)).shape == (2, 3, 3, 1)
+    assert CounterRng(0, 0, 0).uniform("t", (7,)).shape == (7,)

@@ -1,0 +1,166 @@
+"""Sampling loops against the authors' and against data whose optimal denoiser is known."""
+
+import itertools
+
+import golden
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.samplers import Sampler, p_sample_loop, p_sample_loop_progressive
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+from diffusion_tf.unet import UNet
+
+GOLDEN = golden.load("diffusion_ops")
+DENOISE_FNS = {
+    "dn_x": lambda x, t: 0.1 * x,
+    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
+}
+
+
+def make(mean_type, var_type, num_timesteps):
+    betas = get_beta_schedule("linear", beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
+    return GaussianDiffusion(NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type="kl")
+
+
+def golden_noise_fn(t):
+    return tf.gather(tf.constant(GOLDEN["loop20/p_noise_table"]), 20 - t)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+@pytest.mark.parametrize("denoise", DENOISE_FNS)
+@pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
+def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
+    diffusion = make("eps", var_type, 20)
+    loop = tf.function(lambda: p_sample_loop(diffusion, DENOISE_FNS[denoise], golden_noise_fn), jit_compile=jit_compile)
+    expected = GOLDEN[f"loop20/p_sample_loop/eps/{var_type}/{denoise}"]
+    np.testing.assert_allclose(loop(), expected, rtol=1e-5, atol=1e-5)
+    if var_type == "fixedsmall":
+        np.testing.assert_allclose(loop(), GOLDEN[f"v1/loop20/p_sample_loop/{denoise}"], rtol=1e-5, atol=1e-5)
+
+
+def test_progressive_loop_is_the_authors():
+    diffusion = make("eps", "fixedlarge", 20)
+    loop = tf.function(
+        lambda: p_sample_loop_progressive(
+            diffusion, DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5
+        )
+    )
+    key = "loop20/progressive/eps/fixedlarge/dn_xt"
+    for name, ours in zip(("sample", "xstartpreds"), loop(), strict=True):
+        np.testing.assert_allclose(ours, GOLDEN[f"{key}/{name}"], rtol=1e-5, atol=1e-5)
+
+
+def test_loops_have_no_python_loop_over_timesteps():
+    """The graph does not grow with T."""
+
+    def nodes(num_timesteps):
+        diffusion = make("eps", "fixedlarge", num_timesteps)
+        noise_fn = lambda t: CounterRng(0, t, 0).normal("n", (2, 4, 4, 1))
+        loop = tf.function(lambda: p_sample_loop(diffusion, DENOISE_FNS["dn_x"], noise_fn))
+        graph = loop.get_concrete_function().graph.as_graph_def()
+        return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+    assert nodes(10) == nodes(1000)
+
+
+MEAN, STD = 0.3, 0.5
+
+
+def optimal_denoiser(diffusion):
+    """The best possible network where every pixel of x_0 is N(MEAN, STD^2), in float64 as (a, b): output = a x_t + b.
+
+    And the log-variance of the true p(x_{t-1} | x_t), which is Gaussian here.
+    """
+    s = diffusion.schedule
+    abar, variance = s.alphas_cumprod, STD**2
+    gain = variance * np.sqrt(abar) / (abar * variance + 1 - abar)  # E[x_0 | x_t] = MEAN + gain (x_t - sqrt(abar) MEAN)
+    offset = MEAN * (1 - gain * np.sqrt(abar))
+    xprev = (s.posterior_mean_coef1 * gain + s.posterior_mean_coef2, s.posterior_mean_coef1 * offset)
+    xstart_variance = variance * (1 - abar) / (abar * variance + 1 - abar)
+    log_variance = np.log(s.posterior_variance + s.posterior_mean_coef1**2 * xstart_variance)
+    eps = ((1 - np.sqrt(abar) * gain) / np.sqrt(1 - abar), -np.sqrt(abar) * offset / np.sqrt(1 - abar))
+    return {"eps": eps, "xstart": (gain, offset), "xprev": xprev}[diffusion.model_mean_type], xprev, log_variance
+
+
+@pytest.mark.parametrize(
+    ("mean_type", "var_type"), list(itertools.product(("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned")))
+)
+def test_gaussian_data_is_sampled_back(mean_type, var_type):
+    diffusion = make(mean_type, var_type, 1000)
+    (a, b), (prev_a, prev_b), log_variance = optimal_denoiser(diffusion)
+    shape = (64, 16, 16, 1)
+
+    def denoise_fn(x_t, t):
+        at = lambda table: tf.reshape(tf.gather(tf.constant(table, tf.float32), t), [-1, 1, 1, 1])
+        output = at(a) * x_t + at(b)
+        return tf.concat([output, at(log_variance) * tf.ones_like(x_t)], -1) if var_type == "learned" else output
+
+    noise_fn = lambda t: CounterRng(7, t, 0).normal("sample", shape)
+    loop = tf.function(
+        lambda: p_sample_loop(diffusion, denoise_fn, noise_fn, clip_denoised=False), jit_compile=True
+    )
+    x = loop().numpy().astype(np.float64)
+
+    # The chain is linear, so its exact mean and variance follow by recursion; no noise is added at t = 0.
+    tables = {
+        "fixedlarge": diffusion.schedule.fixedlarge_log_variance,
+        "fixedsmall": diffusion.schedule.posterior_log_variance_clipped,
+        "learned": log_variance,
+    }
+    mean, variance = 0.0, 1.0
+    for t in range(999, -1, -1):
+        mean, variance = prev_a[t] * mean + prev_b[t], prev_a[t] ** 2 * variance + np.exp(tables[var_type][t]) * (t > 0)
+    standard_error = np.sqrt(variance / x.size)
+    assert abs(x.mean() - mean) < 5 * standard_error
+    assert abs(x.var() - variance) < 5 * variance * np.sqrt(2 / x.size)
+    # And that is the data's: only the learned variance is exact, the fixed ones bound it (Section 3.2).
+    assert abs(mean - MEAN) < 1e-3
+    assert abs(variance - STD**2) < (1e-3 if var_type == "learned" else 0.02) * STD**2
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A sampler factory of a small network with visible weights, T = 8."""
+    preset = get_preset("digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, random_flip=True)
+
+    def sampler(strategy, batch_size, seed=3):
+        with strategy.scope():
+            model = UNet.from_preset(preset)
+        golden.assign_random_weights(model, np.random.RandomState(0))
+        return Sampler(
+            strategy,
+            model,
+            [v.value for v in model.trainable_variables],
+            GaussianDiffusion.from_preset(preset),
+            image_shape=preset.image_shape,
+            batch_size=batch_size,
+            seed=seed,
+        )
+
+    return sampler
+
+
+def test_a_sample_depends_on_seed_and_index_alone(tiny):
+    one = make_strategy("one_device")
+    reference = tiny(one, 16)(0)
+    assert reference.shape == (16, 8, 8, 1) and reference.dtype == np.uint8
+    assert len(np.unique(reference.reshape(16, -1), axis=0)) == 16
+    by_fives = tiny(one, 5)
+    parts = np.concatenate([by_fives(0), by_fives(5), by_fives(10)])
+    replicated = tiny(make_strategy("mirrored"), 16)(0)
+    for other in (parts, replicated):
+        # Float rounding moves a pixel by at most one of its 256 levels, and few at all.
+        difference = np.abs(other.astype(int) - reference[: len(other)])
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+    assert (tiny(one, 16, seed=4)(0) != reference).mean() > 0.5
+
+
+def test_batch_not_divisible_by_replicas_is_refused(tiny):
+    with pytest.raises(InputError, match="--batch_size=12 must be a positive multiple of the 8 replicas"):
+        tiny(make_strategy("mirrored"), 12)

@@ -1,0 +1,56 @@
+"""Schedules and tables against the authors' float64 numbers."""
+
+import golden
+import numpy as np
+import pytest
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import CHOICES
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+
+GOLDEN = golden.load("schedules")
+TABLES = (
+    "alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod"
+    " log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance"
+    " posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 fixedlarge_log_variance"
+).split()
+
+
+def _betas(name, num_timesteps=1000):
+    return get_beta_schedule(name, beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
+
+
+@pytest.mark.parametrize("name", CHOICES["beta_schedule"])
+def test_betas_are_the_authors(name):
+    betas = _betas(name)
+    assert betas.dtype == np.float64
+    np.testing.assert_allclose(betas, GOLDEN[f"betas_{name}"], rtol=1e-15)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_the_authors(table):
+    ours = getattr(NoiseSchedule(_betas("linear")), table)
+    np.testing.assert_allclose(ours, GOLDEN[table], rtol=1e-13, atol=0)
+
+
+def test_the_other_class_of_the_authors_differs_only_at_t_0():
+    ours = NoiseSchedule(_betas("linear")).posterior_log_variance_clipped
+    np.testing.assert_allclose(ours[1:], GOLDEN["v1_posterior_log_variance_clipped"][1:], rtol=1e-13)
+
+
+def test_jsd_ends_in_pure_noise_and_has_a_finite_posterior():
+    schedule = NoiseSchedule(_betas("jsd", 50))
+    assert schedule.alphas_cumprod[-1] == 0.0
+    assert np.isfinite(schedule.posterior_mean_coef1).all()
+    assert np.isfinite(schedule.posterior_log_variance_clipped).all()
+
+
+def test_unknown_schedule_lists_the_choices():
+    with pytest.raises(InputError, match="linear, quad, const, warmup10, warmup50, jsd"):
+        _betas("cosine")
+
+
+@pytest.mark.parametrize("betas", [[0.1], [0.1, 0.0], [0.1, 1.5], [[0.1, 0.2]]])
+def test_impossible_betas_are_refused(betas):
+    with pytest.raises(InputError, match="betas"):
+        NoiseSchedule(np.array(betas))

@@ -1,0 +1,191 @@
+"""Training against the authors' six steps, and what a run promises: replicas, resuming, reporting."""
+
+import dataclasses
+import json
+import os
+
+import golden
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_unet import ZERO_GRADIENT
+
+from diffusion_tf import checkpoints, training
+from diffusion_tf.datasets import open_source
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
+from diffusion_tf.train_state import load_ema, warmed_up_learning_rate
+from diffusion_tf.training import Trainer, train
+from diffusion_tf.unet import UNet
+from diffusion_tf.workdir import Workdir
+
+TINY = get_preset(
+    "digits", num_steps=6, steps_per_loop=2, checkpoint_every=2, sample_every=0, batch_size=16, warmup_steps=2,
+    num_timesteps=20, dropout=0.1, random_flip=True, ch_mult=(1,), attn_resolutions=(8,),
+)  # fmt: skip
+
+
+class GoldenRng:
+    """The timesteps and noise of train_small.npz."""
+
+    def __init__(self, fixture):
+        self.fixture = fixture
+
+    def uniform(self, stream, shape):
+        assert stream == "t"
+        return tf.constant((self.fixture["t"] + 0.5) / 1000.0, tf.float32)
+
+    def normal(self, stream, shape):
+        assert stream == "noise"
+        return tf.constant(self.fixture["noise"])
+
+
+def test_six_steps_are_the_authors(monkeypatch):
+    fixture = golden.load("train_small")
+    monkeypatch.setattr(training, "CounterRng", lambda *_: GoldenRng(fixture))
+    trainer = Trainer(golden.SMALL, make_strategy("one_device"))
+    golden.assign_random_weights(trainer.state.model, np.random.RandomState(4242))
+    for ema, w in zip(trainer.state.ema, trainer.state.params, strict=True):
+        ema.assign(w)
+    initial = trainer.state.to_arrays()
+    batches = iter(tf.data.Dataset.from_tensors(fixture["x0_uint8"].astype(np.uint8)).repeat())
+
+    for step in range(6):
+        metrics = trainer.run_steps(batches, tf.constant(1))
+        np.testing.assert_allclose(metrics["loss"], fixture["loss"][step], rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], fixture["gnorm"][step], rtol=1e-4)
+        if step == 0:  # the first learning rate is 0, yet the moments move
+            after = trainer.state.to_arrays()
+            assert all(np.array_equal(after[k], initial[k]) for k in initial if k.startswith(("params/", "ema/")))
+            assert all(after[k].any() for k in initial if k.startswith("adam_m/"))
+    assert int(trainer.state.step.numpy()) == 6
+
+    arrays = trainer.state.to_arrays()
+    for variable in trainer.state.model.trainable_variables:
+        path, name = variable.path.removeprefix("unet/"), golden.tf1_name(variable.path)
+        if name in ZERO_GRADIENT:
+            continue  # Adam turns the rounding noise of these gradients into steps of full size
+        stride = -(-variable.numpy().size // 256)
+        for group, key in (("params", f"step6/w/{name}"), ("ema", f"step6/ema/{name}")):
+            ours, start = arrays[f"{group}/{path}"].ravel(), initial[f"{group}/{path}"].ravel()
+            np.testing.assert_allclose(ours[::stride], fixture[key], rtol=1e-4, atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(np.linalg.norm(ours), fixture[f"norm/{key}"], rtol=1e-5, err_msg=key)
+            # The change itself, which is small beside the weights.
+            moved = np.linalg.norm(fixture[key] - start[::stride])
+            assert np.linalg.norm(ours[::stride] - fixture[key]) < 0.02 * moved + 1e-7 * np.sqrt(len(fixture[key])), key
+
+
+def test_warm_up():
+    rates = [float(warmed_up_learning_rate(2e-4, 4, tf.constant(step))) for step in range(6)]
+    np.testing.assert_allclose(rates, golden.load("train_small")["lr"], rtol=1e-6)
+    assert float(warmed_up_learning_rate(2e-4, 0, tf.constant(0))) == np.float32(2e-4)
+
+
+def take_steps(strategy, num_steps=2):
+    trainer = Trainer(TINY, strategy)
+    batches = trainer.batches(open_source(TINY))
+    metrics = trainer.run_steps(batches, tf.constant(num_steps))
+    return {name: float(value) for name, value in metrics.items()}, trainer.state.to_arrays()
+
+
+def test_eight_replicas_take_the_step_of_one():
+    one_metrics, one = take_steps(make_strategy("one_device"))
+    mirrored = make_strategy("mirrored")
+    assert mirrored.num_replicas_in_sync == 8
+    eight_metrics, eight = take_steps(mirrored)
+    np.testing.assert_allclose(eight_metrics["loss"], one_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(eight_metrics["grad_norm"], one_metrics["grad_norm"], rtol=1e-5)
+    assert one.keys() == eight.keys()
+    for name, array in one.items():
+        if name.startswith(("params/", "ema/")):
+            np.testing.assert_allclose(eight[name], array, atol=1e-5, err_msg=name)
+
+
+def test_replicas_draw_different_noise_and_images(monkeypatch):
+    seen = []
+    original = Trainer.loss_and_gradients
+
+    def spy(self, images, rng):
+        noise = rng.normal("noise", (*images.shape[:1], 8, 8, 1))
+        tf.py_function(lambda *tensors: seen.append([x.numpy() for x in tensors]), [images, noise], [])
+        return original(self, images, rng)
+
+    monkeypatch.setattr(Trainer, "loss_and_gradients", spy)
+    take_steps(make_strategy("mirrored"), num_steps=1)
+    assert len(seen) == 8
+    images, noise = (np.concatenate([replica[i] for replica in seen]) for i in range(2))
+    assert len(np.unique(noise.reshape(16, -1), axis=0)) == 16
+    assert len(np.unique(images.reshape(16, -1), axis=0)) == 16
+
+
+def run(workdir, preset, strategy=None):
+    trainer = Trainer(preset, strategy or make_strategy("one_device"))
+    workdir.prepare(preset, "")
+    train(trainer, workdir, open_source(preset))
+    return trainer.state.to_arrays()
+
+
+def test_a_resumed_run_is_the_run(tmp_path):
+    straight = run(Workdir(tmp_path / "straight"), TINY)
+    workdir = Workdir(tmp_path / "stopped")
+    run(workdir, dataclasses.replace(TINY, num_steps=4))
+    # As if it had been killed after writing a line past its last checkpoint.
+    workdir.append_metrics({"step": 5, "loss": 0.0})
+    resumed = run(workdir, TINY)
+    for name, array in straight.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+
+    def lines(folder):
+        with open(os.path.join(tmp_path, folder, "metrics.jsonl")) as file:
+            return [{k: v for k, v in json.loads(line).items() if k != "images_per_sec"} for line in file]
+
+    assert lines("stopped") == lines("straight")
+    assert [line["step"] for line in lines("straight")] == [2, 4, 6]
+    assert set(lines("straight")[0]) == {"step", "loss", "grad_norm", "learning_rate", "param_norm"}
+
+
+def test_a_run_reports(tmp_path):
+    preset = dataclasses.replace(TINY, num_steps=4, sample_every=4, num_timesteps=2)
+    workdir = Workdir(tmp_path)
+    final = run(workdir, preset)
+    tags = set()
+    for file in os.listdir(workdir.tensorboard):
+        for event in tf.compat.v1.train.summary_iterator(os.path.join(workdir.tensorboard, file)):
+            tags |= {value.tag for value in event.summary.value}
+    assert tags == {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_sec", "ema_samples"}
+    assert os.listdir(workdir.samples) == ["step_00000004.png"]
+
+    model = UNet.from_preset(preset)
+    load_ema(model, checkpoints.checkpoint_path(workdir.checkpoints, 4))
+    for variable in model.trainable_variables:
+        np.testing.assert_array_equal(variable.numpy(), final["ema/" + variable.path.removeprefix("unet/")])
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    workdir = Workdir(tmp_path)
+    run(workdir, dataclasses.replace(TINY, num_steps=2))
+    path = checkpoints.checkpoint_path(workdir.checkpoints, 2)
+    other = Trainer(dataclasses.replace(TINY, ch=64), make_strategy("one_device"))
+    before = other.state.to_arrays()
+    with pytest.raises(InputError, match="is of another network: .* is float32"):
+        other.state.restore(path)
+    deeper = Trainer(dataclasses.replace(TINY, num_res_blocks=2), make_strategy("one_device"))
+    with pytest.raises(InputError, match="is of another network: .* is missing"):
+        deeper.state.restore(path)
+    assert all(np.array_equal(before[k], v) for k, v in other.state.to_arrays().items())
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
+    workdir = Workdir(tmp_path)
+    preset = dataclasses.replace(TINY, learning_rate=1e30)
+    with pytest.raises(InputError, match="not finite between steps .* --learning_rate"):
+        run(workdir, preset)
+    for step in checkpoints.all_steps(workdir.checkpoints):
+        arrays = checkpoints.load(checkpoints.checkpoint_path(workdir.checkpoints, step))
+        assert all(np.isfinite(array).all() for array in arrays.values()), step
+
+
+def test_batch_not_divisible_by_replicas_is_refused():
+    with pytest.raises(InputError, match="--batch_size=12 must be a positive multiple of the 8 replicas"):
+        Trainer(dataclasses.replace(TINY, batch_size=12), make_strategy("mirrored"))

@@ -1,0 +1,185 @@
+"""The network against the authors': outputs, gradients, sizes, initial values."""
+
+import dataclasses
+import zlib
+
+import golden
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.unet import UNet, timestep_embedding
+
+# In exact arithmetic these have no gradient at all (attention's k biases; biases and timestep projections before
+# groups of one channel), so that the authors' float32 values are rounding noise.
+ZERO_GRADIENT = {
+    f"model/{name}"
+    for name in (
+        "down_0/block_0/conv1/b down_0/block_0/temb_proj/W down_0/block_0/temb_proj/b down_1/attn_0/k/b mid/attn_1/k/b"
+        " up_1/attn_0/k/b up_1/attn_1/k/b up_0/block_0/conv1/b up_0/block_0/temb_proj/W up_0/block_0/temb_proj/b"
+        " up_0/block_1/conv1/b up_0/block_1/temb_proj/W up_0/block_1/temb_proj/b up_0/block_1/conv2/b"
+        " up_0/block_1/nin_shortcut/b"
+    ).split()
+}
+
+
+def relative_error(ours, expected):
+    return np.abs(ours - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dim", [32, 128, 129])
+def test_timestep_embedding(dim):
+    fixture = golden.load("timestep_embedding")
+    # float32 sines of arguments up to 999 carry the arguments' rounding.
+    np.testing.assert_allclose(timestep_embedding(fixture["t"], dim), fixture[f"dim{dim}"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "parameters", "variables"),
+    [
+        ("cifar10", 35_746_307, 328),
+        ("celebahq256", 113_673_219, 450),
+        ("lsun_bedroom_large", 255_677_955, 450),
+    ],
+)
+def test_size(dataset, parameters, variables):
+    model = UNet.from_preset(PRESETS[dataset])
+    assert model.count_params() == parameters
+    assert len(model.trainable_variables) == len(model.variables) == variables
+
+
+def test_256x256_presets_share_one_network():
+    nets = [
+        dataclasses.replace(PRESETS[name], dataset="", num_steps=1, random_flip=True)
+        for name in ("celebahq256", "lsun_church", "lsun_bedroom", "lsun_cat")
+    ]
+    assert len(set(nets)) == 1
+
+
+def test_learned_variance_doubles_the_output():
+    model = UNet.from_preset(get_preset("cifar10", model_var_type="learned", loss_type="kl"))
+    assert model.count_params() == 35_749_766
+    assert model(tf.zeros([2, 32, 32, 3]), tf.zeros([2], tf.int32)).shape == (2, 32, 32, 6)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_output_and_gradients_are_the_authors(jit_compile):
+    fixture, stream = golden.load("unet_small"), np.random.RandomState(4242)
+    model = UNet.from_preset(golden.SMALL)
+    golden.assign_random_weights(model, stream)
+    np.testing.assert_allclose(fixture["x"], stream.standard_normal((2, 16, 16, 3)), atol=1e-6)
+
+    @tf.function(jit_compile=jit_compile)
+    def output_and_gradients(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = model(x, fixture["t"])
+            loss = tf.reduce_sum(output * fixture["cotangent"])
+        return output, tape.gradient(loss, [x, *(v.value for v in model.trainable_variables)])
+
+    output, (grad_x, *grads) = output_and_gradients(tf.constant(fixture["x"]))
+    assert relative_error(output, fixture["output"]) < 1e-5
+    assert relative_error(grad_x, fixture["grad_x"]) < 1e-4
+    for variable, grad in zip(model.trainable_variables, grads, strict=True):
+        name = golden.tf1_name(variable.path)
+        kept, norm = fixture[f"g/{name}"], fixture[f"norm/g/{name}"]
+        flat = grad.numpy().ravel()
+        if name in ZERO_GRADIENT:
+            assert np.abs(flat).max() < 1e-4, name
+            continue
+        assert relative_error(flat[:: -(-flat.size // 256)], kept) < 1e-4, name
+        np.testing.assert_allclose(np.linalg.norm(flat), norm, rtol=1e-4, err_msg=name)
+
+
+def test_ema_weights_of_the_authors_checkpoint():
+    fixture = golden.load("ema_small")
+    model = UNet.from_preset(golden.SMALL)
+    golden.assign_random_weights(model, np.random.RandomState(790))
+    assert relative_error(model(fixture["x"], fixture["t"]), fixture["output_ema"]) < 1e-5
+
+
+def test_full_cifar10_network_is_the_authors():
+    fixture = golden.load("full_forward")
+    model = UNet.from_preset(PRESETS["cifar10"])
+    for variable in model.trainable_variables:
+        name = golden.tf1_name(variable.path)
+        stream = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+        values = stream.standard_normal(variable.shape).astype(np.float32) * np.float32(0.02)
+        variable.assign(values + np.float32(1.0) if name.endswith("gamma") else values)
+    x = np.random.RandomState(1).standard_normal([1, 32, 32, 3]).astype(np.float32)
+    for t in (37, 911):
+        assert relative_error(model(x, np.array([t], np.int32)), fixture[f"cifar10_t{t}"]) < 5e-5
+
+
+def test_groups_of_several_channels_against_a_second_implementation():
+    """The golden network has 32 channels, one a group at its first level: a wrong grouping would not show there."""
+    model = UNet.from_preset(get_preset("digits", ch=64, ch_mult=(1,), attn_resolutions=(), image_size=8))
+    golden.assign_random_weights(model, np.random.RandomState(1))
+    block = model.down[0][0]
+    h = np.random.RandomState(2).standard_normal((2, 8, 8, 64)).astype(np.float32)
+    grouped = h.astype(np.float64).reshape(2, 64, 32, 2)
+    mean, variance = grouped.mean(axis=(1, 3), keepdims=True), grouped.var(axis=(1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(h.shape)
+    expected = expected * block.norm1.gamma.numpy() + block.norm1.beta.numpy()
+    np.testing.assert_allclose(block.norm1(h), expected, atol=1e-5)
+
+
+def test_initial_values():
+    model = UNet.from_preset(get_preset("cifar10"))
+    for variable in model.trainable_variables:
+        values, path = variable.numpy(), variable.path
+        if path.endswith(("bias", "beta")):
+            assert not values.any(), path
+        elif path.endswith("gamma"):
+            assert (values == 1).all(), path
+        else:
+            receptive_field = np.prod(values.shape[:-2])
+            fan_avg = receptive_field * (values.shape[-2] + values.shape[-1]) / 2
+            near_zero = path.endswith(("block_0/conv2/kernel", "proj_out/kernel", "conv_out/kernel")) or "conv2" in path
+            limit = np.sqrt(3 * (1e-10 if near_zero else 1.0) / fan_avg)
+            assert 0.97 * limit < np.abs(values).max() <= limit * 1.000001, path
+            np.testing.assert_allclose(values.std(), limit / np.sqrt(3), rtol=0.05, err_msg=path)
+    kernels = [v.numpy().ravel()[:500] for v in model.trainable_variables if v.path.endswith("conv1/kernel")]
+    assert len({kernel.tobytes() for kernel in kernels}) == len(kernels), "layers share their random numbers"
+
+
+def test_initial_values_follow_the_seed():
+    a, b, c = (UNet.from_preset(get_preset("digits", seed=seed)).conv_in.kernel.numpy() for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, c)
+
+
+def test_dropout_acts_only_with_a_generator_and_at_its_rate():
+    model = UNet.from_preset(get_preset("digits", dropout=0.3))
+    golden.assign_random_weights(model, np.random.RandomState(0))
+    block = model.mid[0]
+    x = np.random.RandomState(0).standard_normal((16, 4, 4, 64)).astype(np.float32)
+    temb = tf.zeros([16, 128])
+    seen = []
+    block.conv2 = lambda h: seen.append(h.numpy()) or h
+    block(x, temb)
+    block(x, temb, rng=CounterRng(0, 5, 0))
+    block(x, temb, rng=CounterRng(0, 5, 0))
+    block(x, temb, rng=CounterRng(0, 6, 0))
+    without, first, again, next_step = seen
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, next_step)
+    kept = first != 0
+    assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.21 / kept.size)
+    np.testing.assert_allclose(first[kept], without[kept] / 0.7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_resolutions": (5,)}, r"--attn_resolutions=5 never occurs: the network's are \[8, 4\]"),
+        ({"ch": 20}, "--ch=20: every level needs a multiple of 32 channels"),
+        ({"ch_mult": (1, 1, 1, 1, 1)}, "--ch_mult has 5 levels, but 8 pixels cannot be halved 4 times"),
+    ],
+)
+def test_impossible_networks_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        UNet.from_preset(get_preset("digits", **change))
