@@ -60,6 +60,20 @@ def all_steps(folder: str) -> list[int]:
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
 
+def find(folder: str, step: int | None = None) -> tuple[int, str]:
+    """(step, path) of the checkpoint of `step`, or of the newest.
+
+    Raises:
+      InputError: there is none; the message lists those that there are.
+    """
+    steps = all_steps(folder)
+    if not steps or (step is not None and step not in steps):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise InputError(f"{folder} holds {wanted}; there are: {', '.join(map(str, steps)) or 'none'}")
+    step = steps[-1] if step is None else step
+    return step, checkpoint_path(folder, step)
+
+
 def remove_old(folder: str, *, keep: int, keep_every: int) -> None:
     """Removes all but the newest `keep` checkpoints and, with `keep_every` > 0, those at its multiples."""
     for step in all_steps(folder)[:-keep]:

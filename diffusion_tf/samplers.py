@@ -1,14 +1,20 @@
 """Sampling loops, each one compiled loop over all timesteps, and the `Sampler` that draws image i by its index."""
 
+import io
 from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
+import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
 from diffusion_tf.distribution import compiles_with_xla, per_replica_batch_size
+from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.train_state import load_ema
+from diffusion_tf.unet import UNet
+from diffusion_tf.workdir import write_file
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -120,3 +126,38 @@ class Sampler:
     def __call__(self, first_image: int) -> np.ndarray:
         """Images first_image .. first_image + batch_size - 1, uint8 [batch_size, H, W, C]."""
         return self._sample(tf.constant(first_image, tf.int64)).numpy()
+
+
+def draw_samples(
+    strategy: tf.distribute.Strategy, preset: Preset, checkpoint: str, *, num_samples: int, batch_size: int, seed: int
+) -> np.ndarray:
+    """Samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C], from a checkpoint's EMA weights; shows progress.
+
+    Raises:
+      InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
+    """
+    with strategy.scope():
+        model = UNet.from_preset(preset)
+    load_ema(model, checkpoint)
+    sampler = Sampler(
+        strategy,
+        model,
+        [v.value for v in model.trainable_variables],
+        GaussianDiffusion.from_preset(preset),
+        image_shape=preset.image_shape,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    batches = []
+    with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
+        for first in range(0, num_samples, batch_size):
+            batches.append(sampler(first)[: num_samples - first])
+            bar.update(len(batches[-1]))
+    return np.concatenate(batches)
+
+
+def save_samples(path: str, samples: np.ndarray) -> None:
+    """Writes an .npz whose key `samples` is uint8 [N, H, W, C]."""
+    buffer = io.BytesIO()
+    np.savez(buffer, samples=samples)
+    write_file(path, buffer.getvalue())

@@ -1,0 +1,27 @@
+"""Which strategy runs this."""
+
+import pytest
+import tensorflow as tf
+
+from diffusion_tf.distribution import compiles_with_xla, is_chief, make_strategy, per_replica_batch_size
+from diffusion_tf.errors import InputError
+
+
+def test_strategies():
+    one, eight = make_strategy("one_device"), make_strategy("mirrored")
+    assert (one.num_replicas_in_sync, eight.num_replicas_in_sync) == (1, 8)
+    assert compiles_with_xla(one) and not compiles_with_xla(eight)
+    assert is_chief(one) and is_chief(eight)
+    assert make_strategy("auto").num_replicas_in_sync == max(1, len(tf.config.list_logical_devices("GPU")))
+    assert per_replica_batch_size(24, eight) == 3
+
+
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("TPU")), reason="a TPU is attached")
+def test_an_absent_tpu_is_named():
+    with pytest.raises(InputError, match="--tpu=local: cannot reach the TPU"):
+        make_strategy("tpu")
+
+
+def test_unknown_strategy_lists_the_choices():
+    with pytest.raises(InputError, match="--strategy=horovod: choose one of auto, tpu, mirrored"):
+        make_strategy("horovod")

@@ -1,0 +1,31 @@
+"""Grids and pictures."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from diffusion_tf import figures
+
+
+def test_grid_places_each_image():
+    images = np.arange(5 * 2 * 3 * 1, dtype=np.uint8).reshape(5, 2, 3, 1) + 1
+    grid = figures.image_grid(images, columns=2)
+    assert grid.shape == (6, 6, 1)
+    for i, image in enumerate(images):
+        row, column = divmod(i, 2)
+        np.testing.assert_array_equal(grid[2 * row : 2 * row + 2, 3 * column : 3 * column + 3], image)
+    assert not grid[4:, 3:].any()
+    assert figures.square_grid(np.zeros((100, 8, 8, 1), np.uint8)).shape == (80, 80, 1)
+
+
+def test_pictures_are_large_and_keep_every_pixel():
+    left = np.random.RandomState(0).randint(0, 256, (80, 80, 1)).astype(np.uint8)
+    right = np.random.RandomState(1).randint(0, 256, (80, 40, 3)).astype(np.uint8)
+    picture = np.asarray(Image.open(io.BytesIO(figures.captioned_grids({"left": left, "right": right}))))
+    assert picture.shape[0] >= 600
+    shown = picture[28 : 28 + 640 : 8, 8 : 8 + 640 : 8]
+    np.testing.assert_array_equal(shown, np.repeat(left, 3, axis=2))
+    start = 8 + 640 + 16
+    np.testing.assert_array_equal(picture[28 : 28 + 640 : 8, start : start + 320 : 8], right)
+    assert (picture[:28, 8:80] < 255).any()  # the caption
