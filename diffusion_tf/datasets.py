@@ -51,11 +51,20 @@ def open_source(preset: Preset, *, data_dir: str | None = None, tfrecord: str | 
         return _digits_source(preset.image_shape)
     if preset.dataset in TFDS_NAMES:
         return _tfds_source(TFDS_NAMES[preset.dataset], data_dir, preset.image_shape)
-    raise InputError(f"--dataset={preset.dataset} is read from StyleGAN TFRecords: name them by --tfrecord=FILE_OR_GLOB")
+    raise InputError(
+        f"--dataset={preset.dataset} is read from StyleGAN TFRecords: name them by --tfrecord=FILE_OR_GLOB"
+    )
 
 
 def training_batches(
-    source: ImageSource, *, batch_size: int, per_replica: int, seed: int, start_step: int, worker: int = 0, workers: int = 1
+    source: ImageSource,
+    *,
+    batch_size: int,
+    per_replica: int,
+    seed: int,
+    start_step: int,
+    worker: int = 0,
+    workers: int = 1,
 ) -> tf.data.Dataset:
     """Endless batches uint8 [per_replica, H, W, C] of one worker, from training step `start_step` on.
 
@@ -84,7 +93,9 @@ def _shuffle_buffer(num_examples: int, image_shape: tuple[int, int, int]) -> int
 
 def _require_shape(where: str, found, wanted: tuple[int, int, int]) -> None:
     if tuple(found) != tuple(wanted):
-        raise InputError(f"{where}: images are {tuple(found)}, the preset wants {tuple(wanted)} (height, width, channels)")
+        raise InputError(
+            f"{where}: images are {tuple(found)}, the preset wants {tuple(wanted)} (height, width, channels)"
+        )
 
 
 # --- digits ------------------------------------------------------------------------------------------------
@@ -122,7 +133,9 @@ def _tfds_source(name: str, data_dir: str | None, image_shape: tuple[int, int, i
     folder = os.path.join(data_dir, name)
     versions = sorted(tf.io.gfile.glob(os.path.join(folder, "*.*.*")), key=_version)
     if not versions:
-        raise InputError(f"--data_dir={data_dir} holds no prepared {name}: make it with `tfds build {name} --data_dir={data_dir}`")
+        raise InputError(
+            f"--data_dir={data_dir} holds no prepared {name}: make it with `tfds build {name} --data_dir={data_dir}`"
+        )
     builder = tfds.builder_from_directory(versions[-1])
     _require_shape(versions[-1], builder.info.features["image"].shape, image_shape)
     num_examples = builder.info.splits["train"].num_examples
@@ -172,7 +185,9 @@ def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int]) -> ImageSo
 def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
     """Records in `file`, after a look at the first: all are of one length, so that the file's size tells the rest."""
     if tf.io.gfile.isdir(file):
-        raise InputError(f"--tfrecord={file} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it")
+        raise InputError(
+            f"--tfrecord={file} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it"
+        )
     try:
         first = next(iter(tf.data.TFRecordDataset(file).take(1)), None)
         if first is None:
@@ -191,6 +206,6 @@ def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
     count, rest = divmod(tf.io.gfile.stat(file).length, record_bytes)
     if rest:
         raise InputError(
-            f"--tfrecord={file} is truncated: record {count} has {rest} of its {record_bytes} bytes; copy the file again"
+            f"--tfrecord={file} is truncated: record {count} has {rest} of its {record_bytes} bytes; copy it again"
         )
     return count

@@ -46,7 +46,7 @@ def approx_standard_normal_cdf(x: tf.Tensor) -> tf.Tensor:
 
 
 def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_scales: tf.Tensor) -> tf.Tensor:
-    """log p(x_0 | x_1) of each dimension, in nats, by the discrete decoder (Eq. 13).
+    """The log-likelihood log p(x_0 | x_1) of each dimension, in nats, by the discrete decoder (Eq. 13).
 
     Args:
       x: float32, the 256 levels k / 127.5 - 1. The bins of the first and the last level are open.

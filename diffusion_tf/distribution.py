@@ -14,6 +14,7 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
     `mirrored` takes all GPUs, or all logical CPU devices where there is no GPU; `multi_worker` reads TF_CONFIG.
 
     Args:
+      name: one of STRATEGIES.
       tpu: `local` on a TPU VM, or a TPU's name or grpc address.
 
     Raises:
@@ -23,10 +24,8 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
         raise InputError(f"--strategy={name}: choose one of {', '.join(STRATEGIES)}")
     gpus = tf.config.list_logical_devices("GPU")
     if name == "auto":
-        if tpu or tf.config.list_physical_devices("TPU"):
-            name = "tpu"
-        else:
-            name = "mirrored" if len(gpus) > 1 else "one_device"
+        on_tpu = tpu or tf.config.list_physical_devices("TPU")
+        name = "tpu" if on_tpu else "mirrored" if len(gpus) > 1 else "one_device"
     if name == "tpu":
         return _tpu_strategy(tpu or "local")
     if name == "multi_worker":
@@ -45,7 +44,9 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--tpu={tpu}: cannot reach the TPU ({reason}); on a machine without one use --strategy=auto") from error
+        raise InputError(
+            f"--tpu={tpu}: cannot reach the TPU ({reason}); on a machine without one use --strategy=auto"
+        ) from error
     return tf.distribute.TPUStrategy(resolver)
 
 

@@ -9,16 +9,17 @@ from diffusion_tf.workdir import write_file
 
 _MARGIN = 8  # pixels round each grid
 _CAPTION = 20  # pixels above each grid
+_LINE = 64  # grey level between the images of a grid
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Tiles uint8 [N, H, W, C] row by row into [rows * H, columns * W, C]; missing tiles are black."""
+    """Tiles uint8 [N, H, W, C] row by row, a grey line after each: [rows * (H + 1), columns * (W + 1), C]."""
     count, height, width, channels = images.shape
     rows = -(-count // columns)
-    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
-    padded[:count] = images
-    tiles = padded.reshape(rows, columns, height, width, channels)
-    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    tiles = np.full((rows * columns, height + 1, width + 1, channels), _LINE, np.uint8)
+    tiles[:count, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, height + 1, width + 1, channels)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 1), columns * (width + 1), channels)
 
 
 def square_grid(images: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> 
     Args:
       real: features [N, D].
       generated: features [M, D].
+      k: which neighbour a ball reaches to.
 
     Returns:
       (precision, recall), each in [0, 1].

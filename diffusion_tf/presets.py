@@ -57,10 +57,14 @@ class Preset:
     ema_decay: float = _field("Decay of the averaged weights that every sample and metric uses, in [0, 1).", 0.9999)
     seed: int = _field("Seed of the weights, the order of the data and all noise, in [0, 2^32).", 0)
 
-    steps_per_loop: int = _field("Steps between two lines of metrics; they run on the device unseen.", 100, recipe=False)
+    steps_per_loop: int = _field(
+        "Steps between two lines of metrics; they run on the device unseen.", 100, recipe=False
+    )
     checkpoint_every: int = _field("Steps between checkpoints.", 5000, recipe=False)
     keep_checkpoints: int = _field("How many of the newest checkpoints to keep.", 3, recipe=False)
-    keep_every: int = _field("Also keep for ever the checkpoints at multiples of this step; 0: none.", 100_000, recipe=False)
+    keep_every: int = _field(
+        "Also keep for ever the checkpoints at multiples of this step; 0: none.", 100_000, recipe=False
+    )
     sample_every: int = _field("Steps between grids of EMA samples; 0: none.", 20_000, recipe=False)
 
     def __post_init__(self):
@@ -80,8 +84,15 @@ class Preset:
         _require(self, "seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)")
         _require(self, "ch_mult", lambda v: v and min(v) > 0, "must be positive whole numbers")
         for name in ("checkpoint_every", "sample_every"):
-            _require(self, name, lambda v: v % self.steps_per_loop == 0, f"must be a multiple of {self.steps_per_loop=}")
-        _require(self, "keep_every", lambda v: v % self.checkpoint_every == 0, f"must be a multiple of {self.checkpoint_every=}")
+            _require(
+                self, name, lambda v: v % self.steps_per_loop == 0, f"must be a multiple of {self.steps_per_loop=}"
+            )
+        _require(
+            self,
+            "keep_every",
+            lambda v: v % self.checkpoint_every == 0,
+            f"must be a multiple of {self.checkpoint_every=}",
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -103,10 +114,10 @@ def _require(preset: Preset, name: str, accepts, what: str) -> None:
         raise InputError(f"--{name}={value}: {what.replace('self.', '--')}")
 
 
-# What the 256x256 models share. They predict eps with fixedsmall; flips for all but LSUN Bedroom (Appendix B).
-_SIZE_256 = dict(
-    image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall", learning_rate=2e-5, batch_size=64
-)
+_CELEBAHQ256 = Preset(
+    dataset="celebahq256", image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall",
+    learning_rate=2e-5, batch_size=64, num_steps=500_000,
+)  # fmt: skip
 
 PRESETS = {
     preset.dataset: preset
@@ -117,12 +128,14 @@ PRESETS = {
             ema_decay=0.998, steps_per_loop=50, checkpoint_every=1000, keep_every=0, sample_every=2000,
         ),
         Preset(dataset="cifar10", image_size=32, dropout=0.1),
-        Preset(dataset="celebahq256", num_steps=500_000, **_SIZE_256),
-        Preset(dataset="lsun_church", num_steps=1_200_000, **_SIZE_256),
-        Preset(dataset="lsun_bedroom", num_steps=2_400_000, random_flip=False, **_SIZE_256),
+        _CELEBAHQ256,
+        dataclasses.replace(_CELEBAHQ256, dataset="lsun_church", num_steps=1_200_000),
+        dataclasses.replace(_CELEBAHQ256, dataset="lsun_bedroom", num_steps=2_400_000, random_flip=False),
         # "a larger version of the LSUN Bedroom model with approximately 256M parameters": ch=192 has 255,677,955.
-        Preset(dataset="lsun_bedroom_large", num_steps=1_150_000, random_flip=False, ch=192, **_SIZE_256),
-        Preset(dataset="lsun_cat", num_steps=1_800_000, **_SIZE_256),
+        dataclasses.replace(
+            _CELEBAHQ256, dataset="lsun_bedroom_large", num_steps=1_150_000, random_flip=False, ch=192
+        ),
+        dataclasses.replace(_CELEBAHQ256, dataset="lsun_cat", num_steps=1_800_000),
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from diffusion_tf.workdir import Workdir
 
 _NUM_GRID_SAMPLES = 64
 
+
 class Trainer:
     """The compiled training step of a preset under a strategy.
 
@@ -144,7 +145,7 @@ class _Reporter:
         workdir.rewind_metrics(step)
         self.bar = tqdm.tqdm(initial=step, total=self.preset.num_steps, unit="step", desc=self.preset.dataset)
         self.writer = tf.summary.create_file_writer(workdir.tensorboard)
-        self.sampler = None
+        self.sampler: Sampler | None = None
 
     def report(self, step: int, means: dict[str, float], images_per_sec: float) -> None:
         """Reports the loop that ended at `step`, and saves and samples where it is time."""

@@ -68,6 +68,7 @@ class ResnetBlock(keras.layers.Layer):
             )
 
     def call(self, x, temb, rng: CounterRng | None = None):
+        """Maps x [B, H, W, in] and temb [B, 4 ch]; dropout acts where `rng` is given."""
         h = self.conv1(tf.nn.silu(self.norm1(x)))
         h += self.temb_proj(tf.nn.silu(temb))[:, None, None, :]
         h = tf.nn.silu(self.norm2(h))
@@ -93,6 +94,7 @@ class AttentionBlock(keras.layers.Layer):
         )
 
     def call(self, x):
+        """Maps x [B, H, W, C]."""
         _, height, width, channels = x.shape
         h = tf.reshape(self.norm(x), [-1, height * width, channels])
         logits = tf.einsum("bqc,bkc->bqk", self.q(h), self.k(h)) * self.scale
@@ -124,7 +126,9 @@ class UNet(keras.Model):
         super().__init__(name="unet")
         image_size, levels = image_shape[0], len(ch_mult)
         if image_size % 2 ** (levels - 1):
-            raise InputError(f"--ch_mult has {levels} levels, but {image_size} pixels cannot be halved {levels - 1} times")
+            raise InputError(
+                f"--ch_mult has {levels} levels, but {image_size} pixels cannot be halved {levels - 1} times"
+            )
         resolutions = [image_size // 2**level for level in range(levels)]
         for resolution in set(attn_resolutions) - set(resolutions):
             raise InputError(f"--attn_resolutions={resolution} never occurs: the network's are {resolutions}")
@@ -137,7 +141,7 @@ class UNet(keras.Model):
         self.temb_dense1 = keras.layers.Dense(4 * ch, kernel_initializer=init("temb/dense1"), name="temb_dense1")
         self.conv_in = _conv(ch, init("conv_in"), "conv_in")
 
-        # Each level is a list of (block, attention or None), and what changes the resolution after it, or None.
+        # A list of blocks for each level, and the convolutions between the levels.
         self.down, self.downsample, self.up, self.upsample = [], [], [], []
         channels, skip_channels = ch, [ch]
         for level, mult in enumerate(ch_mult):
@@ -193,6 +197,7 @@ class UNet(keras.Model):
         )
 
     def call(self, x_t, t, rng: CounterRng | None = None):
+        """Maps x_t [B, H, W, C] and t int32 [B]; dropout acts where `rng` is given."""
         temb = self.temb_dense1(tf.nn.silu(self.temb_dense0(timestep_embedding(t, self.ch))))
 
         h = self.conv_in(x_t)

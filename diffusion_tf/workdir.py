@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from typing import Any
 
 import tensorflow as tf
 
@@ -81,8 +82,9 @@ class Workdir:
         if not tf.io.gfile.exists(self._config):
             raise InputError(f"--workdir={self.path} holds no run (no config.json): train one there first")
         try:
-            fields = json.loads(read_file(self._config))
-            return Preset(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            fields: dict[str, Any] = json.loads(read_file(self._config))
+            fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
+            return Preset(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
 

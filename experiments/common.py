@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-import typing
 from collections.abc import Callable
 
 from absl import app, flags
@@ -43,11 +42,14 @@ def define_preset_flags() -> None:
             continue
         if field.name in CHOICES:
             flags.DEFINE_enum(field.name, None, CHOICES[field.name], doc)
-        elif typing.get_origin(field.type) is tuple:
-            flags.DEFINE_list(field.name, None, f"{doc} Whole numbers with commas between them.")
+        elif field.type is bool:
+            flags.DEFINE_boolean(field.name, None, doc)
+        elif field.type is int:
+            flags.DEFINE_integer(field.name, None, doc)
+        elif field.type is float:
+            flags.DEFINE_float(field.name, None, doc)
         else:
-            define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean}[field.type]
-            define(field.name, None, doc)
+            flags.DEFINE_list(field.name, None, f"{doc} Whole numbers with commas between them.")
 
 
 def preset_from_flags() -> Preset:

@@ -1,6 +1,6 @@
 """Trains the digits preset on this machine, samples from it, and says what was learnt.
 
-  python -m experiments.demo --workdir=runs/digits
+python -m experiments.demo --workdir=runs/digits
 """
 
 import os
@@ -23,9 +23,9 @@ flags.DEFINE_integer("num_samples", 256, "How many samples to draw, at least 100
 
 _SUMMARY = """
 What was learnt
-  {parameters:,} parameters were trained for {step:,} steps of {batch_size} images, from {num_examples:,} scanned digits.
-  Of {num_samples} new digits, {precision:.0%} look like real ones (precision), and they cover {recall:.0%} of the real ones
-  (recall): k = 3 in pixel space, against all 1,797 digits.
+  {parameters:,} parameters, by {step:,} steps of {batch_size} images drawn from {num_examples:,} scanned digits.
+  Of {num_samples} new digits {precision:.0%} look like real ones (precision), and they cover {recall:.0%} of the
+  real ones (recall; k = 3 in pixel space, against all 1,797 digits).
 
 Where it lies
   {picture}   samples beside real digits: look here first

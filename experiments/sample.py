@@ -10,7 +10,6 @@ from absl import flags
 
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.distribution import make_strategy
-from diffusion_tf.errors import InputError
 from diffusion_tf.samplers import draw_samples, save_samples
 from diffusion_tf.workdir import Workdir
 from experiments import common
@@ -19,20 +18,15 @@ FLAGS = flags.FLAGS
 common.define_workdir_flag()
 common.define_strategy_flags()
 flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to sample from. Default: the newest.")
-flags.DEFINE_integer("num_samples", 64, "How many samples to draw.")
-flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.")
-flags.DEFINE_integer("seed", 0, "Seed of the samples, in [0, 2^32).")
+flags.DEFINE_integer("num_samples", 64, "How many samples to draw.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("out", None, "The .npz file to write.")
 flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
 
 
 def main() -> None:
     common.require_flags("workdir", "out")
-    for name in ("num_samples", "batch_size"):
-        if FLAGS[name].value <= 0:
-            raise InputError(f"--{name}={FLAGS[name].value}: must be greater than 0")
-    if not 0 <= FLAGS.seed < 2**32:
-        raise InputError(f"--seed={FLAGS.seed}: must be in [0, 2^32)")
     workdir = Workdir(FLAGS.workdir)
     preset = workdir.read_preset()
     step, checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)

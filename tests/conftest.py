@@ -1,4 +1,4 @@
-"""Eight logical CPU devices for the whole test run: replicas need them, and TensorFlow fixes their number at its start."""
+"""Eight logical CPU devices for all tests: replicas need them, and TensorFlow fixes their number at its start."""
 
 import os
 

@@ -20,6 +20,19 @@ SMALL = Preset(
 )  # fmt: skip
 
 
+# In exact arithmetic these have no gradient at all (attention's k biases; biases and timestep projections before
+# groups of one channel), so that the authors' float32 values are rounding noise.
+ZERO_GRADIENT = {
+    f"model/{name}"
+    for name in (
+        "down_0/block_0/conv1/b down_0/block_0/temb_proj/W down_0/block_0/temb_proj/b down_1/attn_0/k/b mid/attn_1/k/b"
+        " up_1/attn_0/k/b up_1/attn_1/k/b up_0/block_0/conv1/b up_0/block_0/temb_proj/W up_0/block_0/temb_proj/b"
+        " up_0/block_1/conv1/b up_0/block_1/temb_proj/W up_0/block_1/temb_proj/b up_0/block_1/conv2/b"
+        " up_0/block_1/nin_shortcut/b"
+    ).split()
+}
+
+
 def load(name: str) -> dict[str, np.ndarray]:
     """The arrays of a fixture."""
     with np.load(_FIXTURES / f"{name}.npz", allow_pickle=False) as archive:

@@ -231,7 +231,9 @@ def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
         p = diffusion.p_mean_variance(denoise_fn, X_T, T, clip_denoised=clip)
         assert_golden(p.mean, f"v1/p_mean_variance/clip{int(clip)}/mean")
         np.testing.assert_allclose(
-            p.log_variance[later][:, :1, :1, :1], GOLDEN[f"v1/p_mean_variance/clip{int(clip)}/log_variance"][later], rtol=1e-5
+            p.log_variance[later][:, :1, :1, :1],
+            GOLDEN[f"v1/p_mean_variance/clip{int(clip)}/log_variance"][later],
+            rtol=1e-5,
         )
         sample, _ = diffusion.p_sample(denoise_fn, X_T, T, GOLDEN["noise2"], clip_denoised=clip)
         assert_golden(sample, f"v1/p_sample/clip{int(clip)}")

@@ -14,7 +14,12 @@ def test_recipes_are_appendix_b():
     assert (cifar10.learning_rate, cifar10.batch_size, cifar10.dropout) == (2e-4, 128, 0.1)
     assert (cifar10.num_steps, cifar10.model_var_type, cifar10.random_flip) == (800_000, "fixedlarge", True)
     for name, preset in PRESETS.items():
-        assert (preset.num_timesteps, preset.beta_schedule, preset.beta_start, preset.beta_end) == (1000, "linear", 1e-4, 0.02)
+        assert (preset.num_timesteps, preset.beta_schedule, preset.beta_start, preset.beta_end) == (
+            1000,
+            "linear",
+            1e-4,
+            0.02,
+        )
         assert (preset.model_mean_type, preset.loss_type, preset.grad_clip) == ("eps", "mse", 1.0)
         if preset.image_size == 256:
             assert (preset.learning_rate, preset.batch_size, preset.dropout) == (2e-5, 64, 0.0)
@@ -55,4 +60,7 @@ def test_unknown_preset_lists_the_known():
 def test_a_longer_run_is_the_same_recipe():
     preset = get_preset("digits")
     assert preset.recipe_differences(get_preset("digits", num_steps=9000, keep_checkpoints=1)) == []
-    assert preset.recipe_differences(get_preset("digits", dropout=0.5, seed=3)) == ["dropout: 0.0 != 0.5", "seed: 0 != 3"]
+    assert preset.recipe_differences(get_preset("digits", dropout=0.5, seed=3)) == [
+        "dropout: 0.0 != 0.5",
+        "seed: 0 != 3",
+    ]

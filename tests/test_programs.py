@@ -1,6 +1,7 @@
 """The programs as a user runs them: exit codes, one clear line, and what they leave behind."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -75,8 +76,6 @@ def test_every_flag_reaches_the_configuration():
     result = run("train", "--dry_run", *(f"--{name}={as_flag(value)}" for name, value in changed.items()))
     assert result.returncode == 0, result.stderr
     config, _, parameters = result.stdout.partition("parameters: ")
-    import json
-
     assert json.loads(config) == {"dataset": "digits", **changed}
     assert int(parameters.replace(",", "")) > 1e6
 

@@ -47,9 +47,7 @@ def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
 def test_progressive_loop_is_the_authors():
     diffusion = make("eps", "fixedlarge", 20)
     loop = tf.function(
-        lambda: p_sample_loop_progressive(
-            diffusion, DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5
-        )
+        lambda: p_sample_loop_progressive(diffusion, DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5)
     )
     key = "loop20/progressive/eps/fixedlarge/dn_xt"
     for name, ours in zip(("sample", "xstartpreds"), loop(), strict=True):
@@ -89,7 +87,8 @@ def optimal_denoiser(diffusion):
 
 
 @pytest.mark.parametrize(
-    ("mean_type", "var_type"), list(itertools.product(("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned")))
+    ("mean_type", "var_type"),
+    list(itertools.product(("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned"))),
 )
 def test_gaussian_data_is_sampled_back(mean_type, var_type):
     diffusion = make(mean_type, var_type, 1000)
@@ -102,9 +101,7 @@ def test_gaussian_data_is_sampled_back(mean_type, var_type):
         return tf.concat([output, at(log_variance) * tf.ones_like(x_t)], -1) if var_type == "learned" else output
 
     noise_fn = lambda t: CounterRng(7, t, 0).normal("sample", shape)
-    loop = tf.function(
-        lambda: p_sample_loop(diffusion, denoise_fn, noise_fn, clip_denoised=False), jit_compile=True
-    )
+    loop = tf.function(lambda: p_sample_loop(diffusion, denoise_fn, noise_fn, clip_denoised=False), jit_compile=True)
     x = loop().numpy().astype(np.float64)
 
     # The chain is linear, so its exact mean and variance follow by recursion; no noise is added at t = 0.

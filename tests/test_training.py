@@ -8,7 +8,6 @@ import golden
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_unet import ZERO_GRADIENT
 
 from diffusion_tf import checkpoints, training
 from diffusion_tf.datasets import open_source
@@ -64,7 +63,7 @@ def test_six_steps_are_the_authors(monkeypatch):
     arrays = trainer.state.to_arrays()
     for variable in trainer.state.model.trainable_variables:
         path, name = variable.path.removeprefix("unet/"), golden.tf1_name(variable.path)
-        if name in ZERO_GRADIENT:
+        if name in golden.ZERO_GRADIENT:
             continue  # Adam turns the rounding noise of these gradients into steps of full size
         stride = -(-variable.numpy().size // 256)
         for group, key in (("params", f"step6/w/{name}"), ("ema", f"step6/ema/{name}")):

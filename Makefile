@@ -1,0 +1,45 @@
+# Each target does its own set-up: a machine needs Python 3.11 or 3.12, make and a compiler.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= runs/digits
+BUILDIFIER := npx --yes @bazel/buildifier@8.2.1
+
+.PHONY: demo test test-slow lint format lock clean
+
+demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
+	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
+
+test: $(VENV)/.installed  ## the tests, in a few minutes
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: $(VENV)/.installed  ## the tests that take many minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed  ## style, types and build files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy diffusion_tf experiments
+	@if command -v npx >/dev/null; then $(BUILDIFIER) -mode=check -lint=warn BUILD MODULE.bazel; \
+	else echo "npx is missing: BUILD and MODULE.bazel were not checked"; fi
+
+format: $(VENV)/.installed  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.installed  ## choose new locked versions within setup.py's ranges
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version=3.11 --upgrade --no-header --no-emit-index-url \
+	  --no-emit-find-links --extra=dev setup.py --output-file=requirements.lock
+
+clean:  ## remove the virtual environment and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.installed: requirements.lock
+	@python=; for p in python3.11 python3.12 python3; do \
+	  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then python=$$p; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo "make: Python 3.11 or 3.12 is needed, and none is on the PATH" >&2; exit 1; fi; \
+	$$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
