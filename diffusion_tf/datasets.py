@@ -18,8 +18,8 @@ TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
 
 # Bounds the memory of shuffling; the encoded records are no larger than their pixels.
 _SHUFFLE_BYTES = 2**30
-# Every sixth digit is the test split, so that both splits hold digits of every writer.
-_DIGITS_TEST_EVERY = 6
+# Every tenth digit is the test split, so that both splits hold digits of every writer.
+_DIGITS_TEST_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _require_shape(where: str, found, wanted: tuple[int, int, int]) -> None:
 
 
 def load_digits(split: str = "all") -> np.ndarray:
-    """scikit-learn's 1,797 scanned digits, uint8 [N, 8, 8, 1]; `split` is train, test (every sixth) or all.
+    """scikit-learn's 1,797 scanned digits, uint8 [N, 8, 8, 1]; `split` is train, test (every tenth) or all.
 
     Their 17 grey levels 0..16 are spread over 0..255.
     """

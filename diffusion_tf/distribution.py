@@ -1,5 +1,7 @@
 """Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
@@ -50,13 +52,15 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     return tf.distribute.TPUStrategy(resolver)
 
 
-def compiles_with_xla(strategy: tf.distribute.Strategy) -> bool:
-    """Whether a replica's functions ask for XLA themselves.
+def replica_function(function: Callable, strategy: tf.distribute.Strategy) -> Callable:
+    """`function`, to be given to `strategy.run` inside a tf.function; one XLA program where that is ours to ask for.
 
-    A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Replicas that meet in an
-    all-reduce cannot be one XLA program outside of a TPU.
+    A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Off the TPU, replicas that
+    meet in an all-reduce cannot be one program, nor may they meet inside a nested tf.function.
     """
-    return strategy.num_replicas_in_sync == 1 and not isinstance(strategy, tf.distribute.TPUStrategy)
+    if strategy.num_replicas_in_sync > 1 or isinstance(strategy, tf.distribute.TPUStrategy):
+        return function
+    return tf.function(function, jit_compile=True)
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
-from diffusion_tf.distribution import compiles_with_xla, per_replica_batch_size
+from diffusion_tf.distribution import per_replica_batch_size, replica_function
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.train_state import load_ema
@@ -114,7 +114,7 @@ class Sampler:
 
             return x_to_images(p_sample_loop(diffusion, denoise_fn, noise_fn))
 
-        replica_sample = tf.function(replica_sample, jit_compile=compiles_with_xla(strategy) or None)
+        replica_sample = replica_function(replica_sample, strategy)
 
         @tf.function
         def sample(first_image):

@@ -11,7 +11,7 @@ import tqdm
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
-from diffusion_tf.distribution import compiles_with_xla, is_chief, per_replica_batch_size
+from diffusion_tf.distribution import is_chief, per_replica_batch_size, replica_function
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
@@ -35,8 +35,7 @@ class Trainer:
         self.per_replica = per_replica_batch_size(preset.batch_size, strategy)
         self.diffusion = GaussianDiffusion.from_preset(preset)
         self.state = TrainState(preset, strategy)
-        # Without merge points between replicas the whole step is one XLA program.
-        self._replica_step = tf.function(self._train_step, jit_compile=compiles_with_xla(strategy) or None)
+        self._replica_step = replica_function(self._train_step, strategy)
 
     def loss_and_gradients(self, images: tf.Tensor, rng: CounterRng) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """This replica's share of the loss (Algorithm 1) over the global batch, and its gradients.
@@ -137,6 +136,16 @@ def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
         reporter.close()
 
 
+def report_samples(workdir: Workdir, writer: tf.summary.SummaryWriter, step: int, samples: np.ndarray) -> None:
+    """Shows EMA samples uint8 [N, H, W, C] of `step` in TensorBoard and as `samples/step_*.png`."""
+    grid = figures.square_grid(samples)
+    picture = figures.captioned_grids({f"EMA samples at step {step}": grid})
+    figures.write_png(os.path.join(workdir.samples, f"step_{step:08d}.png"), picture)
+    with writer.as_default(step=step):
+        tf.summary.image("ema_samples", grid[np.newaxis])
+    writer.flush()
+
+
 class _Reporter:
     """What a run tells while it goes: progress bar, metrics.jsonl, TensorBoard, sample grids, checkpoints."""
 
@@ -196,11 +205,4 @@ class _Reporter:
                 batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
                 seed=self.preset.seed,
             )
-        grid = figures.square_grid(self.sampler(0)[:_NUM_GRID_SAMPLES])
-        caption = f"{self.preset.dataset}, EMA samples at step {step}"
-        figures.write_png(
-            os.path.join(self.workdir.samples, f"step_{step:08d}.png"), figures.captioned_grids({caption: grid})
-        )
-        with self.writer.as_default(step=step):
-            tf.summary.image("ema_samples", grid[np.newaxis])
-        self.writer.flush()
+        report_samples(self.workdir, self.writer, step, self.sampler(0)[:_NUM_GRID_SAMPLES])

@@ -89,6 +89,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except InputError as error:
             sys.exit(f"{_program()}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"{_program()}: interrupted")
 
     app.run(guarded_main, flags_parser=_parse_flags)
 

@@ -5,6 +5,7 @@ python -m experiments.demo --workdir=runs/digits
 
 import os
 
+import tensorflow as tf
 from absl import flags
 
 from diffusion_tf import checkpoints, figures
@@ -13,7 +14,7 @@ from diffusion_tf.distribution import make_strategy
 from diffusion_tf.metrics import pixel_features, precision_recall
 from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import draw_samples, save_samples
-from diffusion_tf.training import Trainer, train
+from diffusion_tf.training import Trainer, report_samples, train
 from diffusion_tf.workdir import Workdir
 from experiments import common
 
@@ -39,7 +40,7 @@ Where it lies
 
 def main() -> None:
     common.require_flags("workdir")
-    preset = get_preset("digits")
+    preset = get_preset("digits", sample_every=0)  # samples are drawn below, once
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
     source = open_source(preset)
@@ -52,6 +53,7 @@ def main() -> None:
     samples = draw_samples(strategy, preset, checkpoint, num_samples=num_samples, batch_size=num_samples, seed=0)
     samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
     save_samples(samples_path, samples)
+    report_samples(workdir, tf.summary.create_file_writer(workdir.tensorboard), step, samples[:100])
     real = load_digits()
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}

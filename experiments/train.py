@@ -36,8 +36,8 @@ def main() -> None:
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
     common.require_flags("workdir")
+    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)  # before anything else touches TensorFlow, as several hosts need
     source = open_source(preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
-    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
     trainer = Trainer(preset, strategy)
     workdir = Workdir(FLAGS.workdir)
     if is_chief(strategy):
