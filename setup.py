@@ -1,6 +1,7 @@
 """diffusion_tf: denoising diffusion probabilistic models in TensorFlow 2 and Keras 3."""
 
 import pathlib
+import re
 
 from setuptools import setup
 
@@ -8,33 +9,32 @@ ROOT = pathlib.Path(__file__).parent
 
 setup(
     name="diffusion_tf",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "diffusion_tf" / "__init__.py").read_text(encoding="utf-8"))[1],
     description="Denoising diffusion probabilistic models (Ho, Jain & Abbeel 2020) in TensorFlow 2 and Keras 3",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
     packages=["diffusion_tf", "experiments"],
+    # Without TensorFlow itself, which an extra chooses: the TPU's build overwrites the other's files.
     install_requires=[
-        "absl-py>=2.3",
+        "absl-py>=2.3,<3",
         "importlib_resources",  # tensorflow-datasets imports it without naming it
         "keras==3.15.*",
-        "numpy>=2.0",
-        "pillow>=11",  # PNG grids
-        "safetensors>=0.5",  # checkpoints that are read without running code
-        "scikit-learn>=1.6",  # the digits; nearest neighbours
-        "setuptools<81",  # tensorflow-hub and tensorboard import pkg_resources
-        "tensorflow==2.20.*",
+        "numpy>=2,<3",
+        "pillow>=11,<14",  # PNG grids
+        "safetensors>=0.5,<1",  # checkpoints that are read without running code
+        "scikit-learn>=1.6,<2",  # the digits; nearest neighbours
+        "setuptools<81",  # tensorboard imports pkg_resources
         "tensorflow-datasets==4.9.10",
-        "tensorflow-gan==2.1.0",
-        "tf-keras==2.20.*",  # tensorflow-hub brings it, and a newer one would bring another tensorflow
-        "tqdm>=4.66",  # progress bars
+        "tqdm>=4.66,<5",  # progress bars
     ],
     extras_require={
-        "gcs": ["tensorflow[gcs-filesystem]==2.20.*"],  # gs:// paths
+        "cpu": ["tensorflow==2.20.*"],
         "gpu": ["tensorflow[and-cuda]==2.20.*"],
-        # Overwrites tensorflow's files: install it alone and last, with --no-deps (see README).
-        "tpu": ["libtpu==0.0.21", "tensorflow-tpu[gcs-filesystem]==2.20.0"],
+        "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
+        # tf-keras brings tensorflow: on a TPU install this group with --no-deps.
+        "inception": ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"],
         "dev": ["mypy>=1.18", "pytest>=8", "ruff>=0.13", "scipy>=1.15"],
     },
 )

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file each, complete or absent, with a digest of what it holds.
 
-`checkpoints/step_00001000.safetensors` holds the arrays by name; its header's metadata holds the step and a SHA-256
-over every array. A file is written beside and renamed, so that a reader never sees half of one.
+`checkpoints/step_00001000.safetensors` holds the arrays by name, and in its header a SHA-256 over all of them. A file
+is written beside and renamed, so that a reader never sees half of one.
 """
 
 import hashlib
@@ -16,16 +16,15 @@ import safetensors.numpy
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.workdir import write_file
+from diffusion_tf.files import read_file, write_file
 
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
 
 def save(folder: str, step: int, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes the checkpoint of `step` and returns its path."""
-    metadata = {"step": str(step), "sha256": _digest(arrays)}
     path = checkpoint_path(folder, step)
-    write_file(path, safetensors.numpy.save(dict(arrays), metadata))
+    write_file(path, safetensors.numpy.save(dict(arrays), {"sha256": _digest(arrays)}))
     return path
 
 
@@ -35,17 +34,15 @@ def load(path: str) -> dict[str, np.ndarray]:
     Raises:
       InputError: the file is missing, is no checkpoint, or is damaged.
     """
+    data = read_file(path)
+    advice = "remove it to go on from the one before"
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            data = file.read()
         arrays = safetensors.numpy.load(data)
         metadata = _metadata(data)
-    except tf.errors.NotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint") from error
     except (safetensors.SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is not a checkpoint, or is damaged ({error})") from error
+        raise InputError(f"{path} is no checkpoint, or is damaged ({error}): {advice}") from error
     if metadata.get("sha256") != _digest(arrays):
-        raise InputError(f"{path} is damaged: its contents do not match their SHA-256")
+        raise InputError(f"{path} is damaged, its contents do not match their SHA-256: {advice}")
     return arrays
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import first_line
 from diffusion_tf.presets import Preset
 
 TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
@@ -136,13 +137,21 @@ def _tfds_source(name: str, data_dir: str | None, image_shape: tuple[int, int, i
         raise InputError(
             f"--data_dir={data_dir} holds no prepared {name}: make it with `tfds build {name} --data_dir={data_dir}`"
         )
-    builder = tfds.builder_from_directory(versions[-1])
+    try:
+        builder = tfds.builder_from_directory(versions[-1])
+    except (OSError, ValueError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:
+        raise InputError(f"--data_dir: {versions[-1]} is no complete TFDS dataset ({first_line(error)})") from error
     _require_shape(versions[-1], builder.info.features["image"].shape, image_shape)
     num_examples = builder.info.splits["train"].num_examples
     buffer = _shuffle_buffer(num_examples, image_shape)
 
     def records(epoch_seed):
-        encoded = builder.as_dataset(split="train", shuffle_files=False, decoders={"image": tfds.decode.SkipDecoding()})
+        encoded = builder.as_dataset(
+            split="train",
+            shuffle_files=False,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(try_autocache=False),  # each epoch is a dataset of its own
+        )
         return encoded.map(lambda example: example["image"]).shuffle(buffer, seed=epoch_seed)
 
     def decode(encoded):
@@ -163,7 +172,7 @@ _TFRECORD_OVERHEAD = 16  # length (8), its CRC (4), the record's CRC (4)
 
 
 def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int]) -> ImageSource:
-    files = sorted(tf.io.gfile.glob(pattern))
+    files = sorted(tf.io.gfile.glob(os.path.expanduser(pattern)))
     if not files:
         raise InputError(f"--tfrecord={pattern} matches no file")
     num_examples = sum(_count_records(file, image_shape) for file in files)
@@ -206,6 +215,6 @@ def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
     count, rest = divmod(tf.io.gfile.stat(file).length, record_bytes)
     if rest:
         raise InputError(
-            f"--tfrecord={file} is truncated: record {count} has {rest} of its {record_bytes} bytes; copy it again"
+            f"--tfrecord={file} is truncated: record {count} has {rest} of the {record_bytes} bytes of record 0"
         )
     return count

@@ -1,10 +1,12 @@
 """Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
 
+import os
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import first_line
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
 
@@ -20,22 +22,31 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
       tpu: `local` on a TPU VM, or a TPU's name or grpc address.
 
     Raises:
-      InputError: an unknown name, or a TPU that cannot be reached.
+      InputError: an unknown name, or a TPU or cluster that cannot be reached.
     """
     if name not in STRATEGIES:
         raise InputError(f"--strategy={name}: choose one of {', '.join(STRATEGIES)}")
-    gpus = tf.config.list_logical_devices("GPU")
-    if name == "auto":
-        on_tpu = tpu or tf.config.list_physical_devices("TPU")
-        name = "tpu" if on_tpu else "mirrored" if len(gpus) > 1 else "one_device"
-    if name == "tpu":
-        return _tpu_strategy(tpu or "local")
+    if tpu and name not in ("auto", "tpu"):
+        raise InputError(f"--tpu={tpu} goes with --strategy=tpu or auto, not {name}")
+    # Nothing before this may touch a device: the collectives of several hosts are configured first or not at all.
     if name == "multi_worker":
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return _multi_worker_strategy()
+    if name == "tpu" or (name == "auto" and (tpu or tf.config.list_physical_devices("TPU"))):
+        return _tpu_strategy(tpu or "local")
+    gpus = tf.config.list_logical_devices("GPU")
     devices = [device.name for device in gpus or tf.config.list_logical_devices("CPU")]
-    if name == "mirrored":
+    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         return tf.distribute.MirroredStrategy(devices)
     return tf.distribute.OneDeviceStrategy(devices[0])
+
+
+def _multi_worker_strategy() -> tf.distribute.Strategy:
+    if not os.environ.get("TF_CONFIG"):
+        raise InputError("--strategy=multi_worker needs TF_CONFIG, which names the workers and this process's place")
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise InputError(f"--strategy=multi_worker cannot start ({first_line(error)}): see TF_CONFIG") from error
 
 
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
@@ -44,11 +55,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         if tpu != "local":
             tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
-    except (ValueError, RuntimeError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--tpu={tpu}: cannot reach the TPU ({reason}); on a machine without one use --strategy=auto"
-        ) from error
+    except (ImportError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise InputError(f"--tpu={tpu}: cannot reach the TPU ({first_line(error)})") from error
     return tf.distribute.TPUStrategy(resolver)
 
 
@@ -58,17 +66,24 @@ def replica_function(function: Callable, strategy: tf.distribute.Strategy) -> Ca
     A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Off the TPU, replicas that
     meet in an all-reduce cannot be one program, nor may they meet inside a nested tf.function.
     """
-    if strategy.num_replicas_in_sync > 1 or isinstance(strategy, tf.distribute.TPUStrategy):
-        return function
-    return tf.function(function, jit_compile=True)
+    if isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes take part."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Whether this process is the one that writes files."""
-    resolver = strategy.cluster_resolver
-    if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+    if not is_multi_worker(strategy):
         return True
-    return resolver.task_type == "chief" or (resolver.task_type == "worker" and resolver.task_id == 0)
+    resolver = strategy.cluster_resolver
+    if "chief" in resolver.cluster_spec().jobs:
+        return resolver.task_type == "chief"
+    return resolver.task_id == 0
 
 
 def per_replica_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> int:

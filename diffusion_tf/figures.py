@@ -5,8 +5,6 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
-from diffusion_tf.workdir import write_file
-
 _MARGIN = 8  # pixels round each grid
 _CAPTION = 20  # pixels above each grid
 _LINE = 64  # grey level between the images of a grid
@@ -44,11 +42,6 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
         picture.paste(panel, (left, _MARGIN + _CAPTION))
         left += panel.width + 2 * _MARGIN
     return _png(picture)
-
-
-def write_png(path: str, png: bytes) -> None:
-    """Writes an encoded picture whole, or not at all."""
-    write_file(path, png)
 
 
 def _png(picture: Image.Image) -> bytes:

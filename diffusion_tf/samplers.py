@@ -1,6 +1,5 @@
 """Sampling loops, each one compiled loop over all timesteps, and the `Sampler` that draws image i by its index."""
 
-import io
 from collections.abc import Callable, Sequence
 
 import keras
@@ -14,7 +13,6 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.train_state import load_ema
 from diffusion_tf.unet import UNet
-from diffusion_tf.workdir import write_file
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -154,10 +152,3 @@ def draw_samples(
             batches.append(sampler(first)[: num_samples - first])
             bar.update(len(batches[-1]))
     return np.concatenate(batches)
-
-
-def save_samples(path: str, samples: np.ndarray) -> None:
-    """Writes an .npz whose key `samples` is uint8 [N, H, W, C]."""
-    buffer = io.BytesIO()
-    np.savez(buffer, samples=samples)
-    write_file(path, buffer.getvalue())

@@ -11,8 +11,9 @@ import tqdm
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
-from diffusion_tf.distribution import is_chief, per_replica_batch_size, replica_function
+from diffusion_tf.distribution import is_chief, is_multi_worker, per_replica_batch_size, replica_function
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import write_file
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import Sampler
@@ -77,7 +78,7 @@ class Trainer:
 
     @tf.function
     def run_steps(self, iterator, num_steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Takes `num_steps` training steps on the device; the mean loss and gradient norm of them."""
+        """Takes `num_steps` steps on the device: their mean `loss` and `grad_norm`, and `param_norm` after the last."""
         loss_sum, grad_norm_sum = tf.constant(0.0), tf.constant(0.0)
         for _ in tf.range(num_steps):
             loss, grad_norm = self.strategy.run(self._replica_step, args=(next(iterator),))
@@ -85,7 +86,8 @@ class Trainer:
             loss_sum += self.strategy.experimental_local_results(loss)[0]
             grad_norm_sum += self.strategy.experimental_local_results(grad_norm)[0]
         count = tf.cast(num_steps, tf.float32)
-        return {"loss": loss_sum / count, "grad_norm": grad_norm_sum / count}
+        param_norm = tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
+        return {"loss": loss_sum / count, "grad_norm": grad_norm_sum / count, "param_norm": param_norm}
 
     def batches(self, source: ImageSource):
         """An iterator over the training batches from the state's step on."""
@@ -108,39 +110,48 @@ def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
     """Trains up to `num_steps`, from the newest checkpoint of `workdir` where there is one.
 
     Raises:
-      InputError: the checkpoint does not fit, the data is damaged, or the loss is no longer finite.
+      InputError: the checkpoint does not fit, the data cannot be read, or the run has diverged.
     """
     preset, state = trainer.preset, trainer.state
     steps = checkpoints.all_steps(workdir.checkpoints)
     if steps:
         state.restore(checkpoints.checkpoint_path(workdir.checkpoints, steps[-1]))
     step = int(state.step.numpy())
-    reporter = _Reporter(trainer, workdir, step) if is_chief(trainer.strategy) else None
     batches = trainer.batches(source)
-    while step < preset.num_steps:
-        num_steps = min(preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
-        start = time.monotonic()
-        try:
-            means = {name: float(v) for name, v in trainer.run_steps(batches, tf.constant(num_steps)).items()}
-        except tf.errors.DataLossError as error:
-            raise InputError(f"the training data is damaged: {error.message.splitlines()[0]}") from error
-        step += num_steps
-        if not math.isfinite(means["loss"] + means["grad_norm"]):
-            raise InputError(
-                f"the loss or its gradient is not finite between steps {step - num_steps} and {step}; the checkpoints"
-                f" in {workdir.checkpoints} are sound: try a lower --learning_rate"
-            )
+    reporter = _Reporter(trainer, workdir, step) if is_chief(trainer.strategy) else None
+    try:
+        while step < preset.num_steps:
+            num_steps = min(preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
+            start = time.monotonic()
+            metrics = _run_steps(trainer, batches, num_steps)
+            step += num_steps
+            # The norm of the new weights too: what has diverged must not be saved.
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise InputError(
+                    f"the run diverged between steps {step - num_steps} and {step} ({metrics}): start again in another"
+                    f" --workdir with a learning rate below {preset.learning_rate}"
+                )
+            if reporter:
+                reporter.report(step, metrics, num_steps * preset.batch_size / (time.monotonic() - start))
+    finally:
         if reporter:
-            reporter.report(step, means, num_steps * preset.batch_size / (time.monotonic() - start))
-    if reporter:
-        reporter.close()
+            reporter.close()
+
+
+def _run_steps(trainer: Trainer, batches, num_steps: int) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in trainer.run_steps(batches, tf.constant(num_steps)).items()}
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
+        raise InputError(f"the training data cannot be read: {error.message.splitlines()[0]}") from error
+    except tf.errors.ResourceExhaustedError as error:
+        raise InputError("out of memory: a smaller --batch_size, or more replicas, may fit") from error
 
 
 def report_samples(workdir: Workdir, writer: tf.summary.SummaryWriter, step: int, samples: np.ndarray) -> None:
     """Shows EMA samples uint8 [N, H, W, C] of `step` in TensorBoard and as `samples/step_*.png`."""
     grid = figures.square_grid(samples)
     picture = figures.captioned_grids({f"EMA samples at step {step}": grid})
-    figures.write_png(os.path.join(workdir.samples, f"step_{step:08d}.png"), picture)
+    write_file(os.path.join(workdir.samples, f"step_{step:08d}.png"), picture)
     with writer.as_default(step=step):
         tf.summary.image("ema_samples", grid[np.newaxis])
     writer.flush()
@@ -156,16 +167,15 @@ class _Reporter:
         self.writer = tf.summary.create_file_writer(workdir.tensorboard)
         self.sampler: Sampler | None = None
 
-    def report(self, step: int, means: dict[str, float], images_per_sec: float) -> None:
+    def report(self, step: int, metrics: dict[str, float], images_per_sec: float) -> None:
         """Reports the loop that ended at `step`, and saves and samples where it is time."""
         metrics = {
             "step": step,
-            **means,
+            **metrics,
             # The rate of the loop's last step, which had step - 1 steps before it.
             "learning_rate": float(
                 warmed_up_learning_rate(self.preset.learning_rate, self.preset.warmup_steps, tf.constant(step - 1))
             ),
-            "param_norm": float(tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.trainer.state.params])),
             "images_per_sec": images_per_sec,
         }
         self.workdir.append_metrics(metrics)
@@ -173,7 +183,7 @@ class _Reporter:
             for name, value in metrics.items():
                 if name != "step":
                     tf.summary.scalar(name, value)
-        self.bar.set_postfix_str(f"loss={means['loss']:.4f}, {images_per_sec:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss={metrics['loss']:.4f}, {images_per_sec:.0f} images/s", refresh=False)
         self.bar.update(step - self.bar.n)
         if step % self.preset.checkpoint_every == 0 or step == self.preset.num_steps:
             self._save(step)
@@ -195,9 +205,11 @@ class _Reporter:
     def _write_samples(self, step: int) -> None:
         trainer = self.trainer
         if self.sampler is None:
-            replicas = trainer.strategy.num_replicas_in_sync
+            # Of several processes only this one is here, so that it samples on its own.
+            strategy = tf.distribute.get_strategy() if is_multi_worker(trainer.strategy) else trainer.strategy
+            replicas = strategy.num_replicas_in_sync
             self.sampler = Sampler(
-                trainer.strategy,
+                strategy,
                 trainer.state.model,
                 trainer.state.ema,
                 trainer.diffusion,

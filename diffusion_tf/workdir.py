@@ -8,44 +8,15 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import append_line, read_file, write_file
 from diffusion_tf.presets import Preset
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Writes a file so that it is there with all of `data`, or not at all; makes its folder.
-
-    Raises:
-      InputError: the path cannot be written.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        if os.path.dirname(path):
-            tf.io.gfile.makedirs(os.path.dirname(path))
-        with tf.io.gfile.GFile(temporary, "wb") as file:
-            file.write(data)
-        tf.io.gfile.rename(temporary, path, overwrite=True)
-    except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from error
-
-
-def read_file(path: str) -> bytes:
-    """The contents of a file.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            return file.read()
-    except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot read {path} ({str(error).splitlines()[0]})") from error
 
 
 class Workdir:
     """The folder of one run.
 
-    `config.json` (the resolved preset), `flags.txt` (the command), `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-    `samples/`.
+    `config.json` (the resolved preset), `flags.txt` (of the last command), `checkpoints/`, `metrics.jsonl`,
+    `tensorboard/`, `samples/`.
     """
 
     def __init__(self, path: str):
@@ -57,20 +28,32 @@ class Workdir:
         self._flags = os.path.join(self.path, "flags.txt")
         self._metrics = os.path.join(self.path, "metrics.jsonl")
 
-    def prepare(self, preset: Preset, flags: str) -> None:
-        """Makes the folder, or checks that it holds a run of the same recipe, and records configuration and flags.
+    def refuse_other_run(self, preset: Preset, num_examples: int) -> None:
+        """Looks whether this folder is new, or holds a run of this recipe on as many training images.
 
         Raises:
-          InputError: the folder cannot be written, or holds a run of another recipe (the fields are named).
+          InputError: it holds another run; the differing fields are named.
         """
-        if tf.io.gfile.exists(self._config):
-            differences = preset.recipe_differences(self.read_preset())
-            if differences:
-                raise InputError(
-                    f"--workdir={self.path} holds a run of another recipe ({'; '.join(differences)}, asked != there):"
-                    " repeat its flags or choose another workdir"
-                )
-        write_file(self._config, (json.dumps(dataclasses.asdict(preset), indent=2) + "\n").encode())
+        if not tf.io.gfile.exists(self._config):
+            return
+        there, num_examples_there = self._read_config()
+        differences = preset.recipe_differences(there)
+        if num_examples != num_examples_there:
+            differences.append(f"num_examples: {num_examples} != {num_examples_there}")
+        if differences:
+            raise InputError(
+                f"--workdir={self.path} holds a run of another recipe ({'; '.join(differences)}, asked != there):"
+                " repeat its flags or choose another workdir"
+            )
+
+    def write_config(self, preset: Preset, num_examples: int, flags: str) -> None:
+        """Makes the folder and records the configuration, the size of the training set and the flags.
+
+        Raises:
+          InputError: the folder cannot be written.
+        """
+        config = {**dataclasses.asdict(preset), "num_examples": num_examples}
+        write_file(self._config, (json.dumps(config, indent=2) + "\n").encode())
         write_file(self._flags, flags.encode())
 
     def read_preset(self) -> Preset:
@@ -81,11 +64,15 @@ class Workdir:
         """
         if not tf.io.gfile.exists(self._config):
             raise InputError(f"--workdir={self.path} holds no run (no config.json): train one there first")
+        return self._read_config()[0]
+
+    def _read_config(self) -> tuple[Preset, int]:
         try:
             fields: dict[str, Any] = json.loads(read_file(self._config))
+            num_examples = fields.pop("num_examples")
             fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
-            return Preset(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
+            return Preset(**fields), num_examples
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
 
     def rewind_metrics(self, step: int) -> None:
@@ -98,5 +85,4 @@ class Workdir:
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """Adds one line to `metrics.jsonl`."""
-        with tf.io.gfile.GFile(self._metrics, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append_line(self._metrics, json.dumps(metrics))

@@ -11,9 +11,10 @@ from absl import flags
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import load_digits, open_source
 from diffusion_tf.distribution import make_strategy
+from diffusion_tf.files import write_file, write_npz
 from diffusion_tf.metrics import pixel_features, precision_recall
 from diffusion_tf.presets import get_preset
-from diffusion_tf.samplers import draw_samples, save_samples
+from diffusion_tf.samplers import draw_samples
 from diffusion_tf.training import Trainer, report_samples, train
 from diffusion_tf.workdir import Workdir
 from experiments import common
@@ -44,20 +45,21 @@ def main() -> None:
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
     source = open_source(preset)
+    workdir.refuse_other_run(preset, source.num_examples)
     trainer = Trainer(preset, strategy)
-    workdir.prepare(preset, FLAGS.flags_into_string())
+    workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
     train(trainer, workdir, source)
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples
     samples = draw_samples(strategy, preset, checkpoint, num_samples=num_samples, batch_size=num_samples, seed=0)
     samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
-    save_samples(samples_path, samples)
+    write_npz(samples_path, samples=samples)
     report_samples(workdir, tf.summary.create_file_writer(workdir.tensorboard), step, samples[:100])
     real = load_digits()
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
-    figures.write_png(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
+    write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
 
     precision, recall = precision_recall(pixel_features(real), pixel_features(samples))
     print(

@@ -10,7 +10,9 @@ from absl import flags
 
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.distribution import make_strategy
-from diffusion_tf.samplers import draw_samples, save_samples
+from diffusion_tf.errors import InputError
+from diffusion_tf.files import check_writable, write_file, write_npz
+from diffusion_tf.samplers import draw_samples
 from diffusion_tf.workdir import Workdir
 from experiments import common
 
@@ -27,9 +29,13 @@ flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
 
 def main() -> None:
     common.require_flags("workdir", "out")
+    if FLAGS.strategy == "multi_worker":
+        raise InputError("--strategy=multi_worker is for training: sampling is one process's work")
     workdir = Workdir(FLAGS.workdir)
     preset = workdir.read_preset()
     step, checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)
+    for path in filter(None, (FLAGS.out, FLAGS.png)):
+        check_writable(path)  # before the work, not after it
     samples = draw_samples(
         make_strategy(FLAGS.strategy, FLAGS.tpu),
         preset,
@@ -38,11 +44,11 @@ def main() -> None:
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
     )
-    save_samples(FLAGS.out, samples)
+    write_npz(FLAGS.out, samples=samples)
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
         caption = f"{preset.dataset}, {len(samples)} samples of step {step}"
-        figures.write_png(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
+        write_file(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
         print(f"grid: {FLAGS.png}")
 
 

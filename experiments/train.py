@@ -36,12 +36,14 @@ def main() -> None:
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
     common.require_flags("workdir")
-    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)  # before anything else touches TensorFlow, as several hosts need
+    # Before anything else touches TensorFlow, as several hosts need.
+    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
     source = open_source(preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
-    trainer = Trainer(preset, strategy)
     workdir = Workdir(FLAGS.workdir)
+    workdir.refuse_other_run(preset, source.num_examples)
+    trainer = Trainer(preset, strategy)
     if is_chief(strategy):
-        workdir.prepare(preset, FLAGS.flags_into_string())
+        workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
     train(trainer, workdir, source)
 
 

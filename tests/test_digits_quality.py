@@ -16,7 +16,6 @@ from diffusion_tf.workdir import Workdir
 def test_digits_reach_precision_and_recall(tmp_path):
     preset, strategy, workdir = get_preset("digits"), make_strategy("one_device"), Workdir(tmp_path)
     trainer = Trainer(preset, strategy)
-    workdir.prepare(preset, "")
     train(trainer, workdir, open_source(preset))
     _, checkpoint = checkpoints.find(workdir.checkpoints)
     samples = draw_samples(strategy, preset, checkpoint, num_samples=1000, batch_size=250, seed=0)

@@ -21,6 +21,14 @@ def test_an_absent_tpu_is_named():
         make_strategy("tpu")
 
 
+def test_flags_that_do_not_go_together(monkeypatch):
+    with pytest.raises(InputError, match="--tpu=local goes with --strategy=tpu or auto, not mirrored"):
+        make_strategy("mirrored", "local")
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(InputError, match="--strategy=multi_worker needs TF_CONFIG"):
+        make_strategy("multi_worker")
+
+
 def test_unknown_strategy_lists_the_choices():
     with pytest.raises(InputError, match="--strategy=horovod: choose one of auto, tpu, mirrored"):
         make_strategy("horovod")

@@ -8,13 +8,12 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from diffusion_tf import checkpoints
+from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.presets import get_preset
 from diffusion_tf.training import Trainer, train
-from diffusion_tf.datasets import open_source
 from diffusion_tf.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -34,7 +33,6 @@ def free_ports(count):
     return ports
 
 
-@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     args = [f"--{name}={value}" for name, value in RECIPE.items()]
@@ -43,7 +41,14 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "experiments.train", f"--workdir={tmp_path}/two", "--strategy=multi_worker", *args],
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.train",
+                    f"--workdir={tmp_path}/two",
+                    "--strategy=multi_worker",
+                    *args,
+                ],
                 cwd=ROOT,
                 env={**os.environ, "TF_CONFIG": json.dumps(config), "CUDA_VISIBLE_DEVICES": ""},
                 stderr=subprocess.PIPE,
@@ -57,7 +62,6 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
     preset, workdir = get_preset("digits", **RECIPE), Workdir(tmp_path / "one")
     trainer = Trainer(preset, make_strategy("one_device"))
-    workdir.prepare(preset, "")
     train(trainer, workdir, open_source(preset))
     two = checkpoints.load(checkpoints.find(Workdir(tmp_path / "two").checkpoints)[1])
     for name, array in trainer.state.to_arrays().items():

@@ -13,6 +13,7 @@ import pytest
 from diffusion_tf.presets import Preset
 from diffusion_tf.workdir import Workdir
 
+TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4".split()
 
@@ -34,7 +35,10 @@ def run(program, *args):
     [
         ("train", ["--workdir=w", "--dataset=mnist"], "--dataset=mnist: choose one of digits, cifar10"),
         ("train", ["--workdir=w", "--learning_rate=-1"], "--learning_rate=-1.0: must be greater than 0"),
-        ("train", ["--workdir=w", "--learning_rate=fast"], "--learning_rate=fast"),
+        ("train", ["--workdir=w", "--learning_rate=0"], "--learning_rate=0.0: must be greater than 0"),
+        ("train", ["--workdir=w", "--dataset=cifar10", "--data_dir=/nowhere"], "--data_dir=/nowhere holds no prepared"),
+        ("train", ["--workdir=w", "--dataset=lsun_cat", "--tfrecord=tests/fixtures"], "tests/fixtures is a folder"),
+        ("train", ["--workdir=w", "--dataset=lsun_cat", f"--tfrecord={TFRECORD}"], "images are (4, 4, 3)"),
         ("train", ["--workdir=w", "--beta_schedule=cosine"], "linear"),
         ("train", ["--workdir=w", "--atn_resolutions=4"], "atn_resolutions"),
         ("train", ["--workdir=w", "--attn_resolutions=5"], "--attn_resolutions=5 never occurs"),

@@ -4,30 +4,35 @@ import pytest
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
-from diffusion_tf.workdir import Workdir, write_file
+from diffusion_tf.workdir import Workdir
 
 
 def test_configuration_round_trips(tmp_path):
     workdir = Workdir(tmp_path / "run")
     preset = get_preset("cifar10", seed=3, attn_resolutions=(16, 8))
-    workdir.prepare(preset, "--seed=3\n")
+    workdir.refuse_other_run(preset, 100)
+    workdir.write_config(preset, 100, "--seed=3\n")
+    workdir.refuse_other_run(preset, 100)
     assert workdir.read_preset() == preset
     assert (tmp_path / "run" / "flags.txt").read_text() == "--seed=3\n"
 
 
 def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
     workdir = Workdir(tmp_path)
-    workdir.prepare(get_preset("digits"), "first")
+    workdir.write_config(get_preset("digits"), 100, "first")
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(InputError, match=r"another recipe \(dropout: 0.1 != 0.0; learning_rate: 0.01 != 0.001"):
-        workdir.prepare(get_preset("digits", learning_rate=0.01, dropout=0.1), "second")
+        workdir.refuse_other_run(get_preset("digits", learning_rate=0.01, dropout=0.1), 100)
+    with pytest.raises(InputError, match=r"another recipe \(num_examples: 24 != 100"):
+        workdir.refuse_other_run(get_preset("digits"), 24)
     assert (tmp_path / "config.json").read_bytes() == before
     assert (tmp_path / "flags.txt").read_text() == "first"
-    workdir.prepare(get_preset("digits", num_steps=9000), "longer")
-    assert workdir.read_preset().num_steps == 9000
+    workdir.refuse_other_run(get_preset("digits", num_steps=9000), 100)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"dataset": "digits"}', '{"unknown": 1}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"dataset": "digits", "num_examples": 1}', '{"unknown": 1, "num_examples": 1}']
+)
 def test_a_foreign_configuration_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="config.json is not a configuration of this version"):
@@ -48,10 +53,3 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')  # a process died here
     workdir.rewind_metrics(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
-
-
-def test_files_that_cannot_be_written_are_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot write .*file/config.json"):
-        write_file(str(tmp_path / "file" / "config.json"), b"")
-    assert (tmp_path / "file").read_text() == "in the way"

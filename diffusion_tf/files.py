@@ -1,0 +1,79 @@
+"""Files that are whole or absent, on disk or gs://, with errors that name them."""
+
+import io
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Writes a file so that it is there with all of `data`, or not at all; makes its folder.
+
+    Raises:
+      InputError: the path cannot be written.
+    """
+    path = os.path.expanduser(path)
+    _write_temporary(path, data)
+    tf.io.gfile.rename(_temporary(path), path, overwrite=True)
+
+
+def check_writable(path: str) -> None:
+    """Raises InputError where `path` could not be written; changes nothing that is there."""
+    path = os.path.expanduser(path)
+    _write_temporary(path, b"")
+    tf.io.gfile.remove(_temporary(path))
+
+
+def write_npz(path: str, **arrays: np.ndarray) -> None:
+    """Writes arrays by name as an .npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_file(path, buffer.getvalue())
+
+
+def read_file(path: str) -> bytes:
+    """The contents of a file.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return file.read()
+    except (tf.errors.OpError, OSError) as error:
+        raise InputError(f"cannot read {path} ({first_line(error)})") from error
+
+
+def append_line(path: str, line: str) -> None:
+    """Adds a line to a text file.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "a") as file:
+            file.write(line + "\n")
+    except (tf.errors.OpError, OSError) as error:
+        raise InputError(f"cannot write {path} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the details that TensorFlow puts on further lines."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _temporary(path: str) -> str:
+    return f"{path}.tmp"
+
+
+def _write_temporary(path: str, data: bytes) -> None:
+    try:
+        if os.path.dirname(path):
+            tf.io.gfile.makedirs(os.path.dirname(path))
+        with tf.io.gfile.GFile(_temporary(path), "wb") as file:
+            file.write(data)
+    except (tf.errors.OpError, OSError) as error:
+        raise InputError(f"cannot write {path} ({first_line(error)})") from error
