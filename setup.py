@@ -35,6 +35,6 @@ setup(
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
         # tf-keras brings tensorflow: on a TPU install this group with --no-deps.
         "inception": ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"],
-        "dev": ["mypy>=1.18", "pytest>=8", "ruff>=0.13", "scipy>=1.15"],
+        "dev": ["mypy>=1.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.13", "scipy>=1.15"],
     },
 )

@@ -84,8 +84,9 @@ def load_ema(model: UNet, path: str) -> None:
 
 
 def _assign(variables: dict[str, tf.Variable], arrays: dict[str, np.ndarray], path: str) -> None:
-    for name in sorted(variables.keys() ^ arrays.keys()):
-        raise InputError(f"{path} is of another network: {name} is {'missing' if name in variables else 'unknown'}")
+    if mismatched := sorted(variables.keys() ^ arrays.keys()):
+        what = "missing" if mismatched[0] in variables else "unknown"
+        raise InputError(f"{path} is of another network: {mismatched[0]} is {what}")
     for name, variable in variables.items():
         found, wanted = arrays[name], variable
         if found.shape != tuple(wanted.shape) or found.dtype != wanted.dtype.as_numpy_dtype:

@@ -66,6 +66,7 @@ class Trainer:
 
     def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """One step in replica context: (loss, gradient norm), both of the global batch."""
+        images = tf.ensure_shape(images, (self.per_replica, *self.preset.image_shape))  # several hosts lose it
         context = tf.distribute.get_replica_context()
         first_example = tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica
         rng = CounterRng(self.preset.seed, self.state.step, first_example)

@@ -145,7 +145,7 @@ def test_wrong_tfrecords_name_the_file(tmp_path, images):
 
     cut = tmp_path / "cut.tfrecords"
     cut.write_bytes(good.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cut.tfrecords is truncated: record 9 has .* of its .* bytes"):
+    with pytest.raises(InputError, match="cut.tfrecords is truncated: record 9 has 723 of the 823 bytes"):
         open_source(SMALL_IMAGES, tfrecord=str(cut))
     cut.write_bytes(good.read_bytes()[:100])
     with pytest.raises(InputError, match="cut.tfrecords is not a StyleGAN TFRecord"):

@@ -33,31 +33,26 @@ def free_ports(count):
     return ports
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def train_in_two_processes(tmp_path, args):
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    args = [f"--{name}={value}" for name, value in RECIPE.items()]
-    processes = []
-    for index in range(2):
-        config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
-        processes.append(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "experiments.train",
-                    f"--workdir={tmp_path}/two",
-                    "--strategy=multi_worker",
-                    *args,
-                ],
-                cwd=ROOT,
-                env={**os.environ, "TF_CONFIG": json.dumps(config), "CUDA_VISIBLE_DEVICES": ""},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    logs, processes = [tmp_path / f"worker{index}.log" for index in range(2)], []
+    try:
+        for index, log in enumerate(logs):
+            config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+            command = [sys.executable, "-m", "experiments.train", "--strategy=multi_worker", *args]
+            env = {**os.environ, "TF_CONFIG": json.dumps(config), "CUDA_VISIBLE_DEVICES": ""}
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=300) == 0, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    train_in_two_processes(tmp_path, [f"--workdir={tmp_path}/two", *(f"--{k}={v}" for k, v in RECIPE.items())])
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
 
     preset, workdir = get_preset("digits", **RECIPE), Workdir(tmp_path / "one")

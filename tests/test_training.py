@@ -83,9 +83,10 @@ def test_ema_follows_the_weights_after_each_step():
     for _ in range(3):
         trainer.run_steps(batches, tf.constant(1))
         expected = [0.9 * ema + 0.1 * w.numpy() for ema, w in zip(expected, trainer.state.params, strict=True)]
-    for ema, w, ours in zip(expected, trainer.state.params, trainer.state.ema, strict=True):
+    for ema, ours in zip(expected, trainer.state.ema, strict=True):
         np.testing.assert_allclose(ours.numpy(), ema, atol=1e-6)
-        assert np.abs(ours.numpy() - w.numpy()).max() > 1e-5  # and they did move
+    moved = [np.abs(ema - w.numpy()).max() for ema, w in zip(expected, trainer.state.params, strict=True)]
+    assert np.sum(np.array(moved) > 1e-4) > 5  # so that another order of the updates would show
 
 
 def test_warm_up():
