@@ -124,9 +124,9 @@ PRESETS = {
     for preset in (
         Preset(
             dataset="digits", image_size=8, channels=1, random_flip=False, ch=32, ch_mult=(1, 2), num_res_blocks=1,
-            attn_resolutions=(4,), model_var_type="fixedsmall", learning_rate=1e-3, batch_size=64, num_steps=3600,
-            warmup_steps=100, ema_decay=0.998, steps_per_loop=50, checkpoint_every=600, keep_every=0,
-            sample_every=1800,
+            attn_resolutions=(), model_var_type="fixedsmall", learning_rate=1e-3, batch_size=64, num_steps=4000,
+            warmup_steps=100, ema_decay=0.997, steps_per_loop=50, checkpoint_every=500, keep_every=0,
+            sample_every=2000,
         ),
         Preset(dataset="cifar10", image_size=32, dropout=0.1),
         _CELEBAHQ256,
