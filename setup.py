@@ -21,6 +21,7 @@ setup(
         "absl-py>=2.3,<3",
         "importlib_resources",  # tensorflow-datasets imports it without naming it
         "keras==3.15.*",
+        "matplotlib>=3.10,<4",  # curves
         "numpy>=2,<3",
         "pillow>=11,<14",  # PNG grids
         "safetensors>=0.5,<1",  # checkpoints that are read without running code

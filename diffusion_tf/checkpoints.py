@@ -46,6 +46,13 @@ def load(path: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def load_digest(path: str) -> str:
+    """The SHA-256 of the arrays that the checkpoint at `path` holds, as its header states it: its identity."""
+    with tf.io.gfile.GFile(path, "rb") as file:
+        header_size = file.read(8)
+        return _metadata(header_size + file.read(int.from_bytes(header_size, "little")))["sha256"]
+
+
 def checkpoint_path(folder: str, step: int) -> str:
     """Where the checkpoint of `step` lies, or would lie."""
     return os.path.join(folder, f"step_{step:08d}.safetensors")
@@ -58,17 +65,29 @@ def all_steps(folder: str) -> list[int]:
 
 
 def find(folder: str, step: int | None = None) -> tuple[int, str]:
-    """(step, path) of the checkpoint of `step`, or of the newest.
+    """(step, path) of the checkpoint of `step`, or of the newest; the best one counts too.
 
     Raises:
       InputError: there is none; the message lists those that there are.
     """
-    steps = all_steps(folder)
-    if not steps or (step is not None and step not in steps):
+    best = os.path.join(folder, "best")
+    paths = {found: checkpoint_path(place, found) for place in (best, folder) for found in all_steps(place)}
+    if not paths or (step is not None and step not in paths):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise InputError(f"{folder} holds {wanted}; there are: {', '.join(map(str, steps)) or 'none'}")
-    step = steps[-1] if step is None else step
-    return step, checkpoint_path(folder, step)
+        raise InputError(f"{folder} holds {wanted}; there are: {', '.join(map(str, sorted(paths))) or 'none'}")
+    step = max(paths) if step is None else step
+    return step, paths[step]
+
+
+def keep_best(folder: str, path: str) -> None:
+    """Copies the checkpoint at `path` to `folder`/best, in place of the one there; `find` finds it by its step."""
+    best = os.path.join(folder, "best")
+    before = all_steps(best)
+    kept = os.path.join(best, os.path.basename(path))
+    write_file(kept, read_file(path))
+    for step in before:
+        if checkpoint_path(best, step) != kept:
+            tf.io.gfile.remove(checkpoint_path(best, step))
 
 
 def remove_old(folder: str, *, keep: int, keep_every: int) -> None:

@@ -2,6 +2,7 @@
 
 The order of the training images is a function of the seed and the step: each epoch is shuffled with a seed of its own,
 while the records are still encoded, and a resumed run skips to its place. (Flips belong to the training step.)
+Measurements read the images of a split in the order of their records.
 """
 
 import dataclasses
@@ -25,23 +26,34 @@ _DIGITS_TEST_EVERY = 10
 
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """Where training images come from.
+    """Where images come from.
 
     Attributes:
+      name: what they are and where they lie.
       num_examples: images in one epoch.
-      records: records(epoch_seed) is a dataset of one epoch's encoded images; `epoch_seed` is an int64 scalar tensor.
+      records: records(epoch_seed) is a dataset of one epoch's encoded images, shuffled by `epoch_seed`, an int64 scalar
+        tensor, or in their order where it is None.
       decode: one encoded image to uint8 [H, W, C].
       image_shape: (H, W, C).
     """
 
+    name: str
     num_examples: int
-    records: Callable[[tf.Tensor], tf.data.Dataset]
+    records: Callable[[tf.Tensor | None], tf.data.Dataset]
     decode: Callable[[tf.Tensor], tf.Tensor]
     image_shape: tuple[int, int, int]
 
 
-def open_source(preset: Preset, *, data_dir: str | None = None, tfrecord: str | None = None) -> ImageSource:
-    """The training images of `preset`, from `tfrecord` (a StyleGAN file or glob) where given, else its own place.
+def open_source(
+    preset: Preset, split: str = "train", *, data_dir: str | None = None, tfrecord: str | None = None
+) -> ImageSource:
+    """The images of `preset`, from `tfrecord` (a StyleGAN file or glob) where given, else its own place.
+
+    Args:
+      preset: names the data, and the shape that it must have.
+      split: train or test. StyleGAN TFRecords know no splits: the files are the split.
+      data_dir: the folder of prepared TFDS datasets; default ~/tensorflow_datasets.
+      tfrecord: a StyleGAN TFRecord file, or a glob of them.
 
     Raises:
       InputError: the data is missing, damaged, or of another shape; the message names the flag and the file.
@@ -49,9 +61,9 @@ def open_source(preset: Preset, *, data_dir: str | None = None, tfrecord: str | 
     if tfrecord:
         return _tfrecord_source(tfrecord, preset.image_shape)
     if preset.dataset == "digits":
-        return _digits_source(preset.image_shape)
+        return _digits_source(split, preset.image_shape)
     if preset.dataset in TFDS_NAMES:
-        return _tfds_source(TFDS_NAMES[preset.dataset], data_dir, preset.image_shape)
+        return _tfds_source(TFDS_NAMES[preset.dataset], split, data_dir, preset.image_shape)
     raise InputError(
         f"--dataset={preset.dataset} is read from StyleGAN TFRecords: name them by --tfrecord=FILE_OR_GLOB"
     )
@@ -88,6 +100,16 @@ def training_batches(
     )
 
 
+def image_batch(source: ImageSource, first: int, count: int) -> np.ndarray:
+    """Images first .. first + count - 1 in the order of their records, uint8 [count, H, W, C]."""
+    images = source.records(None).skip(first).take(count).map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
+    return images.batch(count).get_single_element().numpy()
+
+
+def _shuffled(dataset: tf.data.Dataset, buffer: int, seed: tf.Tensor | None) -> tf.data.Dataset:
+    return dataset if seed is None else dataset.shuffle(buffer, seed=seed)
+
+
 def _shuffle_buffer(num_examples: int, image_shape: tuple[int, int, int]) -> int:
     return min(num_examples, _SHUFFLE_BYTES // int(np.prod(image_shape)))
 
@@ -110,24 +132,36 @@ def load_digits(split: str = "all") -> np.ndarray:
     import sklearn.datasets  # only digits need it
 
     images = np.round(sklearn.datasets.load_digits().images * (255.0 / 16.0)).astype(np.uint8)[..., None]
-    test = np.arange(len(images)) % _DIGITS_TEST_EVERY == _DIGITS_TEST_EVERY - 1
-    return {"train": images[~test], "test": images[test], "all": images}[split]
+    return images[_in_split(len(images), split)]
 
 
-def _digits_source(image_shape: tuple[int, int, int]) -> ImageSource:
-    images = load_digits("train")
+def load_digit_labels(split: str = "all") -> np.ndarray:
+    """Which digits `load_digits(split)` shows, int64 [N] in 0..9."""
+    import sklearn.datasets
+
+    labels = sklearn.datasets.load_digits().target
+    return labels[_in_split(len(labels), split)]
+
+
+def _in_split(count: int, split: str) -> np.ndarray:
+    test = np.arange(count) % _DIGITS_TEST_EVERY == _DIGITS_TEST_EVERY - 1
+    return {"train": ~test, "test": test, "all": np.full(count, True)}[split]
+
+
+def _digits_source(split: str, image_shape: tuple[int, int, int]) -> ImageSource:
+    images = load_digits(split)
     _require_shape("--dataset=digits", images.shape[1:], image_shape)
 
     def records(epoch_seed):
-        return tf.data.Dataset.from_tensor_slices(images).shuffle(len(images), seed=epoch_seed)
+        return _shuffled(tf.data.Dataset.from_tensor_slices(images), len(images), epoch_seed)
 
-    return ImageSource(len(images), records, lambda image: image, image_shape)
+    return ImageSource(f"scikit-learn digits, {split}", len(images), records, lambda image: image, image_shape)
 
 
 # --- TFDS --------------------------------------------------------------------------------------------------
 
 
-def _tfds_source(name: str, data_dir: str | None, image_shape: tuple[int, int, int]) -> ImageSource:
+def _tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple[int, int, int]) -> ImageSource:
     import tensorflow_datasets as tfds  # seconds to import, and only TFDS data needs it
 
     data_dir = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
@@ -142,23 +176,25 @@ def _tfds_source(name: str, data_dir: str | None, image_shape: tuple[int, int, i
     except (OSError, ValueError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:
         raise InputError(f"--data_dir: {versions[-1]} is no complete TFDS dataset ({first_line(error)})") from error
     _require_shape(versions[-1], builder.info.features["image"].shape, image_shape)
-    num_examples = builder.info.splits["train"].num_examples
+    if split not in builder.info.splits:
+        raise InputError(f"--split={split}: {versions[-1]} has only {', '.join(builder.info.splits)}")
+    num_examples = builder.info.splits[split].num_examples
     buffer = _shuffle_buffer(num_examples, image_shape)
 
     def records(epoch_seed):
         encoded = builder.as_dataset(
-            split="train",
+            split=split,
             shuffle_files=False,
             decoders={"image": tfds.decode.SkipDecoding()},
             read_config=tfds.ReadConfig(try_autocache=False),  # each epoch is a dataset of its own
         )
-        return encoded.map(lambda example: example["image"]).shuffle(buffer, seed=epoch_seed)
+        return _shuffled(encoded.map(lambda example: example["image"]), buffer, epoch_seed)
 
     def decode(encoded):
         image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
         return tf.ensure_shape(image, image_shape)
 
-    return ImageSource(num_examples, records, decode, image_shape)
+    return ImageSource(f"{name}/{os.path.basename(versions[-1])}, {split}", num_examples, records, decode, image_shape)
 
 
 def _version(folder: str) -> tuple[int, ...]:
@@ -180,15 +216,15 @@ def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int]) -> ImageSo
     height, width, channels = image_shape
 
     def records(epoch_seed):
-        shuffled_files = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files), seed=epoch_seed)
-        return tf.data.TFRecordDataset(shuffled_files).shuffle(buffer, seed=epoch_seed)
+        shuffled_files = _shuffled(tf.data.Dataset.from_tensor_slices(files), len(files), epoch_seed)
+        return _shuffled(tf.data.TFRecordDataset(shuffled_files), buffer, epoch_seed)
 
     def decode(record):
         data = tf.io.parse_single_example(record, _TFRECORD_FEATURES)["data"]
         image = tf.reshape(tf.io.decode_raw(data, tf.uint8), [channels, height, width])
         return tf.transpose(image, [1, 2, 0])
 
-    return ImageSource(num_examples, records, decode, image_shape)
+    return ImageSource(pattern, num_examples, records, decode, image_shape)
 
 
 def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:

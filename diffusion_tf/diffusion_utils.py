@@ -213,7 +213,7 @@ class GaussianDiffusion:
         """Losses [B] of Algorithm 1: mean squared error (Eq. 14), or L_{t-1} in bits/dim for `kl` (not clipped)."""
         x_t = self.q_sample(x_start, t, noise)
         if self.loss_type == "kl":
-            return self.vb_terms_bpd(denoise_fn, x_start, x_t, t, clip_denoised=False)
+            return self.vb_terms_bpd(denoise_fn, x_start, x_t, t, clip_denoised=False)[0]
         if self.model_mean_type == "eps":
             target = noise
         elif self.model_mean_type == "xstart":
@@ -222,13 +222,16 @@ class GaussianDiffusion:
             target, _, _ = self.q_posterior(x_start, x_t, t)
         return mean_flat(tf.math.squared_difference(target, tf.cast(denoise_fn(x_t, t), tf.float32)))
 
-    def vb_terms_bpd(self, denoise_fn: DenoiseFn, x_start, x_t, t, *, clip_denoised: bool) -> tf.Tensor:
-        """The term of the bound (Eq. 5) at t, [B] in bits/dim: L_0 (Eq. 13) where t = 0, else L_{t-1}."""
+    def vb_terms_bpd(self, denoise_fn: DenoiseFn, x_start, x_t, t, *, clip_denoised: bool):
+        """The term of the bound (Eq. 5) at t, [B] in bits/dim, and pred_xstart [B, H, W, C].
+
+        L_0 (Eq. 13) where t = 0, else the divergence L_{t-1} of the paper, whose t is one more than ours.
+        """
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         p = self.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, p.mean, p.log_variance)
         decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=p.mean, log_scales=0.5 * p.log_variance)
-        return tf.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2.0)
+        return tf.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2.0), p.pred_xstart
 
     def prior_bpd(self, x_start) -> tf.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)) (Eq. 5), [B] in bits/dim."""

@@ -71,6 +71,38 @@ def replica_function(function: Callable, strategy: tf.distribute.Strategy) -> Ca
     return function
 
 
+def over_replicas(function: Callable, strategy: tf.distribute.Strategy, batch_size: int) -> Callable:
+    """`function(first, *arrays)` of consecutive examples, as a compiled function of a batch shared out over replicas.
+
+    Each replica calls it with the index of its first example and its share [batch_size / replicas, ...] of each array;
+    the tensors that it returns, in any structure, are joined along their first axis. Arrays of fewer than `batch_size`
+    examples are filled up with zeros, and the results cut to their length.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+    per_replica = per_replica_batch_size(batch_size, strategy)
+
+    def replica_call(first, *arrays):
+        offset = tf.distribute.get_replica_context().replica_id_in_sync_group * per_replica
+        shares = [tf.slice(a, [offset] + [0] * (len(a.shape) - 1), [per_replica, *a.shape[1:]]) for a in arrays]
+        return function(first + tf.cast(offset, tf.int64), *shares)
+
+    replica_call = replica_function(replica_call, strategy)
+
+    @tf.function
+    def batch_call(first, *arrays):
+        results = strategy.run(replica_call, args=(first, *arrays))
+        return tf.nest.map_structure(lambda r: tf.concat(strategy.experimental_local_results(r), axis=0), results)
+
+    def call(first: int, *arrays):
+        count = len(arrays[0]) if arrays else batch_size
+        filled = [tf.pad(a, [[0, batch_size - count]] + [[0, 0]] * (len(a.shape) - 1)) for a in arrays]
+        return tf.nest.map_structure(lambda r: r[:count], batch_call(tf.constant(first, tf.int64), *filled))
+
+    return call
+
+
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes take part."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)

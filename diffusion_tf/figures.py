@@ -1,8 +1,11 @@
-"""Pictures of images: grids with captions, as PNG."""
+"""Pictures as PNG: grids of images with captions, and curves."""
 
+import dataclasses
 import io
+from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 _MARGIN = 8  # pixels round each grid
@@ -42,6 +45,32 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
         picture.paste(panel, (left, _MARGIN + _CAPTION))
         left += panel.width + 2 * _MARGIN
     return _png(picture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One panel: y over x, with its labels; `log_y` for a logarithmic axis."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: np.ndarray
+    y: np.ndarray
+    log_y: bool = False
+
+
+def curves(panels: Sequence[Curve]) -> bytes:
+    """A PNG of curves side by side."""
+    figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.plot(panel.x, panel.y)
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.grid(alpha=0.3)
+        if panel.log_y:
+            axes.set_yscale("log")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _png(picture: Image.Image) -> bytes:

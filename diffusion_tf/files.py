@@ -1,7 +1,11 @@
 """Files that are whole or absent, on disk or gs://, with errors that name them."""
 
 import io
+import json
+import math
 import os
+import zipfile
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -45,6 +49,37 @@ def read_file(path: str) -> bytes:
             return file.read()
     except (tf.errors.OpError, OSError) as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes a value as an indented JSON file."""
+    write_file(path, (to_json(value, indent=2) + "\n").encode())
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON text; NaN, which JSON lacks, becomes null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def read_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+      InputError: the file cannot be read, or is no .npz.
+    """
+    try:
+        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as archive:
+            return dict(archive)
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no .npz of arrays, or is damaged ({error})") from error
 
 
 def append_line(path: str, line: str) -> None:

@@ -8,7 +8,7 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
-from diffusion_tf.distribution import per_replica_batch_size, replica_function
+from diffusion_tf.distribution import over_replicas, per_replica_batch_size
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.train_state import load_ema
@@ -96,34 +96,24 @@ class Sampler:
         batch_size: int,
         seed: int,
     ):
-        self.batch_size = batch_size
         per_replica = per_replica_batch_size(batch_size, strategy)
 
-        def replica_sample(first_image):
+        def sample(first_image):
             params = [tf.convert_to_tensor(w) for w in weights]
-            replica_id = tf.distribute.get_replica_context().replica_id_in_sync_group
-            first = first_image + tf.cast(replica_id, tf.int64) * per_replica
 
             def noise_fn(t):
-                return CounterRng(seed, t, first).normal("sample", (per_replica, *image_shape))
+                return CounterRng(seed, t, first_image).normal("sample", (per_replica, *image_shape))
 
             def denoise_fn(x_t, t):
                 return model.stateless_call(params, [], x_t, t)[0]
 
-            return x_to_images(p_sample_loop(diffusion, denoise_fn, noise_fn))
+            return tf.clip_by_value(p_sample_loop(diffusion, denoise_fn, noise_fn), -1.0, 1.0)
 
-        replica_sample = replica_function(replica_sample, strategy)
+        self._sample = over_replicas(sample, strategy, batch_size)
 
-        @tf.function
-        def sample(first_image):
-            images = strategy.run(replica_sample, args=(first_image,))
-            return tf.concat(strategy.experimental_local_results(images), axis=0)
-
-        self._sample = sample
-
-    def __call__(self, first_image: int) -> np.ndarray:
-        """Images first_image .. first_image + batch_size - 1, uint8 [batch_size, H, W, C]."""
-        return self._sample(tf.constant(first_image, tf.int64)).numpy()
+    def __call__(self, first_image: int) -> tf.Tensor:
+        """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1]."""
+        return self._sample(first_image)
 
 
 def draw_samples(
@@ -149,6 +139,6 @@ def draw_samples(
     batches = []
     with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
         for first in range(0, num_samples, batch_size):
-            batches.append(sampler(first)[: num_samples - first])
+            batches.append(x_to_images(sampler(first)[: num_samples - first]).numpy())
             bar.update(len(batches[-1]))
     return np.concatenate(batches)

@@ -10,7 +10,7 @@ import tqdm
 
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import ImageSource, training_batches
-from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
+from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.distribution import is_chief, is_multi_worker, per_replica_batch_size, replica_function
 from diffusion_tf.errors import InputError
 from diffusion_tf.files import write_file
@@ -218,4 +218,4 @@ class _Reporter:
                 batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
                 seed=self.preset.seed,
             )
-        report_samples(self.workdir, self.writer, step, self.sampler(0)[:_NUM_GRID_SAMPLES])
+        report_samples(self.workdir, self.writer, step, x_to_images(self.sampler(0)[:_NUM_GRID_SAMPLES]).numpy())

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import append_line, read_file, write_file
+from diffusion_tf.files import append_line, read_file, to_json, write_file
 from diffusion_tf.presets import Preset
 
 
@@ -16,7 +16,7 @@ class Workdir:
     """The folder of one run.
 
     `config.json` (the resolved preset), `flags.txt` (of the last command), `checkpoints/`, `metrics.jsonl`,
-    `tensorboard/`, `samples/`.
+    `evaluations.jsonl`, `tensorboard/`, `samples/`, `partial/` (of measurements: what an interrupted one has done).
     """
 
     def __init__(self, path: str):
@@ -24,8 +24,10 @@ class Workdir:
         self.checkpoints = os.path.join(self.path, "checkpoints")
         self.tensorboard = os.path.join(self.path, "tensorboard")
         self.samples = os.path.join(self.path, "samples")
+        self.partial = os.path.join(self.path, "partial")
         self._config = os.path.join(self.path, "config.json")
         self._flags = os.path.join(self.path, "flags.txt")
+        self._evaluations = os.path.join(self.path, "evaluations.jsonl")
         self._metrics = os.path.join(self.path, "metrics.jsonl")
 
     def refuse_other_run(self, preset: Preset, num_examples: int) -> None:
@@ -83,6 +85,25 @@ class Workdir:
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
+    def read_metrics(self) -> list[dict[str, float]]:
+        """The lines of `metrics.jsonl`."""
+        return _read_lines(self._metrics)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The lines of `evaluations.jsonl`."""
+        return _read_lines(self._evaluations)
+
+    def append_evaluation(self, evaluation: dict[str, Any]) -> None:
+        """Adds one line to `evaluations.jsonl`."""
+        append_line(self._evaluations, to_json(evaluation))
+
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """Adds one line to `metrics.jsonl`."""
         append_line(self._metrics, json.dumps(metrics))
+
+
+def _read_lines(path: str) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; none where there is no file."""
+    if not tf.io.gfile.exists(path):
+        return []
+    return [json.loads(line) for line in read_file(path).splitlines(keepends=True) if line.endswith(b"\n")]

@@ -4,12 +4,18 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import tensorflow as tf
 from absl import app, flags
 
-from diffusion_tf.distribution import STRATEGIES
+from diffusion_tf import checkpoints
+from diffusion_tf.datasets import open_source
+from diffusion_tf.distribution import STRATEGIES, make_strategy
 from diffusion_tf.errors import InputError
+from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
+from diffusion_tf.workdir import Workdir
 
 FLAGS = flags.FLAGS
 # Flags defined by these functions belong to the program that calls them, so that its --help shows them.
@@ -31,6 +37,30 @@ def define_strategy_flags() -> None:
         " multi_worker reads TF_CONFIG.",
     )
     flags.DEFINE_string("tpu", None, "`local` on a TPU VM, or the TPU's name.")
+
+
+def define_data_flags() -> None:
+    """--data_dir and --tfrecord."""
+    flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
+    flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords (a file, or a glob of shards) to read the images from.")
+
+
+def define_measurement_flags(*, batch_size: int) -> None:
+    """What every measurement of a trained run asks: --workdir, where to run, which weights, images, seed and file."""
+    define_workdir_flag()
+    define_strategy_flags()
+    define_data_flags()
+    flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to measure. Default: the newest.")
+    flags.DEFINE_integer("batch_size", batch_size, "Images measured at once, over all replicas.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string("out", None, "The JSON file to write. Default: in the workdir.")
+
+
+def define_bound_flags() -> None:
+    """What the measurements of the bound ask."""
+    define_measurement_flags(batch_size=100)
+    flags.DEFINE_enum("split", "test", ("train", "test"), "Which images; --tfrecord names the split's own files.")
+    flags.DEFINE_integer("num_images", None, "How many images of the split. Default: all.", lower_bound=1)
 
 
 def define_preset_flags() -> None:
@@ -77,6 +107,51 @@ def require_flags(*names: str) -> None:
     for name in names:
         if FLAGS[name].value is None:
             raise InputError(f"--{name} is required")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run as the flags name it, and where it is to be measured."""
+
+    workdir: Workdir
+    preset: Preset
+    step: int
+    checkpoint: str
+    strategy: tf.distribute.Strategy
+
+    @classmethod
+    def from_flags(cls) -> "Run":
+        """Reads --workdir, --checkpoint, --strategy and --tpu.
+
+        Raises:
+          InputError: there is no such run or checkpoint, or the strategy is of several processes.
+        """
+        require_flags("workdir")
+        if FLAGS.strategy == "multi_worker":
+            raise InputError("--strategy=multi_worker is for training: this is one process's work")
+        workdir = Workdir(FLAGS.workdir)
+        preset = workdir.read_preset()
+        step, checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)
+        return cls(workdir, preset, step, checkpoint, make_strategy(FLAGS.strategy, FLAGS.tpu))
+
+
+def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tuple[Bound, dict[str, Any]]:
+    """The bound that `define_bound_flags` asks for, and what it was measured on, for the JSON file."""
+    source = open_source(run.preset, FLAGS.split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
+    num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
+    bound = measure_bound(
+        run.strategy,
+        run.preset,
+        run.checkpoint,
+        source,
+        num_images=num_images,
+        batch_size=FLAGS.batch_size,
+        seed=FLAGS.seed,
+        partial=run.workdir.partial,
+        num_timesteps_estimate=num_timesteps_estimate,
+    )
+    subject = {"dataset": run.preset.dataset, "images": source.name, "split": FLAGS.split, "num_images": num_images}
+    return bound, {**subject, "step": run.step, "seed": FLAGS.seed}
 
 
 def run(main: Callable[[], None]) -> None:

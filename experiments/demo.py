@@ -11,8 +11,10 @@ from absl import flags
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import load_digits, open_source
 from diffusion_tf.distribution import make_strategy
+from diffusion_tf.evaluation import compute_scores
+from diffusion_tf.feature_networks import digits_network
 from diffusion_tf.files import write_file, write_npz
-from diffusion_tf.metrics import pixel_features, precision_recall
+from diffusion_tf.metrics import classifier_score
 from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import draw_samples
 from diffusion_tf.training import Trainer, report_samples, train
@@ -26,8 +28,10 @@ flags.DEFINE_integer("num_samples", 256, "How many samples to draw, at least 100
 _SUMMARY = """
 What was learnt
   {parameters:,} parameters, by {step:,} steps of {batch_size} images drawn from {num_examples:,} scanned digits.
-  Of {num_samples} new digits {precision:.0%} look like real ones (precision), and they cover {recall:.0%} of the
-  real ones (recall; k = 3 in pixel space, against all 1,797 digits).
+  Of {num_samples} new digits {precision_pixels:.0%} look like real ones (precision), and they cover {recall_pixels:.0%}
+  of the real ones (recall; k = 3 in pixel space, against all 1,797 digits).
+  By the features of a small classifier of digits: Fréchet distance to the real ones {frechet_digits:.2f}; classifier
+  score {classifier_score_digits:.2f}, of at most 10, where the real digits have {real_score:.2f}.
 
 Where it lies
   {picture}   samples beside real digits: look here first
@@ -36,6 +40,7 @@ Where it lies
   {workdir}/metrics.jsonl   one line for each {steps_per_loop} steps
   tensorboard --logdir={workdir}   the curves
   python -m experiments.sample --workdir={workdir} --out=more.npz --png=more.png --seed=1   more digits
+  python -m experiments.likelihood --workdir={workdir} --num_timesteps_estimate=20   bits/dim of held-out digits
 """
 
 
@@ -61,16 +66,21 @@ def main() -> None:
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
     write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
 
-    precision, recall = precision_recall(pixel_features(real), pixel_features(samples))
+    network = digits_network()
+    real_features, features = (
+        {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
+        for images in (real, samples)
+    )
+    scores = compute_scores(("fid", "inception_score", "precision_recall"), network.name, real_features, features)
     print(
         _SUMMARY.format(
+            **scores,
+            real_score=classifier_score(real_features["logits"]),
             parameters=trainer.state.model.count_params(),
             step=step,
             batch_size=preset.batch_size,
             num_examples=source.num_examples,
             num_samples=num_samples,
-            precision=precision,
-            recall=recall,
             picture=picture,
             samples=samples_path,
             checkpoints=workdir.checkpoints,

@@ -8,12 +8,9 @@ rounding. The file holds `samples`, uint8 [N, H, W, C].
 
 from absl import flags
 
-from diffusion_tf import checkpoints, figures
-from diffusion_tf.distribution import make_strategy
-from diffusion_tf.errors import InputError
+from diffusion_tf import figures
 from diffusion_tf.files import check_writable, write_file, write_npz
 from diffusion_tf.samplers import draw_samples
-from diffusion_tf.workdir import Workdir
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -29,25 +26,21 @@ flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
 
 def main() -> None:
     common.require_flags("workdir", "out")
-    if FLAGS.strategy == "multi_worker":
-        raise InputError("--strategy=multi_worker is for training: sampling is one process's work")
-    workdir = Workdir(FLAGS.workdir)
-    preset = workdir.read_preset()
-    step, checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)
+    run = common.Run.from_flags()
     for path in filter(None, (FLAGS.out, FLAGS.png)):
         check_writable(path)  # before the work, not after it
     samples = draw_samples(
-        make_strategy(FLAGS.strategy, FLAGS.tpu),
-        preset,
-        checkpoint,
+        run.strategy,
+        run.preset,
+        run.checkpoint,
         num_samples=FLAGS.num_samples,
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
     )
     write_npz(FLAGS.out, samples=samples)
-    print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
+    print(f"{len(samples)} samples of step {run.step}: {FLAGS.out}")
     if FLAGS.png:
-        caption = f"{preset.dataset}, {len(samples)} samples of step {step}"
+        caption = f"{run.preset.dataset}, {len(samples)} samples of step {run.step}"
         write_file(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
         print(f"grid: {FLAGS.png}")
 

@@ -23,8 +23,7 @@ FLAGS = flags.FLAGS
 common.define_workdir_flag()
 common.define_strategy_flags()
 common.define_preset_flags()
-flags.DEFINE_string("data_dir", None, "The folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
-flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords (a file, or a glob of shards) to train on.")
+common.define_data_flags()
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and stop.")
 
 

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from diffusion_tf import diffusion_utils
 from diffusion_tf.presets import Preset
 from diffusion_tf.unet import UNet
 
@@ -76,3 +77,18 @@ def assign_random_weights(model: UNet, stream: np.random.RandomState, scale: flo
     for name in tf1_order(model):
         values = (scale * stream.standard_normal(by_name[name].shape)).astype(np.float32)
         by_name[name].assign(values + 1.0 if name.endswith("gamma") else values)
+
+
+def decoder_atol(diffusion, denoise_fn, x_start, x_t, t, clip):
+    """How far apart two float32 evaluations of the bound's term at t may lie, [B] in bits/dim; 0 where t > 0.
+
+    The decoder's probability is the difference of two CDFs, each good to 1.2e-7, so that an unlikely pixel's logarithm
+    (floored at 1e-12) says little: the interval of each pixel's logarithm follows from that.
+    """
+    p = diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip)
+    log_likelihood = diffusion_utils.discretized_gaussian_log_likelihood(
+        x_start, means=p.mean, log_scales=0.5 * p.log_variance
+    )
+    probability = np.exp(log_likelihood.numpy().astype(np.float64))
+    upper, lower = np.log(probability + 2.4e-7), np.log(np.maximum(probability - 2.4e-7, 1e-12))
+    return np.where(t == 0, (upper - lower).mean(axis=(1, 2, 3)) / np.log(2), 0.0)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from diffusion_tf import datasets
-from diffusion_tf.datasets import load_digits, open_source, training_batches
+from diffusion_tf.datasets import image_batch, load_digit_labels, load_digits, open_source, training_batches
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
@@ -52,6 +52,23 @@ def test_digits_are_scikit_learns():
     train, test = load_digits("train"), load_digits("test")
     assert (len(train), len(test)) == (1618, 179)
     assert rows(np.concatenate([train, test])) == rows(digits)
+
+
+def test_measurements_read_a_split_in_its_order(tmp_path, images):
+    source = open_source(DIGITS, "test")
+    assert source.num_examples == 179
+    np.testing.assert_array_equal(image_batch(source, 170, 9), load_digits("test")[170:])
+    write_tfrecord(tmp_path / "a.tfrecords", images[:6])
+    write_tfrecord(tmp_path / "b.tfrecords", images[6:])
+    source = open_source(SMALL_IMAGES, "test", tfrecord=str(tmp_path / "*.tfrecords"))
+    np.testing.assert_array_equal(image_batch(source, 4, 5), images[4:9])
+
+
+def test_labels_belong_to_the_digits():
+    digits, labels = load_digits("test"), load_digit_labels("test")
+    means = np.stack([load_digits("train")[load_digit_labels("train") == label].mean(axis=0) for label in range(10)])
+    nearest = np.argmin(((digits[:, None] - means) ** 2).sum(axis=(2, 3, 4)), axis=1)
+    assert (nearest == labels).mean() > 0.85
 
 
 def test_an_epoch_holds_each_image_once():
@@ -119,6 +136,10 @@ def test_tfds(tfds_folder):
     assert source.num_examples == 10
     whole = batches(source, 10)
     assert rows(whole[:5]) == sorted(rows(pixels) * 2)
+    test = open_source(get_preset("cifar10"), "test", data_dir=folder)
+    in_order = image_batch(test, 0, 10)
+    assert rows(in_order) == rows(pixels)
+    np.testing.assert_array_equal(image_batch(test, 3, 4), in_order[3:7])
     np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
 
 

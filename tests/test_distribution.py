@@ -1,9 +1,10 @@
 """Which strategy runs this."""
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_tf.distribution import is_chief, make_strategy, per_replica_batch_size
+from diffusion_tf.distribution import is_chief, make_strategy, over_replicas, per_replica_batch_size
 from diffusion_tf.errors import InputError
 
 
@@ -32,3 +33,20 @@ def test_flags_that_do_not_go_together(monkeypatch):
 def test_unknown_strategy_lists_the_choices():
     with pytest.raises(InputError, match="--strategy=horovod: choose one of auto, tpu, mirrored"):
         make_strategy("horovod")
+
+
+@pytest.mark.parametrize("name", ["one_device", "mirrored"])
+def test_a_batch_is_shared_out_over_replicas(name):
+    strategy = make_strategy(name)
+    per_replica = 16 // strategy.num_replicas_in_sync
+
+    def function(first, x):
+        assert x.shape == (per_replica, 3)
+        return {"index": first + tf.range(per_replica, dtype=tf.int64), "sum": tf.reduce_sum(x, axis=1)}
+
+    call = over_replicas(function, strategy, 16)
+    x = np.random.RandomState(0).standard_normal((16, 3)).astype(np.float32)
+    for count in (16, 5):
+        results = call(100, x[:count])
+        np.testing.assert_array_equal(results["index"], 100 + np.arange(count))
+        np.testing.assert_allclose(results["sum"], x[:count].sum(axis=1), rtol=1e-5)

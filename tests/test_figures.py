@@ -29,3 +29,11 @@ def test_pictures_are_large_and_keep_every_pixel():
     start = 8 + 640 + 16
     np.testing.assert_array_equal(picture[28 : 28 + 640 : 8, start : start + 320 : 8], right)
     assert (picture[:28, 8:80] < 255).any()  # the caption
+
+
+def test_curves_are_drawn_side_by_side():
+    x = np.linspace(1, 10, 50)
+    panels = [figures.Curve("line", "x", "y", x, x), figures.Curve("growth", "x", "y", x, np.exp(x), log_y=True)]
+    one, two = (np.asarray(Image.open(io.BytesIO(figures.curves(panels[:count])))) for count in (1, 2))
+    assert two.shape[1] == 2 * one.shape[1] and two.shape[0] == one.shape[0]
+    assert (two[:, : two.shape[1] // 2] < 255).any() and (two[:, two.shape[1] // 2 :] < 255).any()

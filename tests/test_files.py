@@ -1,10 +1,12 @@
 """Files are whole or absent, and errors name them."""
 
+import json
+
 import numpy as np
 import pytest
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import append_line, check_writable, read_file, write_file, write_npz
+from diffusion_tf.files import append_line, check_writable, read_file, read_npz, write_file, write_json, write_npz
 
 
 def test_files_are_written_with_their_folder(tmp_path):
@@ -35,3 +37,17 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(InputError, match="cannot read .*absent"):
         read_file(str(tmp_path / "absent"))
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_what_is_no_archive_is_named(tmp_path):
+    path = str(tmp_path / "a.npz")
+    for damaged in (b"", b"PK\x03\x04 half", b"text"):
+        write_file(path, damaged)
+        with pytest.raises(InputError, match=r"a.npz is no .npz of arrays, or is damaged"):
+            read_npz(path)
+
+
+def test_json_has_no_nan(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(str(path), {"a": float("nan"), "b": [1.5, {"c": float("nan")}]})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, {"c": None}]}

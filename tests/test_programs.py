@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from diffusion_tf.workdir import Workdir
 
 TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4".split()
+PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
+TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4 --ch_mult=1".split()
 
 
 def run(program, *args):
@@ -46,6 +48,9 @@ def run(program, *args):
         ("train", ["--workdir=/proc/nothing/here"], "cannot write /proc/nothing/here/config.json"),
         ("sample", ["--workdir=w", "--out=samples.npz"], "--workdir=w holds no run"),
         ("sample", ["--workdir=w"], "--out is required"),
+        ("likelihood", ["--workdir=w"], "--workdir=w holds no run"),
+        ("evaluate", ["--workdir=w", "--follow"], "--workdir=w holds no run"),
+        ("report", [], "--workdir is required"),
     ],
 )
 def test_bad_input_gets_one_line(program, args, message):
@@ -56,7 +61,7 @@ def test_bad_input_gets_one_line(program, args, message):
     assert not (ROOT / "w").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "demo"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_is_complete_and_no_error(program):
     result = run(program, "--help")
     assert result.returncode == 0
@@ -109,3 +114,85 @@ def test_train_resume_and_sample(tmp_path):
     assert not np.array_equal(outputs[1], outputs[2])
     missing = run("sample", f"--workdir={workdir}", "--checkpoint=3", f"--out={tmp_path}/d.npz")
     assert missing.returncode == 1 and "no checkpoint of step 3; there are: 2, 4" in missing.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a short run of digits with four timesteps."""
+    workdir = tmp_path_factory.mktemp("run")
+    result = run("train", f"--workdir={workdir}", *TINY)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_measure_everything_and_report(trained):
+    for program, args in (
+        ("likelihood", ["--num_images=20"]),
+        ("likelihood", ["--num_images=20", "--num_timesteps_estimate=2"]),
+        ("rate_distortion", ["--num_images=20"]),
+        ("evaluate", ["--follow", "--eval_every=2", "--num_samples=30"]),
+        ("evaluate", ["--num_samples=30", "--features=pixels", "--metrics=fid", "--reference=test"]),
+        ("report", []),
+    ):
+        result = run(program, f"--workdir={trained}", *args)
+        assert result.returncode == 0, result.stderr
+    numbers = {path.stem: json.loads(path.read_text()) for path in trained.glob("*.json")}
+    likelihood, curve = numbers["likelihood_test"], numbers["rate_distortion_test"]
+    parts = (likelihood[f"{part}_bits_per_dim"] for part in ("prior", "middle", "decoder"))
+    assert abs(sum(parts) - likelihood["bits_per_dim"]) < 1e-6
+    assert len(likelihood["terms_bits_per_dim"]) == 4 and likelihood["num_images"] == 20
+    rate_and_decoder = curve["table"][0]["rate_bits_per_dim"] + curve["decoder_bits_per_dim"]
+    assert abs(rate_and_decoder - likelihood["bits_per_dim"]) < 1e-6
+    assert numbers["likelihood_test_estimate"]["num_timesteps_estimate"] == 2
+    assert numbers["evaluation"]["frechet_pixels"] > 0 and "fid" not in numbers["evaluation"]
+    lines = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4] and lines[0]["frechet_digits"] > 0
+    assert (trained / "checkpoints/best/step_00000004.safetensors").exists()
+    assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
+    report = (trained / "report.md").read_text()
+    assert f"{likelihood['bits_per_dim']:.4f}" in report and "frechet_pixels" in report
+    for picture in ("report", "likelihood_test", "rate_distortion_test"):
+        assert (trained / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_likelihood_goes_on(trained, tmp_path):
+    args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
+    command = [sys.executable, "-m", "experiments.likelihood", *args, f"--out={tmp_path}/killed.json"]
+    before = set((trained / "partial").glob("*/part_*")) if (trained / "partial").exists() else set()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(set((trained / "partial").glob("*/part_*.npz")) - before) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (folder,) = {path.parent for path in set((trained / "partial").glob("*/part_*.npz")) - before}
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("part_*.npz")}
+    assert not (tmp_path / "killed.json").exists() and 2 <= len(done) < 30
+    resumed = run("likelihood", *args, f"--out={tmp_path}/killed.json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())
+    for part in folder.glob("part_*"):
+        part.unlink()
+    whole = run("likelihood", *args, f"--out={tmp_path}/whole.json")
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "killed.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--num_samples=2"], "--metrics=inception_score needs at least 10 images, and there are 2"),
+        (["--metrics=fvd"], "--metrics=fvd: choose from fid, inception_score, kid, precision_recall"),
+        (
+            ["--features=inception", "--inception=/nowhere.pb"],
+            "--inception=/nowhere.pb does not exist: give a local copy",
+        ),
+        (["--samples=setup.py"], "setup.py is no .npz of arrays"),
+        (["--checkpoint=3"], "no checkpoint of step 3; there are: 2, 4"),
+        (["--batch_size=3", "--strategy=multi_worker"], "--strategy=multi_worker is for training"),
+    ],
+)
+def test_bad_input_of_an_evaluation_gets_one_line(trained, args, message):
+    result = run("evaluate", f"--workdir={trained}", *args)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("evaluate: ") and message in lines[0]

@@ -1,0 +1,224 @@
+"""Scores a run's samples against real images: samples, features, metrics; and keeps the best checkpoint.
+
+Scores of Inception's features carry the published names (`fid`, `kid`, `inception_score`); those of any other network
+name it (`frechet_digits`, `frechet_pixels`), so that no one takes the one for the other.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf import checkpoints, metrics
+from diffusion_tf.datasets import ImageSource, image_batch
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.distribution import over_replicas
+from diffusion_tf.errors import InputError
+from diffusion_tf.feature_networks import FeatureNetwork
+from diffusion_tf.files import read_npz, write_json, write_npz
+from diffusion_tf.presets import Preset
+from diffusion_tf.resumable import Arrays, Parts
+from diffusion_tf.samplers import Sampler
+from diffusion_tf.train_state import load_ema
+from diffusion_tf.unet import UNet
+from diffusion_tf.workdir import Workdir
+
+METRICS = ("fid", "inception_score", "kid", "precision_recall")
+# Names by network: only Inception's features make a FID.
+_NAMES = {
+    "inception": {"fid": "fid", "kid": "kid", "inception_score": "inception_score"},
+    "digits": {"fid": "frechet_digits", "kid": "kernel_digits", "inception_score": "classifier_score_digits"},
+    "pixels": {"fid": "frechet_pixels", "kid": "kernel_pixels"},
+}
+_HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", "recall")
+_SPLITS = 10
+_NEIGHBORS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images to compare, wherever they come from.
+
+    Attributes:
+      description: what identifies them, as JSON can hold it.
+      count: how many.
+      pixels: pixels(first, count) are images first .. first + count - 1, [count, H, W, C] in [0, 255], uint8 or float.
+    """
+
+    description: dict[str, Any]
+    count: int
+    pixels: Callable[[int, int], Any]
+
+
+def source_images(source: ImageSource, dataset: str, split: str) -> Images:
+    """All images of a source."""
+    description = {"dataset": dataset, "images": source.name, "split": split, "num_images": source.num_examples}
+    return Images(description, source.num_examples, lambda first, count: image_batch(source, first, count))
+
+
+def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
+    """The images of an .npz file, `samples` uint8 [N, H, W, C].
+
+    Raises:
+      InputError: the file cannot be read, or holds no such images.
+    """
+    images = read_npz(path).get("samples")
+    if images is None or images.dtype != np.uint8 or images.shape[1:] != image_shape:
+        found = "no `samples`" if images is None else f"{images.dtype} {images.shape}"
+        raise InputError(f"{path} holds {found}, not samples uint8 {('N', *image_shape)}".replace("'", ""))
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    description = {"file": os.path.basename(path), "file_sha256": digest, "num_images": len(images)}
+    return Images(description, len(images), lambda first, count: images[first : first + count])
+
+
+def run_samples(
+    strategy: tf.distribute.Strategy, preset: Preset, checkpoint: str, *, num_samples: int, batch_size: int, seed: int
+) -> Images:
+    """Samples of a checkpoint's EMA weights, drawn when they are asked for: clipped, and not rounded to levels.
+
+    Raises:
+      InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
+    """
+    with strategy.scope():
+        model = UNet.from_preset(preset)
+    load_ema(model, checkpoint)
+    sampler = Sampler(
+        strategy,
+        model,
+        [v.value for v in model.trainable_variables],
+        GaussianDiffusion.from_preset(preset),
+        image_shape=preset.image_shape,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    description = {"checkpoint": checkpoints.load_digest(checkpoint), "num_images": num_samples, "seed": seed}
+    return Images(description, num_samples, lambda first, count: (sampler(first)[:count] + 1.0) * 127.5)
+
+
+class FeatureExtractor:
+    """The features of images by `network`, on the replicas of `strategy`.
+
+    Args:
+      partial: the folder where batches are kept, so that an interrupted extraction goes on.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+
+    def __init__(self, network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int, partial: str):
+        self.network = network
+        self.batch_size = batch_size
+        self.partial = partial
+        self._apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
+
+    def describe(self, images: Images) -> dict[str, Any]:
+        """What the features of `images` depend on."""
+        network = {"features": self.network.name, "sha256": self.network.sha256, "resize": self.network.resize}
+        return {**images.description, **network}
+
+    def parts(self, images: Images) -> Parts:
+        """The extraction from `images` as it lies on disk."""
+        return Parts(self.partial, self.describe(images), num_examples=images.count, batch_size=self.batch_size)
+
+    def __call__(self, images: Images, label: str) -> Arrays:
+        """`features` [N, D], of a classifier `logits` [N, classes], and `pixels` [N, D] where distances are theirs.
+
+        Raises:
+          InputError: a feature is not finite.
+        """
+
+        def compute(first: int, count: int) -> Arrays:
+            pixels = tf.cast(images.pixels(first, count), tf.float32)
+            arrays = {name: value.numpy() for name, value in self._apply(first, pixels).items()}
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise InputError(f"{self.network.name} features of {label} {first}.. hold NaN or infinity: no score")
+            return arrays
+
+        parts = list(self.parts(images).compute(compute, f"{self.network.name} features, {label}"))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def reference_features(extractor: FeatureExtractor, images: Images, path: str) -> Arrays:
+    """The features of real images, from the file at `path` where it holds just these, else computed and kept there.
+
+    Raises:
+      InputError: the file was made of other images, or by another network; the difference is named.
+    """
+    description = extractor.describe(images)
+    if tf.io.gfile.exists(path):
+        arrays = read_npz(path)
+        there = json.loads(str(arrays.pop("description", "{}")))
+        differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{path} holds a reference with {name} {there.get(name)}, not {description.get(name)}: remove it, or"
+                " name another by --reference_cache"
+            )
+        return arrays
+    arrays = extractor(images, "real images")
+    write_npz(path, **arrays, description=np.array(json.dumps(description)))
+    extractor.parts(images).remove()
+    return arrays
+
+
+def check_metrics(names: Sequence[str], network: str, count: int) -> None:
+    """Raises InputError where `count` images, or this network, cannot give one of the metrics."""
+    if "inception_score" in names and "inception_score" not in _NAMES[network]:
+        raise InputError("--metrics=inception_score needs a classifier: --features=inception or digits")
+    least = {"fid": 2, "kid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
+    for name in names:
+        if count < least[name]:
+            raise InputError(f"--metrics={name} needs at least {least[name]} images, and there are {count}")
+
+
+def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
+    """The metrics `names` of generated against real features, by what they are called in results."""
+    scores = {}
+    if "fid" in names:
+        scores[_NAMES[network]["fid"]] = metrics.frechet_distance(real["features"], generated["features"])
+    if "kid" in names:
+        key = _NAMES[network]["kid"]
+        scores[key], scores[f"{key}_standard_error"] = metrics.kernel_distance(real["features"], generated["features"])
+    if "inception_score" in names:
+        key = _NAMES[network]["inception_score"]
+        scores[key] = metrics.classifier_score(generated["logits"])
+        splits = metrics.classifier_score_splits(generated["logits"], _SPLITS)
+        scores[f"{key}_{_SPLITS}_splits"], scores[f"{key}_{_SPLITS}_splits_std"] = splits
+    if "precision_recall" in names:
+        space = "" if network == "inception" else "_pixels"
+        real_points, points = (arrays.get("pixels", arrays["features"]) for arrays in (real, generated))
+        precision, recall = metrics.precision_recall(real_points, points, k=_NEIGHBORS)
+        scores[f"precision{space}"], scores[f"recall{space}"] = precision, recall
+    return scores
+
+
+def record_evaluation(
+    workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
+):
+    """Adds a line to `evaluations.jsonl`, scalars to TensorBoard, and keeps the best checkpoint by the score `best_by`.
+
+    `checkpoints/best/` holds the checkpoint that scored best of all that were measured in the same way.
+    """
+    step, line = result["step"], {**result, **scores}
+    writer = tf.summary.create_file_writer(workdir.tensorboard)
+    with writer.as_default(step=step):
+        for name, score in scores.items():
+            tf.summary.scalar(f"evaluation/{name}", score)
+    writer.close()
+    alike = [other for other in workdir.read_evaluations() if is_alike(other, result) and best_by in other]
+    sign = -1.0 if best_by.startswith(_HIGHER_IS_BETTER) else 1.0
+    if all(sign * scores[best_by] < sign * other[best_by] for other in alike if other["step"] != step):
+        checkpoints.keep_best(workdir.checkpoints, checkpoint)
+        write_json(os.path.join(workdir.checkpoints, "best", "evaluation.json"), line)
+    workdir.append_evaluation(line)
+
+
+def is_alike(line: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a line of `evaluations.jsonl` was measured as `result` is, whatever the step."""
+    return all(line.get(name) == value for name, value in result.items() if name != "step")

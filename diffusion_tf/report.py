@@ -1,0 +1,230 @@
+"""One page about a run, as Markdown and as PNG: its configuration, curves, scores, and the paper's numbers beside them.
+
+All of it is read from the files that training and the measurements left in the run's folder.
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffusion_tf import paper
+from diffusion_tf.files import read_file
+from diffusion_tf.workdir import Workdir
+
+_LSUN_COLUMNS = {"lsun_bedroom": 1, "lsun_bedroom_large": 1, "lsun_church": 2, "lsun_cat": 3}
+_SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder holds of results; empty where something was not measured."""
+
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+    likelihood: dict[str, dict[str, Any]]
+    rate_distortion: dict[str, dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    samples: str | None
+
+
+def read_run(workdir: Workdir) -> RunRecord:
+    """Collects the results in `workdir`.
+
+    Raises:
+      InputError: it holds no run.
+    """
+    config = dataclasses.asdict(workdir.read_preset())
+
+    def by_split(name: str) -> dict[str, dict[str, Any]]:
+        paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
+        return {split: json.loads(read_file(path)) for split, path in paths.items() if tf.io.gfile.exists(path)}
+
+    grids = sorted(tf.io.gfile.glob(os.path.join(workdir.samples, "step_*.png")))
+    return RunRecord(
+        config,
+        workdir.read_metrics(),
+        by_split("likelihood"),
+        by_split("rate_distortion"),
+        workdir.read_evaluations(),
+        grids[-1] if grids else None,
+    )
+
+
+# --- Markdown ----------------------------------------------------------------------------------------------
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _scores(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of evaluations.jsonl that are scores."""
+    return {name: v for name, v in evaluation.items() if isinstance(v, float)}
+
+
+def _likelihood_section(record: RunRecord) -> str:
+    rows = [
+        [
+            f"{result['images']}, {result['num_images']:,} images, step {result['step']}",
+            f"{result['bits_per_dim']:.4f} +- {result['bits_per_dim_standard_error'] or 0:.4f}",
+            f"{result['prior_bits_per_dim']:.2e}",
+            f"{result['middle_bits_per_dim']:.4f}",
+            f"{result['decoder_bits_per_dim']:.4f}",
+        ]
+        for result in record.likelihood.values()
+    ]
+    if not rows:
+        return "Not measured: `python -m experiments.likelihood`."
+    return _markdown_table(["measured on", "bits/dim", "L_T", "L_1..L_T-1", "L_0"], rows)
+
+
+def _rate_distortion_section(record: RunRecord) -> str:
+    if not record.rate_distortion:
+        return "Not measured: `python -m experiments.rate_distortion`."
+    sections = []
+    for result in record.rate_distortion.values():
+        rows = [[f"{v:.5f}" if isinstance(v, float) else v for v in row.values()] for row in result["table"]]
+        table = _markdown_table(list(result["table"][0]), rows)
+        sections.append(f"{result['images']}, {result['num_images']:,} images, step {result['step']}\n\n{table}")
+    return "\n\n".join(sections)
+
+
+def _evaluation_section(record: RunRecord) -> str:
+    if not record.evaluations:
+        return "Not measured: `python -m experiments.evaluate`."
+    rows = [
+        [line["step"], f"{line['num_samples']:,}", _reference_name(line), name, f"{score:.5g}"]
+        for line in record.evaluations
+        for name, score in _scores(line).items()
+    ]
+    return _markdown_table(["step", "samples", "against", "score", "value"], rows)
+
+
+def _reference_name(line: dict[str, Any]) -> str:
+    reference = line["reference"]
+    return f"{reference['num_images']:,} of {reference.get('images') or reference['file']}"
+
+
+def _best_fid(record: RunRecord) -> dict[str, Any]:
+    """The evaluation with the lowest FID, which the paper reports; empty where none is of Inception."""
+    lines = [line for line in record.evaluations if line.get("fid") is not None]
+    return min(lines, key=lambda line: line["fid"], default={})
+
+
+def paper_table(record: RunRecord) -> str:
+    """The paper's Table 1 or 3 with this run's row, each number with its source; empty for other datasets."""
+    dataset, best = record.config["dataset"], _best_fid(record)
+    fid = f"{best['fid']:.2f}" if best else ""
+    source = [f"evaluations.jsonl, step {best['step']}, {best['num_samples']:,} samples"] if best else []
+    if dataset == "cifar10":
+        score = f"{best['inception_score']:.2f}" if "inception_score" in best else ""
+        bits = {split: f"{result['bits_per_dim']:.2f}" for split, result in record.likelihood.items()}
+        nll = f"<= {bits['test']}" if "test" in bits else ""
+        nll += f" ({bits['train']})" if "train" in bits else ""
+        source += [f"likelihood_{split}.json" for split in bits]
+        rows = [[*row, "paper, Table 1"] for row in paper.TABLE_1]
+        return _markdown_table(
+            ["model", "Inception Score", "FID", "NLL test (train), bits/dim", "source"],
+            [*rows, ["**this run**", score, fid, nll, "; ".join(source) or "not measured"]],
+        )
+    if dataset in _LSUN_COLUMNS:
+        column = _LSUN_COLUMNS[dataset]
+        rows = [[row[0], row[column], "paper, Table 3"] for row in paper.TABLE_3]
+        ours = ["**this run**", fid, "; ".join(source) or "not measured"]
+        name = dataset.removesuffix("_large")
+        return _markdown_table(["model", f"FID, {name} 256x256", "source"], [*rows, ours])
+    return ""
+
+
+def to_markdown(record: RunRecord, picture: str) -> str:
+    """The report; `picture` is where its PNG page lies, relative to it."""
+    config = _markdown_table(["field", "value"], list(record.config.items()))
+    last = record.metrics[-1] if record.metrics else {}
+    progress = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
+    steps = (
+        f"{int(last['step']):,} of {record.config['num_steps']:,} steps: {progress}." if last else "Not trained yet."
+    )
+    sections = {
+        "Training": steps,
+        "Bits/dim (Eq. 5)": _likelihood_section(record),
+        "Rate-distortion (Table 4, Figure 5)": _rate_distortion_section(record),
+        "Sample quality": _evaluation_section(record),
+        "Beside the paper": paper_table(record),
+        "Configuration": config,
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    return f"# {record.config['dataset']}\n\n![curves and samples]({picture})\n\n{body}\n"
+
+
+# --- The PNG page ------------------------------------------------------------------------------------------
+
+
+def _plot_training(axes: Axes, record: RunRecord, name: str) -> None:
+    axes.plot([line["step"] for line in record.metrics], [line[name] for line in record.metrics], linewidth=0.8)
+    axes.set(title=f"{name} over steps", xlabel="step")
+    axes.set_yscale("log")
+
+
+def _plot_terms(axes: Axes, record: RunRecord) -> None:
+    axes.set(title="terms of the bound (bits/dim)", xlabel="t")
+    for split, result in record.likelihood.items():
+        axes.semilogy(result["terms_bits_per_dim"], label=f"{split}: {result['bits_per_dim']:.3f}")
+
+
+def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
+    axes.set(title="rate-distortion", xlabel="rate (bits/dim)", ylabel="distortion (RMSE)")
+    for split, result in record.rate_distortion.items():
+        table = result["table"]
+        axes.plot(
+            [row["rate_bits_per_dim"] for row in table],
+            [row["distortion_rmse"] for row in table],
+            marker="o",
+            label=split,
+        )
+
+
+def _plot_scores(axes: Axes, record: RunRecord) -> None:
+    """The first score of each way of measuring, over steps."""
+    axes.set(title="scores over steps", xlabel="step")
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in record.evaluations:
+        name, score = next(iter(_scores(line).items()))
+        series.setdefault(f"{name}, {line['num_samples']:,} samples", []).append((line["step"], score))
+    for label, points in series.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+
+
+def to_png(record: RunRecord) -> bytes:
+    """The page: curves, scores and a grid of samples."""
+    figure = Figure(figsize=(15.0, 9.0), layout="constrained")
+    figure.suptitle(f"{record.config['dataset']}, {record.config['num_steps']:,} steps")
+    grid = figure.subplots(2, 3)
+    _plot_training(grid[0, 0], record, "loss")
+    _plot_training(grid[0, 1], record, "grad_norm")
+    _plot_scores(grid[0, 2], record)
+    _plot_terms(grid[1, 0], record)
+    _plot_rate_distortion(grid[1, 1], record)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        elif not axes.lines:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    picture = grid[1, 2]
+    picture.clear()
+    picture.set_axis_off()
+    if record.samples:
+        picture.imshow(np.asarray(Image.open(io.BytesIO(read_file(record.samples)))))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,75 @@
+"""Measures bits/dim by the variational bound (Eq. 5) with the EMA weights of a trained run.
+
+  python -m experiments.likelihood --workdir=runs/digits --split=test
+  python -m experiments.likelihood --workdir=runs/cifar10 --split=test --num_images=500 --num_timesteps_estimate=20
+
+T network evaluations an image; the second command takes 21 of them and tells how far off its estimate may be. The same
+command again goes on where an interrupted one was. Writes likelihood_SPLIT.json into the workdir, and beside it the
+terms over t as a PNG; an estimate goes into likelihood_SPLIT_estimate.json, without a picture.
+"""
+
+import os
+
+import numpy as np
+from absl import flags
+
+from diffusion_tf import figures
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.files import check_writable, write_file, write_json
+from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
+from experiments import common
+
+FLAGS = flags.FLAGS
+common.define_bound_flags()
+flags.DEFINE_integer(
+    "num_timesteps_estimate", None, "Estimate the sum of the bound from L_0 and this many random terms.", lower_bound=1
+)
+
+_TABLE = """
+{images}: {num_images} images, step {step}
+  bits/dim      {bits_per_dim:.5f} +- {bits_per_dim_standard_error:.5f} (standard error)
+    L_T         {prior_bits_per_dim:.3e}
+    L_1..L_T-1  {middle_bits_per_dim:.5f}
+    L_0         {decoder_bits_per_dim:.5f}
+Appendix C
+  unit-variance data keeps its variance on the way to x_T: to {unit_variance_error:.1e}
+  L_T if the same noise were added without scaling: {unscaled_prior_bits_per_dim:.3e} bits/dim
+  the sampler's step and noise scales follow from beta: to {sampler_scale_error:.1e}
+"""
+
+
+def _result(run: common.Run, bound: Bound) -> dict:
+    bits_per_dim, standard_error = mean_and_standard_error(bound.total_bpd)
+    schedule = GaussianDiffusion.from_preset(run.preset).schedule
+    return {
+        "bits_per_dim": bits_per_dim,
+        "bits_per_dim_standard_error": standard_error,
+        "prior_bits_per_dim": float(bound.prior_bpd.mean()),
+        "middle_bits_per_dim": float(bound.middle_bpd.mean()),
+        "decoder_bits_per_dim": float(bound.decoder_bpd.mean()),
+        **appendix_c(schedule, float(bound.mean_square.mean())),
+    }
+
+
+def main() -> None:
+    run = common.Run.from_flags()
+    estimate = "" if FLAGS.num_timesteps_estimate is None else "_estimate"
+    out = FLAGS.out or os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json")
+    check_writable(out)
+    bound, subject = common.bound_from_flags(run, FLAGS.num_timesteps_estimate)
+    result = {**subject, "num_timesteps_estimate": FLAGS.num_timesteps_estimate, **_result(run, bound)}
+    print(_TABLE.format(**result))
+    if bound.terms_bpd is not None and bound.terms_standard_error is not None:
+        result["terms_bits_per_dim"] = bound.terms_bpd.tolist()
+        result["terms_bits_per_dim_standard_error"] = bound.terms_standard_error.tolist()
+        t = np.arange(len(bound.terms_bpd))
+        title = f"{subject['images']}: {result['bits_per_dim']:.3f} bits/dim"
+        png = f"{os.path.splitext(out)[0]}.png"
+        write_file(png, figures.curves([figures.Curve(title, "t", "L_t (bits/dim)", t, bound.terms_bpd, log_y=True)]))
+        print(f"picture: {png}")
+    write_json(out, result)
+    print(f"numbers: {out}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,83 @@
+"""Measures progressive lossy compression (Section 4.3): Table 4 and Figure 5 of the paper for a trained run.
+
+  python -m experiments.rate_distortion --workdir=runs/digits --split=test
+
+A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows the x_0 that it predicts
+(distortion: root mean squared error on [0, 255]). Reads what `experiments.likelihood` has measured with the same flags,
+and measures what is missing. Writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir.
+"""
+
+import csv
+import io
+import os
+
+import numpy as np
+from absl import flags
+
+from diffusion_tf import figures, paper
+from diffusion_tf.files import check_writable, write_file, write_json
+from diffusion_tf.likelihood import rate_distortion
+from experiments import common
+
+FLAGS = flags.FLAGS
+common.define_bound_flags()
+
+
+def _table(rows: list[dict], with_paper: bool) -> list[dict]:
+    """Ten rows at reverse process times T, 0.9 T, ..., as Table 4 has them; the paper's numbers beside ours."""
+    num_timesteps = len(rows)
+    times = [num_timesteps * tenth // 10 for tenth in range(10, 0, -1)]
+    table = [rows[time - 1] for time in times if time]
+    return [{**row, **paper.TABLE_4.get(row["reverse_process_time"], {})} for row in table] if with_paper else table
+
+
+def _print_table(table: list[dict]) -> None:
+    print("".join(f"{name:>26}" for name in table[0]))
+    for row in table:
+        print("".join(f"{value:>26.5f}" if isinstance(value, float) else f"{value:>26}" for value in row.values()))
+
+
+def _csv(rows: list[dict]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+def _figure(rows: list[dict]) -> bytes:
+    """The three curves of Figure 5."""
+    time, rate, rmse = (np.array([row[key] for row in rows]) for key in rows[0])
+    steps, bits, distortion = "reverse process steps (T - t + 1)", "rate (bits/dim)", "distortion (RMSE)"
+    return figures.curves(
+        [
+            figures.Curve("distortion over time", steps, distortion, time, rmse),
+            figures.Curve("rate over time", steps, bits, time, rate),
+            figures.Curve("distortion over rate", bits, distortion, rate, rmse),
+        ]
+    )
+
+
+def main() -> None:
+    run = common.Run.from_flags()
+    out = FLAGS.out or os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json")
+    check_writable(out)
+    bound, subject = common.bound_from_flags(run)
+    rate, rmse = rate_distortion(bound)
+    rows = [
+        {"reverse_process_time": len(rate) - t, "rate_bits_per_dim": float(rate[t]), "distortion_rmse": float(rmse[t])}
+        for t in reversed(range(len(rate)))
+    ]
+    table = _table(rows, with_paper=run.preset.dataset == "cifar10")
+    print(f"{subject['images']}: {subject['num_images']} images, step {run.step}")
+    _print_table(table)
+    base = os.path.splitext(out)[0]
+    write_file(f"{base}.csv", _csv(rows))
+    write_file(f"{base}.png", _figure(rows))
+    totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
+    write_json(out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table})
+    print(f"numbers: {out} {base}.csv\npicture: {base}.png")
+
+
+if __name__ == "__main__":
+    common.run(main)

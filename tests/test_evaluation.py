@@ -1,0 +1,185 @@
+"""Scores of images: named after their features, resumable, the same on any number of replicas."""
+
+import json
+
+import inception_files
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffusion_tf import checkpoints, metrics
+from diffusion_tf.datasets import load_digits, open_source
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.errors import InputError
+from diffusion_tf.evaluation import (
+    METRICS,
+    FeatureExtractor,
+    Images,
+    check_metrics,
+    compute_scores,
+    file_images,
+    record_evaluation,
+    reference_features,
+    run_samples,
+    source_images,
+)
+from diffusion_tf.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
+from diffusion_tf.files import write_npz
+from diffusion_tf.presets import get_preset
+from diffusion_tf.train_state import TrainState
+from diffusion_tf.workdir import Workdir
+
+
+def array_images(images):
+    return Images({"digest": int(images.sum())}, len(images), lambda first, count: images[first : first + count])
+
+
+def colour_images(seed, count=60):
+    return np.random.RandomState(seed).randint(0, 256, (count, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
+def test_features_in_batches_are_those_of_all_at_once(strategy, tmp_path):
+    inception_files.save_model(tmp_path / "inception")
+    strategy = make_strategy(strategy)
+    network = inception_network(str(tmp_path / "inception"), strategy)
+    extractor = FeatureExtractor(network, strategy, 16, str(tmp_path / "partial"))  # 60 is no multiple of 16
+    images = colour_images(0)
+    arrays = extractor(array_images(images), "images")
+    expected = network.apply(tf.constant(images, tf.float32))
+    for name in ("features", "logits"):
+        np.testing.assert_allclose(arrays[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_named_after_their_features(tmp_path):
+    inception_files.save_frozen_graph(tmp_path / "inception.pb")
+    strategy = make_strategy("one_device")
+    inception = inception_network(str(tmp_path / "inception.pb"), strategy)
+    keys = {}
+    for network in (inception, digits_network(), pixels_network()):
+        colour = network is inception
+        images = [colour_images(seed) for seed in (0, 1)] if colour else [load_digits("train"), load_digits("test")]
+        extractor = FeatureExtractor(network, strategy, 100, str(tmp_path / "partial"))
+        real, generated = (extractor(array_images(part), "images") for part in images)
+        names = METRICS if network.name != "pixels" else ("fid", "kid", "precision_recall")
+        scores = compute_scores(names, network.name, real, generated)
+        keys[network.name] = set(scores)
+        frechet = "fid" if colour else f"frechet_{network.name}"
+        assert scores[frechet] == metrics.frechet_distance(real["features"], generated["features"])
+    splits = {"_10_splits", "_10_splits_std", ""}
+    assert keys["inception"] == {"fid", "kid", "kid_standard_error", "precision", "recall"} | {
+        f"inception_score{suffix}" for suffix in splits
+    }
+    coverage = {"precision_pixels", "recall_pixels"}
+    assert keys["pixels"] == {"frechet_pixels", "kernel_pixels", "kernel_pixels_standard_error"} | coverage
+    assert not any("fid" in key or "inception" in key for key in keys["pixels"] | keys["digits"])
+
+
+def test_what_gives_no_score_is_refused():
+    with pytest.raises(InputError, match="--metrics=inception_score needs a classifier"):
+        check_metrics(["inception_score"], "pixels", 100)
+    with pytest.raises(InputError, match="--metrics=fid needs at least 2 images, and there are 1"):
+        check_metrics(["fid"], "inception", 1)
+    with pytest.raises(InputError, match="--metrics=precision_recall needs at least 4 images"):
+        check_metrics(["fid", "precision_recall"], "digits", 3)
+
+
+def test_nan_in_features_is_refused(tmp_path):
+    network = FeatureNetwork("pixels", "none", "none", lambda pixels: {"features": pixels[:, 0, :, 0] / 0.0})
+    extractor = FeatureExtractor(network, make_strategy("one_device"), 4, str(tmp_path))
+    with pytest.raises(InputError, match="pixels features of samples 0.. hold NaN or infinity"):
+        extractor(array_images(load_digits()[:8]), "samples")
+
+
+def test_files_of_samples_are_checked(tmp_path):
+    path = str(tmp_path / "samples.npz")
+    with pytest.raises(InputError, match="cannot read .*samples.npz"):
+        file_images(path, (8, 8, 1))
+    for arrays, message in (
+        ({"images": load_digits()}, "samples.npz holds no `samples`"),
+        ({"samples": load_digits() / 255.0}, r"holds float64 \(1797, 8, 8, 1\), not samples uint8 \(N, 8, 8, 1\)"),
+        ({"samples": load_digits()[:, :4]}, r"holds uint8 \(1797, 4, 8, 1\)"),
+    ):
+        write_npz(path, **arrays)
+        with pytest.raises(InputError, match=message):
+            file_images(path, (8, 8, 1))
+    (tmp_path / "samples.npz").write_bytes(b"PK no archive")
+    with pytest.raises(InputError, match="samples.npz is no .npz of arrays, or is damaged"):
+        file_images(path, (8, 8, 1))
+    write_npz(path, samples=load_digits()[:5])
+    assert file_images(path, (8, 8, 1)).count == 5
+
+
+def test_references_are_computed_once_and_checked(tmp_path):
+    strategy, preset = make_strategy("one_device"), get_preset("digits")
+    path = str(tmp_path / "reference.npz")
+    applied = []
+
+    def apply(pixels):
+        applied.append(1)
+        return {"features": pixels[:, :, 0, 0]}
+
+    network = FeatureNetwork("pixels", "a1", "none", apply)
+    train, test = (source_images(open_source(preset, split), "digits", split) for split in ("train", "test"))
+    first = reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), test, path)
+    traced = len(applied)
+    np.testing.assert_array_equal(first["features"], load_digits("test")[:, :, 0, 0])
+    again = reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), test, path)
+    assert len(applied) == traced and np.array_equal(again["features"], first["features"])
+    with pytest.raises(InputError, match=r"reference.npz holds a reference with images scikit-learn digits, test, not"):
+        reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), train, path)
+    other = FeatureNetwork("pixels", "b2", "none", apply)
+    with pytest.raises(InputError, match="with sha256 a1, not b2: remove it"):
+        reference_features(FeatureExtractor(other, strategy, 100, str(tmp_path / "p")), test, path)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
+    preset = get_preset("digits", num_timesteps=4, ch_mult=(1,))
+    strategy, network = make_strategy("one_device"), digits_network()
+    checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
+    drawn = []
+
+    def extract(partial, fail_at):
+        samples = run_samples(strategy, preset, checkpoint, num_samples=50, batch_size=20, seed=1)
+
+        def pixels(first, count):
+            if len(drawn) == fail_at:
+                raise KeyboardInterrupt
+            drawn.append(first)
+            return samples.pixels(first, count)
+
+        images = Images(samples.description, samples.count, pixels)
+        return FeatureExtractor(network, strategy, 20, str(tmp_path / partial))(images, "samples")
+
+    whole = extract("whole", 99)
+    assert drawn == [0, 20, 40] and len(whole["features"]) == 50
+    drawn.clear()
+    with pytest.raises(KeyboardInterrupt):
+        extract("broken", 2)
+    resumed = extract("broken", 99)
+    assert drawn == [0, 20, 40]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array)
+    assert not np.array_equal(whole["pixels"], np.round(whole["pixels"]))  # clipped, and not rounded to levels
+    assert whole["pixels"].min() >= 0.0 and whole["pixels"].max() <= 255.0
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    workdir = Workdir(tmp_path)
+    for step, fid in ((10, 5.0), (20, 3.0), (30, 4.0)):
+        checkpoint = checkpoints.save(workdir.checkpoints, step, {"x": np.asarray(step)})
+        scores = {"fid": fid, "inception_score": fid}
+        record_evaluation(workdir, checkpoint, {"step": step, "num_samples": 100}, scores, "fid")
+        checkpoints.remove_old(workdir.checkpoints, keep=1, keep_every=0)
+    assert checkpoints.all_steps(workdir.checkpoints) == [30]
+    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [20]
+    assert json.loads((tmp_path / "checkpoints/best/evaluation.json").read_text())["fid"] == 3.0
+    step, path = checkpoints.find(workdir.checkpoints, 20)
+    assert step == 20 and checkpoints.load(path)["x"] == 20
+    assert checkpoints.find(workdir.checkpoints)[0] == 30
+    assert [line["step"] for line in workdir.read_evaluations()] == [10, 20, 30]
+    # Of the inception score the highest is best; among measurements of another size a new contest begins.
+    record_evaluation(workdir, checkpoint, {"step": 30, "num_samples": 100}, scores, "inception_score")
+    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [20]
+    record_evaluation(workdir, checkpoint, {"step": 30, "num_samples": 200}, scores, "inception_score")
+    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [30]

@@ -1,0 +1,234 @@
+"""The bound against the authors' loop, against a closed form, and as it is measured over a set of images."""
+
+import gaussian_data
+import golden
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+from diffusion_tf import checkpoints, likelihood
+from diffusion_tf.datasets import ImageSource, load_digits
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+from diffusion_tf.train_state import TrainState
+from diffusion_tf.unet import UNet
+
+GOLDEN = golden.load("diffusion_ops")
+DENOISE_FNS = {
+    "dn_x": lambda x, t: 0.1 * x,
+    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
+}
+
+
+def make(mean_type, var_type, num_timesteps):
+    betas = get_beta_schedule("linear", beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
+    return GaussianDiffusion(NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type="kl")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "eps/fixedlarge/clip1/dn_x",
+        "eps/fixedlarge/clip0/dn_x",
+        "eps/fixedsmall/clip1/dn_x",
+        "eps/fixedlarge/clip1/dn_xt",
+        "xstart/fixedsmall/clip1/dn_x",
+        "xprev/fixedlarge/clip1/dn_x",
+    ],
+)
+@pytest.mark.parametrize("noise", ["calc_bpd", "calc_bpd_tab"])
+def test_the_loop_is_the_authors(case, noise):
+    mean_type, var_type, clip, denoise_name = case.split("/")
+    diffusion, denoise_fn, clip = make(mean_type, var_type, 20), DENOISE_FNS[denoise_name], clip == "clip1"
+    x_start, noises = GOLDEN["x_start"], tf.constant(GOLDEN["loop20/q_noise_table"] * (noise == "calc_bpd_tab"))
+
+    @tf.function(jit_compile=True)
+    def loop():
+        noise_fn, timesteps_fn = lambda k: tf.gather(noises, k), lambda k: tf.fill([8], k)
+        return likelihood.calc_bpd_loop(
+            diffusion, denoise_fn, tf.constant(x_start), noise_fn, timesteps_fn, 20, clip_denoised=clip
+        )
+
+    bound = loop()
+    zeros = np.zeros(8, np.int32)
+    x_1 = diffusion.q_sample(x_start, zeros, noises[0])
+    decoder_atol = golden.decoder_atol(diffusion, denoise_fn, x_start, x_1, zeros, clip)
+
+    def assert_golden(ours, name, atol=0.0):
+        expected = GOLDEN[f"loop20/{noise}/{case}/{name}"]
+        atol = atol + 1e-6 * max(1.0, np.abs(expected).max())
+        assert np.all(np.abs(ours - expected) <= 1e-5 * np.abs(expected) + atol), name
+
+    assert_golden(bound.terms_bpd, "terms_bpd", decoder_atol[:, None] * (np.arange(20) == 0))
+    assert_golden(bound.prior_bpd, "prior_bpd")
+    assert_golden(bound.mse, "mse")
+    assert_golden(np.sum(bound.terms_bpd, axis=1) + bound.prior_bpd, "total_bpd", decoder_atol)
+
+
+def decoder_nats(diffusion):
+    """E[-log p(x_0 | x_1)] of the exact denoiser on Gaussian data, by quadrature with the normal's exact CDF."""
+    schedule = diffusion.schedule
+    (a, b), _, _ = gaussian_data.optimal_denoiser(diffusion)
+    z = np.linspace(-7, 7, 1401)
+    weight = scipy.stats.norm.pdf(z) / scipy.stats.norm.pdf(z).sum()
+    x_0 = gaussian_data.MEAN + gaussian_data.STD * z[:, None]
+    x_1 = schedule.sqrt_alphas_cumprod[0] * x_0 + schedule.sqrt_one_minus_alphas_cumprod[0] * z[None, :]
+    mean, std = a[0] * x_1 + b[0], np.exp(0.5 * schedule.posterior_log_variance_clipped[0])
+    plus, minus = (scipy.stats.norm.cdf((x_0 - mean + sign / 255) / std) for sign in (1, -1))
+    probability = np.where(x_0 < -0.999, plus, np.where(x_0 > 0.999, 1 - minus, plus - minus))
+    return -(weight[:, None] * weight[None, :] * np.log(np.maximum(probability, 1e-12))).sum()
+
+
+def test_gaussian_data_and_the_exact_denoiser_give_the_analytic_bound():
+    diffusion = make("xstart", "fixedsmall", 1000)
+    schedule, variance = diffusion.schedule, gaussian_data.STD**2
+    abar = schedule.alphas_cumprod
+    second_moment = gaussian_data.MEAN**2 + variance
+    # KL of Gaussians of one variance: the squared distance of the means, coef1 (x_0 - E[x_0 | x_t]).
+    xstart_variance = variance * (1 - abar) / (abar * variance + 1 - abar)
+    terms = (schedule.posterior_mean_coef1**2 * xstart_variance / 2)[1:] / schedule.posterior_variance[1:]
+    prior = 0.5 * (-1 - np.log(1 - abar[-1]) + (1 - abar[-1]) + abar[-1] * second_moment)
+    expected = (prior + terms.sum() + decoder_nats(diffusion)) / np.log(2)
+
+    shape = (512, 8, 8, 1)
+
+    @tf.function(jit_compile=True)
+    def loop(batch):
+        first = tf.cast(batch, tf.int64) * 512
+        x_start = gaussian_data.MEAN + gaussian_data.STD * CounterRng(5, 0, first).normal("x_start", shape)
+        noise_fn = lambda k: CounterRng(6, k, first).normal("noise", shape)
+        denoise_fn = gaussian_data.denoise_fn(diffusion)
+        timesteps_fn = lambda k: tf.fill([512], k)
+        return likelihood.calc_bpd_loop(
+            diffusion, denoise_fn, x_start, noise_fn, timesteps_fn, 1000, clip_denoised=False
+        )
+
+    bounds = [loop(tf.constant(batch)) for batch in range(4)]
+    totals = np.concatenate([bound.prior_bpd + np.sum(bound.terms_bpd, axis=1) for bound in bounds])
+    mean, standard_error = likelihood.mean_and_standard_error(totals)
+    assert standard_error < 0.008
+    # The decoder's tanh approximation of the CDF costs up to 1e-3.
+    assert abs(mean - expected) < 4 * standard_error + 1e-3
+    middle = np.concatenate([np.asarray(bound.terms_bpd)[:, 1:] for bound in bounds]).mean(axis=0)
+    np.testing.assert_allclose(middle, terms / np.log(2), rtol=0.02, atol=1e-6)  # float32 noise
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """An evaluator factory of a small network with visible weights, T = 8."""
+    preset = get_preset("digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), attn_resolutions=())
+
+    def evaluator(strategy, batch_size, seed=3, estimate=None):
+        with strategy.scope():
+            model = UNet.from_preset(preset)
+        golden.assign_random_weights(model, np.random.RandomState(0))
+        return likelihood.BoundEvaluator(
+            strategy,
+            model,
+            [v.value for v in model.trainable_variables],
+            GaussianDiffusion.from_preset(preset),
+            image_shape=preset.image_shape,
+            batch_size=batch_size,
+            seed=seed,
+            num_timesteps_estimate=estimate,
+        )
+
+    return evaluator
+
+
+def test_an_images_terms_depend_on_seed_and_index_alone(tiny):
+    one, images = make_strategy("one_device"), load_digits()[:16]
+    reference = tiny(one, 16)(0, images)
+    by_fives = tiny(one, 5)
+    parts = [by_fives(first, images[first : first + 5]) for first in (0, 5, 10, 15)]
+    replicated = tiny(make_strategy("mirrored"), 16)(0, images)
+    other_seed = tiny(one, 16, seed=4)(0, images)
+    for i, name in enumerate(likelihood.BoundTerms._fields):
+        np.testing.assert_allclose(np.concatenate([part[i] for part in parts]), reference[i], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(replicated[i], reference[i], rtol=1e-4, err_msg=name)
+    assert np.abs(other_seed.terms_bpd / reference.terms_bpd - 1).max() > 0.01
+
+
+def test_the_estimate_is_unbiased_and_knows_its_error(tiny):
+    one, images = make_strategy("one_device"), load_digits()[:256]
+    exact = tiny(one, 256)(0, images).terms_bpd
+    np.testing.assert_allclose(tiny(one, 256, estimate=7)(0, images).terms_bpd, exact, rtol=1e-4)
+    for num_terms in (1, 3):
+        terms = tiny(one, 256, estimate=num_terms)(0, images).terms_bpd
+        np.testing.assert_allclose(terms[:, 0], exact[:, 0], rtol=1e-4)
+        difference = 7 / num_terms * terms[:, 1:].sum(axis=1) - exact[:, 1:].sum(axis=1)
+        mean, standard_error = likelihood.mean_and_standard_error(difference)
+        assert standard_error > 0 and abs(mean) < 4 * standard_error
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_result(tmp_path):
+    preset = get_preset("digits", num_timesteps=4, ch_mult=(1,), attn_resolutions=())
+    strategy, images = make_strategy("one_device"), load_digits("test")
+    state = TrainState(preset, strategy)
+    checkpoint = checkpoints.save(str(tmp_path), 0, state.to_arrays())
+    reads = []
+
+    def measure(partial, fail_at):
+        def read(image):
+            reads.append(1)
+            if len(reads) > fail_at:
+                raise RuntimeError("the power went out")
+            return image
+
+        def decode(image):
+            return tf.ensure_shape(tf.numpy_function(read, [image], tf.uint8), preset.image_shape)
+
+        records = lambda seed: tf.data.Dataset.from_tensor_slices(images)
+        source = ImageSource("digits", len(images), records, decode, preset.image_shape)
+        return likelihood.measure_bound(
+            strategy, preset, checkpoint, source, num_images=50, batch_size=20, seed=1, partial=str(tmp_path / partial)
+        )
+
+    whole = measure("whole", 50)
+    reads.clear()
+    with pytest.raises(tf.errors.OpError, match="the power went out"):
+        measure("broken", 25)
+    reads.clear()
+    resumed = measure("broken", 50)
+    assert len(reads) == 30  # the first batch was not read again
+    for name in ("total_bpd", "terms_bpd", "terms_standard_error", "mse"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name), err_msg=name)
+
+
+def test_rate_and_distortion():
+    rng = np.random.default_rng(0)
+    terms, mse = rng.uniform(size=6), rng.uniform(size=6)
+    prior, middle, decoder = np.full(3, 0.25), np.full(3, terms[1:].sum()), np.full(3, terms[0])
+    bound = likelihood.Bound(prior, middle, decoder, np.ones(3), terms, terms, mse)
+    rate, distortion = likelihood.rate_distortion(bound)
+    np.testing.assert_allclose(rate, [0.25 + terms[t + 1 :].sum() for t in range(6)])
+    np.testing.assert_allclose(rate[0] + terms[0], bound.total_bpd.mean(), rtol=1e-12)
+    np.testing.assert_allclose((distortion / 127.5) ** 2, mse)
+
+
+def test_appendix_c():
+    for preset in PRESETS.values():
+        diffusion = GaussianDiffusion.from_preset(preset)
+        claims = likelihood.appendix_c(diffusion.schedule, mean_square=0.25)
+        assert claims["unit_variance_error"] < 1e-12 and claims["sampler_scale_error"] < 1e-9
+        loudest = diffusion.prior_bpd(tf.ones([1, *preset.image_shape]))
+        assert loudest[0] < 1e-4 < claims["unscaled_prior_bits_per_dim"]
+    # The unscaled process, drawn: x_T = x_0 + the same noise, against the normal of the noise's variance.
+    noise_variance = diffusion.schedule.betas.sum()
+    x_0 = np.random.default_rng(0).choice([-0.5, 0.5], 100_000)
+    x_T = x_0 + np.sqrt(noise_variance) * np.random.default_rng(1).standard_normal(100_000)
+    log_ratio = (x_T**2 - (x_T - x_0) ** 2) / (2 * noise_variance) / np.log(2)
+    mean, standard_error = likelihood.mean_and_standard_error(log_ratio)
+    assert abs(mean - claims["unscaled_prior_bits_per_dim"]) < 4 * standard_error
+
+
+def test_the_forward_process_keeps_unit_variance():
+    diffusion = make("eps", "fixedlarge", 1000)
+    x_start = CounterRng(0, 0, 0).normal("x_start", (64, 32, 32, 1))
+    for t in (0, 200, 500, 999):
+        x_t = diffusion.q_sample(x_start, tf.fill([64], t), CounterRng(0, t, 0).normal("noise", x_start.shape))
+        assert abs(np.var(x_t) - 1.0) < 5 * np.sqrt(2 / 65536)
