@@ -17,7 +17,9 @@ from diffusion_tf.workdir import Workdir
 TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
-TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4 --ch_mult=1".split()
+TINY = (
+    "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4 --ch_mult=1"
+).split()
 
 
 def run(program, *args):
