@@ -79,6 +79,17 @@ def find(folder: str, step: int | None = None) -> tuple[int, str]:
     return step, paths[step]
 
 
+def hold(folder: str, path: str) -> str:
+    """Copies the checkpoint at `path` to `folder`/evaluating, where `remove_old` does not reach it; returns the copy.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    held = os.path.join(folder, "evaluating", os.path.basename(path))
+    write_file(held, read_file(path))
+    return held
+
+
 def keep_best(folder: str, path: str) -> None:
     """Copies the checkpoint at `path` to `folder`/best, in place of the one there; `find` finds it by its step."""
     best = os.path.join(folder, "best")

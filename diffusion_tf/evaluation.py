@@ -37,6 +37,7 @@ _NAMES = {
 }
 _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", "recall")
 _SPLITS = 10
+_SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
 
 
@@ -76,28 +77,40 @@ def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
     return Images(description, len(images), lambda first, count: images[first : first + count])
 
 
-def run_samples(
-    strategy: tf.distribute.Strategy, preset: Preset, checkpoint: str, *, num_samples: int, batch_size: int, seed: int
-) -> Images:
-    """Samples of a checkpoint's EMA weights, drawn when they are asked for: clipped, and not rounded to levels.
+class RunSamples:
+    """Samples of a run's checkpoints by their EMA weights: clipped, and not rounded to levels.
 
     Raises:
-      InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
+      InputError: the batch size is not divisible by the replicas.
     """
-    with strategy.scope():
-        model = UNet.from_preset(preset)
-    load_ema(model, checkpoint)
-    sampler = Sampler(
-        strategy,
-        model,
-        [v.value for v in model.trainable_variables],
-        GaussianDiffusion.from_preset(preset),
-        image_shape=preset.image_shape,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    description = {"checkpoint": checkpoints.load_digest(checkpoint), "num_images": num_samples, "seed": seed}
-    return Images(description, num_samples, lambda first, count: (sampler(first)[:count] + 1.0) * 127.5)
+
+    def __init__(
+        self, strategy: tf.distribute.Strategy, preset: Preset, *, num_samples: int, batch_size: int, seed: int
+    ):
+        with strategy.scope():
+            self.model = UNet.from_preset(preset)
+        self.num_samples = num_samples
+        self.seed = seed
+        self.sampler = Sampler(
+            strategy,
+            self.model,
+            [v.value for v in self.model.trainable_variables],
+            GaussianDiffusion.from_preset(preset),
+            image_shape=preset.image_shape,
+            batch_size=batch_size,
+            seed=seed,
+        )
+
+    def of_checkpoint(self, path: str) -> Images:
+        """The samples of the checkpoint at `path`, drawn when they are asked for, until another one's are.
+
+        Raises:
+          InputError: the checkpoint does not fit.
+        """
+        load_ema(self.model, path)
+        digest = checkpoints.load_digest(path)
+        description = {"checkpoint": digest, "num_images": self.num_samples, "seed": self.seed}
+        return Images(description, self.num_samples, lambda first, count: (self.sampler(first)[:count] + 1.0) * 127.5)
 
 
 class FeatureExtractor:
@@ -177,24 +190,32 @@ def check_metrics(names: Sequence[str], network: str, count: int) -> None:
             raise InputError(f"--metrics={name} needs at least {least[name]} images, and there are {count}")
 
 
-def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
-    """The metrics `names` of generated against real features, by what they are called in results."""
-    scores = {}
-    if "fid" in names:
-        scores[_NAMES[network]["fid"]] = metrics.frechet_distance(real["features"], generated["features"])
-    if "kid" in names:
-        key = _NAMES[network]["kid"]
-        scores[key], scores[f"{key}_standard_error"] = metrics.kernel_distance(real["features"], generated["features"])
-    if "inception_score" in names:
-        key = _NAMES[network]["inception_score"]
-        scores[key] = metrics.classifier_score(generated["logits"])
-        splits = metrics.classifier_score_splits(generated["logits"], _SPLITS)
-        scores[f"{key}_{_SPLITS}_splits"], scores[f"{key}_{_SPLITS}_splits_std"] = splits
-    if "precision_recall" in names:
+def score_names(metric: str, network: str) -> tuple[str, ...]:
+    """What the scores of one of METRICS are called."""
+    if metric == "precision_recall":
         space = "" if network == "inception" else "_pixels"
-        real_points, points = (arrays.get("pixels", arrays["features"]) for arrays in (real, generated))
-        precision, recall = metrics.precision_recall(real_points, points, k=_NEIGHBORS)
-        scores[f"precision{space}"], scores[f"recall{space}"] = precision, recall
+        return f"precision{space}", f"recall{space}"
+    name = _NAMES[network][metric]
+    suffixes = {"fid": ("",), "kid": ("", "_standard_error"), "inception_score": ("", *_SPLIT_SUFFIXES)}
+    return tuple(f"{name}{suffix}" for suffix in suffixes[metric])
+
+
+def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
+    """The metrics `names` of generated against real features, by `score_names`."""
+    compute: dict[str, Callable[[], tuple[float, ...]]] = {
+        "fid": lambda: (metrics.frechet_distance(real["features"], generated["features"]),),
+        "kid": lambda: metrics.kernel_distance(real["features"], generated["features"]),
+        "inception_score": lambda: (
+            metrics.classifier_score(generated["logits"]),
+            *metrics.classifier_score_splits(generated["logits"], _SPLITS),
+        ),
+        "precision_recall": lambda: metrics.precision_recall(
+            *(arrays.get("pixels", arrays["features"]) for arrays in (real, generated)), k=_NEIGHBORS
+        ),
+    }
+    scores: dict[str, float] = {}
+    for name in names:
+        scores.update(zip(score_names(name, network), compute[name](), strict=True))
     return scores
 
 

@@ -57,16 +57,16 @@ def write_json(path: str, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON text; NaN, which JSON lacks, becomes null."""
-    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+    """A value as JSON text; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_npz(path: str) -> dict[str, np.ndarray]:

@@ -197,7 +197,7 @@ def _plot_scores(axes: Axes, record: RunRecord) -> None:
     """The first score of each way of measuring, over steps."""
     axes.set(title="scores over steps", xlabel="step")
     series: dict[str, list[tuple[int, float]]] = {}
-    for line in record.evaluations:
+    for line in filter(_scores, record.evaluations):
         name, score = next(iter(_scores(line).items()))
         series.setdefault(f"{name}, {line['num_samples']:,} samples", []).append((line["step"], score))
     for label, points in series.items():

@@ -115,34 +115,40 @@ class Run:
 
     workdir: Workdir
     preset: Preset
-    step: int
-    checkpoint: str
     strategy: tf.distribute.Strategy
 
     @classmethod
     def from_flags(cls) -> "Run":
-        """Reads --workdir, --checkpoint, --strategy and --tpu.
+        """Reads --workdir, --strategy and --tpu.
 
         Raises:
-          InputError: there is no such run or checkpoint, or the strategy is of several processes.
+          InputError: there is no such run, or the strategy is of several processes.
         """
         require_flags("workdir")
         if FLAGS.strategy == "multi_worker":
             raise InputError("--strategy=multi_worker is for training: this is one process's work")
         workdir = Workdir(FLAGS.workdir)
         preset = workdir.read_preset()
-        step, checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)
-        return cls(workdir, preset, step, checkpoint, make_strategy(FLAGS.strategy, FLAGS.tpu))
+        return cls(workdir, preset, make_strategy(FLAGS.strategy, FLAGS.tpu))
+
+    def find_checkpoint(self) -> tuple[int, str]:
+        """(step, path) of --checkpoint, or of the newest.
+
+        Raises:
+          InputError: there is none.
+        """
+        return checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
 
 
 def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tuple[Bound, dict[str, Any]]:
     """The bound that `define_bound_flags` asks for, and what it was measured on, for the JSON file."""
+    step, checkpoint = run.find_checkpoint()
     source = open_source(run.preset, FLAGS.split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
     num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
     bound = measure_bound(
         run.strategy,
         run.preset,
-        run.checkpoint,
+        checkpoint,
         source,
         num_images=num_images,
         batch_size=FLAGS.batch_size,
@@ -151,7 +157,7 @@ def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tup
         num_timesteps_estimate=num_timesteps_estimate,
     )
     subject = {"dataset": run.preset.dataset, "images": source.name, "split": FLAGS.split, "num_images": num_images}
-    return bound, {**subject, "step": run.step, "seed": FLAGS.seed}
+    return bound, {**subject, "step": step, "seed": FLAGS.seed}
 
 
 def run(main: Callable[[], None]) -> None:

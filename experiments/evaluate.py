@@ -15,6 +15,7 @@ The same command again goes on where an interrupted one was.
 
 import os
 import time
+from typing import Any
 
 import tensorflow as tf
 from absl import flags
@@ -26,13 +27,14 @@ from diffusion_tf.evaluation import (
     METRICS,
     FeatureExtractor,
     Images,
+    RunSamples,
     check_metrics,
     compute_scores,
     file_images,
     is_alike,
     record_evaluation,
     reference_features,
-    run_samples,
+    score_names,
     source_images,
 )
 from diffusion_tf.feature_networks import (
@@ -61,7 +63,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("best_by", None, "The score that chooses the best checkpoint. Default: the first one measured.")
 flags.DEFINE_boolean("follow", False, "Score each checkpoint as training writes it, until the last.")
-flags.DEFINE_integer("eval_every", 1, "With --follow: score checkpoints at multiples of this step.", lower_bound=1)
+flags.DEFINE_integer(
+    "eval_every", 1, "With --follow: score the checkpoints at multiples of this step, and the last.", lower_bound=1
+)
 
 _POLL_SECONDS = 10
 
@@ -109,7 +113,7 @@ def _print(result: dict, scores: dict[str, float]) -> None:
 
 
 class _Evaluation:
-    """What is the same for all checkpoints of one command."""
+    """What is the same for everything that one command scores."""
 
     def __init__(self, run: common.Run, num_samples: int):
         self.run = run
@@ -119,71 +123,83 @@ class _Evaluation:
         self.extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.workdir.partial)
         self.reference, self.real = _reference(run, self.extractor, self.names)
 
+    def result(self, **subject) -> dict[str, Any]:
+        """What was measured, and how."""
+        return {**subject, "num_samples": self.num_samples, "metrics": self.names, "reference": self.reference}
+
     def scores(self, images: Images) -> dict[str, float]:
         """Of some images."""
         generated = self.extractor(images, "samples")
         return compute_scores(self.names, self.extractor.network.name, self.real, generated)
 
-    def result(self, **subject) -> dict:
-        """What identifies a measurement, for its line."""
-        seed = {} if FLAGS.samples else {"seed": FLAGS.seed}
-        return {**subject, "num_samples": self.num_samples, **seed, "metrics": self.names, "reference": self.reference}
 
-    def of_checkpoint(self, step: int, checkpoint: str) -> dict:
-        """Scores a checkpoint and records it."""
-        run = self.run
-        images = run_samples(
-            run.strategy,
-            run.preset,
-            checkpoint,
-            num_samples=self.num_samples,
-            batch_size=FLAGS.batch_size,
-            seed=FLAGS.seed,
+class _CheckpointEvaluation(_Evaluation):
+    """Scores checkpoints by samples of them."""
+
+    def __init__(self, run: common.Run, num_samples: int):
+        super().__init__(run, num_samples)
+        known = [score for name in self.names for score in score_names(name, self.extractor.network.name)]
+        self.best_by = FLAGS.best_by or known[0]
+        if self.best_by not in known:
+            raise InputError(f"--best_by={self.best_by}: the scores are {', '.join(known)}")
+        self.samples = RunSamples(
+            run.strategy, run.preset, num_samples=num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed
         )
-        result, scores = self.result(step=step), self.scores(images)
-        best_by = FLAGS.best_by or next(iter(scores))
-        if best_by not in scores:
-            raise InputError(f"--best_by={best_by}: the scores are {', '.join(scores)}")
-        record_evaluation(run.workdir, checkpoint, result, scores, best_by)
+
+    def score(self, step: int, checkpoint: str) -> dict[str, Any]:
+        """Scores a checkpoint, and records it."""
+        # Training may remove its own copy before this is through.
+        held = checkpoints.hold(self.run.workdir.checkpoints, checkpoint)
+        images = self.samples.of_checkpoint(held)
+        result, scores = self.result(step=step, seed=FLAGS.seed), self.scores(images)
+        record_evaluation(self.run.workdir, held, result, scores, self.best_by)
         self.extractor.parts(images).remove()
+        tf.io.gfile.remove(held)
         _print(result, scores)
         return {**result, **scores}
 
     def follow(self) -> None:
         """Scores checkpoints until the last one that the run's configuration promises is scored."""
-        workdir = self.run.workdir
+        workdir, wanted = self.run.workdir, self.result(seed=FLAGS.seed)
         while True:
-            done = {line["step"] for line in workdir.read_evaluations() if is_alike(line, self.result())}
-            if workdir.read_preset().num_steps in done:
+            done = {line["step"] for line in workdir.read_evaluations() if is_alike(line, wanted)}
+            num_steps = workdir.read_preset().num_steps
+            if num_steps in done:
                 return
-            steps = [s for s in checkpoints.all_steps(workdir.checkpoints) if s % FLAGS.eval_every == 0]
-            for step in [step for step in steps if step not in done][:1]:
-                path = checkpoints.checkpoint_path(workdir.checkpoints, step)
-                if tf.io.gfile.exists(path):
-                    self.of_checkpoint(step, path)
-            else:
+            steps = checkpoints.all_steps(workdir.checkpoints)
+            due = [s for s in steps if s not in done and (s % FLAGS.eval_every == 0 or s == num_steps)]
+            if not due:
                 time.sleep(_POLL_SECONDS)
+                continue
+            path = checkpoints.checkpoint_path(workdir.checkpoints, due[0])
+            try:
+                self.score(due[0], path)
+            except InputError:
+                if tf.io.gfile.exists(path):  # else training has removed it meanwhile
+                    raise
 
 
 def main() -> None:
     run = common.Run.from_flags()
+    if FLAGS.follow and (FLAGS.samples or FLAGS.checkpoint or FLAGS.out):
+        raise InputError("--follow scores every checkpoint into evaluations.jsonl: no --samples, --checkpoint or --out")
+    num_samples = FLAGS.num_samples or (1000 if run.preset.dataset == "digits" else 50_000)
+    if FLAGS.follow:
+        _CheckpointEvaluation(run, num_samples).follow()
+        return
     out = FLAGS.out or os.path.join(run.workdir.path, "evaluation.json")
     check_writable(out)
-    samples = file_images(FLAGS.samples, run.preset.image_shape) if FLAGS.samples else None
-    num_samples = (
-        samples.count if samples else FLAGS.num_samples or (1000 if run.preset.dataset == "digits" else 50_000)
-    )
-    evaluation = _Evaluation(run, num_samples)
-    if FLAGS.follow:
-        evaluation.follow()
-        return
-    if samples:
-        result, scores = evaluation.result(samples=FLAGS.samples), evaluation.scores(samples)
-        evaluation.extractor.parts(samples).remove()
+    if FLAGS.samples:
+        images = file_images(FLAGS.samples, run.preset.image_shape)
+        evaluation = _Evaluation(run, images.count)
+        result = evaluation.result(samples=FLAGS.samples)
+        scores = evaluation.scores(images)
+        evaluation.extractor.parts(images).remove()
         _print(result, scores)
         write_json(out, {**result, **scores})
     else:
-        write_json(out, evaluation.of_checkpoint(run.step, run.checkpoint))
+        step, checkpoint = run.find_checkpoint()
+        write_json(out, _CheckpointEvaluation(run, num_samples).score(step, checkpoint))
     print(f"numbers: {out}")
 
 

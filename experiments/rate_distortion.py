@@ -69,7 +69,7 @@ def main() -> None:
         for t in reversed(range(len(rate)))
     ]
     table = _table(rows, with_paper=run.preset.dataset == "cifar10")
-    print(f"{subject['images']}: {subject['num_images']} images, step {run.step}")
+    print(f"{subject['images']}: {subject['num_images']} images, step {subject['step']}")
     _print_table(table)
     base = os.path.splitext(out)[0]
     write_file(f"{base}.csv", _csv(rows))

@@ -27,20 +27,21 @@ flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
 def main() -> None:
     common.require_flags("workdir", "out")
     run = common.Run.from_flags()
+    step, checkpoint = run.find_checkpoint()
     for path in filter(None, (FLAGS.out, FLAGS.png)):
         check_writable(path)  # before the work, not after it
     samples = draw_samples(
         run.strategy,
         run.preset,
-        run.checkpoint,
+        checkpoint,
         num_samples=FLAGS.num_samples,
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
     )
     write_npz(FLAGS.out, samples=samples)
-    print(f"{len(samples)} samples of step {run.step}: {FLAGS.out}")
+    print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
-        caption = f"{run.preset.dataset}, {len(samples)} samples of step {run.step}"
+        caption = f"{run.preset.dataset}, {len(samples)} samples of step {step}"
         write_file(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
         print(f"grid: {FLAGS.png}")
 

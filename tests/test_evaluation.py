@@ -15,12 +15,12 @@ from diffusion_tf.evaluation import (
     METRICS,
     FeatureExtractor,
     Images,
+    RunSamples,
     check_metrics,
     compute_scores,
     file_images,
     record_evaluation,
     reference_features,
-    run_samples,
     source_images,
 )
 from diffusion_tf.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
@@ -140,7 +140,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
     drawn = []
 
     def extract(partial, fail_at):
-        samples = run_samples(strategy, preset, checkpoint, num_samples=50, batch_size=20, seed=1)
+        samples = RunSamples(strategy, preset, num_samples=50, batch_size=20, seed=1).of_checkpoint(checkpoint)
 
         def pixels(first, count):
             if len(drawn) == fail_at:

@@ -47,7 +47,7 @@ def test_what_is_no_archive_is_named(tmp_path):
             read_npz(path)
 
 
-def test_json_has_no_nan(tmp_path):
+def test_json_holds_finite_numbers(tmp_path):
     path = tmp_path / "a.json"
-    write_json(str(path), {"a": float("nan"), "b": [1.5, {"c": float("nan")}]})
+    write_json(str(path), {"a": float("nan"), "b": [1.5, {"c": float("-inf")}]})
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5, {"c": None}]}

@@ -17,9 +17,8 @@ from diffusion_tf.workdir import Workdir
 TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
 ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
-TINY = (
-    "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4 --ch_mult=1"
-).split()
+TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4".split()
+TINY.append("--ch_mult=1")
 
 
 def run(program, *args):
@@ -183,6 +182,8 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
     ("args", "message"),
     [
         (["--num_samples=2"], "--metrics=inception_score needs at least 10 images, and there are 2"),
+        (["--best_by=fid"], "--best_by=fid: the scores are frechet_digits, classifier_score_digits"),
+        (["--follow", "--checkpoint=2"], "--follow scores every checkpoint into evaluations.jsonl: no --samples"),
         (["--metrics=fvd"], "--metrics=fvd: choose from fid, inception_score, kid, precision_recall"),
         (
             ["--features=inception", "--inception=/nowhere.pb"],
