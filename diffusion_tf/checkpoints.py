@@ -16,7 +16,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import read_file, write_file
+from diffusion_tf.files import first_line, read_file, write_file
 
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
@@ -47,10 +47,17 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def load_digest(path: str) -> str:
-    """The SHA-256 of the arrays that the checkpoint at `path` holds, as its header states it: its identity."""
-    with tf.io.gfile.GFile(path, "rb") as file:
-        header_size = file.read(8)
-        return _metadata(header_size + file.read(int.from_bytes(header_size, "little")))["sha256"]
+    """The SHA-256 of the arrays that the checkpoint at `path` holds, as its header states it: its identity.
+
+    Raises:
+      InputError: the file is missing, or is no checkpoint.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            header_size = file.read(8)
+            return _metadata(header_size + file.read(int.from_bytes(header_size, "little")))["sha256"]
+    except (tf.errors.OpError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the checkpoint {path} ({first_line(error)})") from error
 
 
 def checkpoint_path(folder: str, step: int) -> str:
@@ -79,26 +86,19 @@ def find(folder: str, step: int | None = None) -> tuple[int, str]:
     return step, paths[step]
 
 
-def hold(folder: str, path: str) -> str:
-    """Copies the checkpoint at `path` to `folder`/evaluating, where `remove_old` does not reach it; returns the copy.
+def copy_into(folder: str, path: str) -> str:
+    """Copies the checkpoint at `path` to `folder`, in place of those there, and returns the copy's path.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: it cannot be read, or the copy not written.
     """
-    held = os.path.join(folder, "evaluating", os.path.basename(path))
-    write_file(held, read_file(path))
-    return held
-
-
-def keep_best(folder: str, path: str) -> None:
-    """Copies the checkpoint at `path` to `folder`/best, in place of the one there; `find` finds it by its step."""
-    best = os.path.join(folder, "best")
-    before = all_steps(best)
-    kept = os.path.join(best, os.path.basename(path))
-    write_file(kept, read_file(path))
+    before = all_steps(folder)
+    copy = os.path.join(folder, os.path.basename(path))
+    write_file(copy, read_file(path))
     for step in before:
-        if checkpoint_path(best, step) != kept:
-            tf.io.gfile.remove(checkpoint_path(best, step))
+        if checkpoint_path(folder, step) != copy:
+            tf.io.gfile.remove(checkpoint_path(folder, step))
+    return copy
 
 
 def remove_old(folder: str, *, keep: int, keep_every: int) -> None:

@@ -6,8 +6,11 @@ Measurements read the images of a split in the order of their records.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +20,9 @@ from diffusion_tf.files import first_line
 from diffusion_tf.presets import Preset
 
 TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
+
+# What tf.data raises of damaged, missing or malformed records.
+READ_ERRORS = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 
 # Bounds the memory of shuffling; the encoded records are no larger than their pixels.
 _SHUFFLE_BYTES = 2**30
@@ -29,7 +35,7 @@ class ImageSource:
     """Where images come from.
 
     Attributes:
-      name: what they are and where they lie.
+      name: what they are, for people to read.
       num_examples: images in one epoch.
       records: records(epoch_seed) is a dataset of one epoch's encoded images, shuffled by `epoch_seed`, an int64 scalar
         tensor, or in their order where it is None.
@@ -100,10 +106,37 @@ def training_batches(
     )
 
 
-def image_batch(source: ImageSource, first: int, count: int) -> np.ndarray:
-    """Images first .. first + count - 1 in the order of their records, uint8 [count, H, W, C]."""
-    images = source.records(None).skip(first).take(count).map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
-    return images.batch(count).get_single_element().numpy()
+class ImageReader:
+    """Reads the images of a source in the order of their records; to go on from the last call, none is read twice."""
+
+    def __init__(self, source: ImageSource):
+        self._source = source
+        self._images: Iterator[np.ndarray] = iter(())
+        self._position = -1
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Images first .. first + count - 1, uint8 [count, H, W, C].
+
+        Raises:
+          InputError: they cannot be read.
+        """
+        if first != self._position:
+            images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
+            self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        try:
+            images = list(itertools.islice(self._images, count))
+        except READ_ERRORS as error:
+            raise InputError(f"{self._source.name} cannot be read: {first_line(error)}") from error
+        if len(images) < count:
+            raise InputError(f"{self._source.name} ends after {first + len(images)} images, and promised more")
+        self._position = first + count
+        return np.stack(images)
+
+
+def identity(source: ImageSource) -> dict[str, Any]:
+    """What tells the images of `source` from others of the same name: their number, and a digest of the first."""
+    first = hashlib.sha256(ImageReader(source)(0, 1).tobytes()).hexdigest()
+    return {"images": source.name, "num_examples": source.num_examples, "first_image_sha256": first}
 
 
 def _shuffled(dataset: tf.data.Dataset, buffer: int, seed: tf.Tensor | None) -> tf.data.Dataset:

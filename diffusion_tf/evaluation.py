@@ -15,15 +15,16 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf import checkpoints, metrics
-from diffusion_tf.datasets import ImageSource, image_batch
+from diffusion_tf.datasets import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.distribution import over_replicas
 from diffusion_tf.errors import InputError
 from diffusion_tf.feature_networks import FeatureNetwork
-from diffusion_tf.files import read_npz, write_json, write_npz
+from diffusion_tf.files import read_file, read_npz, write_json, write_npz
 from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.samplers import Sampler
+from diffusion_tf.tfgan_eval import classifier_metrics
 from diffusion_tf.train_state import load_ema
 from diffusion_tf.unet import UNet
 from diffusion_tf.workdir import Workdir
@@ -39,6 +40,7 @@ _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", 
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
+_KERNEL_BLOCK = 1024  # images in a block of TF-GAN's kernel distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Images:
     pixels: Callable[[int, int], Any]
 
 
-def source_images(source: ImageSource, dataset: str, split: str) -> Images:
-    """All images of a source."""
-    description = {"dataset": dataset, "images": source.name, "split": split, "num_images": source.num_examples}
-    return Images(description, source.num_examples, lambda first, count: image_batch(source, first, count))
+def source_images(source: ImageSource, dataset: str, split: str, count: int) -> Images:
+    """The first `count` images of a source."""
+    description = {"dataset": dataset, "split": split, "num_images": count, **identity(source)}
+    return Images(description, count, ImageReader(source))
 
 
 def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
@@ -180,14 +182,22 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
     return arrays
 
 
-def check_metrics(names: Sequence[str], network: str, count: int) -> None:
-    """Raises InputError where `count` images, or this network, cannot give one of the metrics."""
+def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int) -> None:
+    """Makes sure, before the work, that these numbers of images and this network can give the metrics.
+
+    Raises:
+      InputError: they cannot.
+    """
+    classifier_metrics()  # InputError where TF-GAN is missing
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise InputError("--metrics=inception_score needs a classifier: --features=inception or digits")
-    least = {"fid": 2, "kid": 2, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
+    # TF-GAN's blocks are of equal number in both sets, and each needs two images of either.
+    blocks = -(-max(num_samples, num_real) // _KERNEL_BLOCK)
+    least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
     for name in names:
-        if count < least[name]:
-            raise InputError(f"--metrics={name} needs at least {least[name]} images, and there are {count}")
+        for count, images in ((num_samples, "samples"), (num_real, "real images")):
+            if count < least[name] and (name, images) != ("inception_score", "real images"):
+                raise InputError(f"--metrics={name} needs at least {least[name]} {images}, and there are {count}")
 
 
 def score_names(metric: str, network: str) -> tuple[str, ...]:
@@ -204,7 +214,8 @@ def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: 
     """The metrics `names` of generated against real features, by `score_names`."""
     compute: dict[str, Callable[[], tuple[float, ...]]] = {
         "fid": lambda: (metrics.frechet_distance(real["features"], generated["features"]),),
-        "kid": lambda: metrics.kernel_distance(real["features"], generated["features"]),
+        # In random order, as the blocks must be.
+        "kid": lambda: metrics.kernel_distance(_shuffled(real["features"]), _shuffled(generated["features"])),
         "inception_score": lambda: (
             metrics.classifier_score(generated["logits"]),
             *metrics.classifier_score_splits(generated["logits"], _SPLITS),
@@ -219,27 +230,38 @@ def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: 
     return scores
 
 
+def _shuffled(features: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(features)
+
+
 def record_evaluation(
     workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
-):
+) -> None:
     """Adds a line to `evaluations.jsonl`, scalars to TensorBoard, and keeps the best checkpoint by the score `best_by`.
 
-    `checkpoints/best/` holds the checkpoint that scored best of all that were measured in the same way.
+    `checkpoints/best/` holds the checkpoint that scored best of all that were measured in the same way. One that was
+    chosen by another measurement is left alone: to begin a new contest, remove it.
     """
-    step, line = result["step"], {**result, **scores}
-    writer = tf.summary.create_file_writer(workdir.tensorboard)
-    with writer.as_default(step=step):
+    line = {**result, **scores}
+    writer = tf.summary.create_file_writer(os.path.join(workdir.tensorboard, "evaluation"))
+    with writer.as_default(step=result["step"]):
         for name, score in scores.items():
             tf.summary.scalar(f"evaluation/{name}", score)
     writer.close()
-    alike = [other for other in workdir.read_evaluations() if is_alike(other, result) and best_by in other]
-    sign = -1.0 if best_by.startswith(_HIGHER_IS_BETTER) else 1.0
-    if all(sign * scores[best_by] < sign * other[best_by] for other in alike if other["step"] != step):
-        checkpoints.keep_best(workdir.checkpoints, checkpoint)
-        write_json(os.path.join(workdir.checkpoints, "best", "evaluation.json"), line)
     workdir.append_evaluation(line)
+
+    folder = os.path.join(workdir.checkpoints, "best")
+    record = os.path.join(folder, "evaluation.json")
+    best = json.loads(read_file(record)) if tf.io.gfile.exists(record) else None
+    if best and not (is_alike(best, result) and best["best_by"] == best_by):
+        print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
+        return
+    sign = -1.0 if best_by.startswith(_HIGHER_IS_BETTER) else 1.0
+    if best is None or sign * scores[best_by] < sign * best[best_by]:
+        checkpoints.copy_into(folder, checkpoint)
+        write_json(record, {**line, "best_by": best_by})
 
 
 def is_alike(line: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether a line of `evaluations.jsonl` was measured as `result` is, whatever the step."""
-    return all(line.get(name) == value for name, value in result.items() if name != "step")
+    """Whether a line of `evaluations.jsonl` was measured as `result` is, whatever the checkpoint."""
+    return all(line.get(name) == value for name, value in result.items() if name not in ("step", "checkpoint_sha256"))

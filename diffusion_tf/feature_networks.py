@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from diffusion_tf.files import first_line, read_file
 # TF-GAN's export of the Inception network of 2015, which FID and Inception Score are defined by.
 INCEPTION_TFHUB = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 _INCEPTION_SIZE = 299
+_MOST_PIXELS = 4096
 _LOCAL_COPY = "give a local copy, --inception=FOLDER of a SavedModel or FILE.pb with pool_3:0 and logits:0"
 
 
@@ -40,8 +42,16 @@ def _flatten(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, [x.shape[0], -1])
 
 
-def pixels_network() -> FeatureNetwork:
-    """The pixels as features, scaled to [0, 1]."""
+def pixels_network(image_shape: tuple[int, int, int]) -> FeatureNetwork:
+    """The pixels as features, scaled to [0, 1].
+
+    Raises:
+      InputError: there are too many for a covariance.
+    """
+    if math.prod(image_shape) > _MOST_PIXELS:
+        raise InputError(
+            f"--features=pixels is for small images, not {image_shape}: their covariance would fill memory"
+        )
     return FeatureNetwork("pixels", "none", "none", lambda pixels: {"features": _flatten(pixels) / 255.0})
 
 
@@ -83,15 +93,19 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
         raise InputError(
             f"--inception={source} is no Inception network ({first_line(error)}): {_LOCAL_COPY}"
         ) from error
-    missing = {"pool_3", "logits"} - set(outputs)
+    found = set(outputs) if isinstance(outputs, dict) else set()
+    missing = {"pool_3", "logits"} - found
     if missing:
         raise InputError(
-            f"--inception={source} has no output {' or '.join(sorted(missing))}; it has {', '.join(sorted(outputs))}"
+            f"--inception={source} has no output named {' or '.join(sorted(missing))}; named outputs:"
+            f" {', '.join(sorted(found)) or 'none'}"
         )
 
     def apply(pixels):
         outputs = classify(inception_input(pixels))
-        return {"features": _flatten(outputs["pool_3"]), "logits": _flatten(outputs["logits"])}
+        # With the batch from outside: an old graph may not know its outputs' shapes.
+        pool_3, logits = (tf.reshape(outputs[name], [pixels.shape[0], -1]) for name in ("pool_3", "logits"))
+        return {"features": pool_3, "logits": logits}
 
     return FeatureNetwork("inception", _sha256(path), f"TF1 bilinear to {_INCEPTION_SIZE}", apply)
 
@@ -115,11 +129,11 @@ def _local_path(source: str) -> str:
         if not tf.io.gfile.exists(path):
             raise InputError(f"--inception={source} does not exist: {_LOCAL_COPY}")
         return path
-    import tensorflow_hub  # brings tf_keras, and only a handle needs it
-
     try:
+        import tensorflow_hub  # brings tf_keras, and only a handle needs it
+
         return tensorflow_hub.resolve(source)
-    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         raise InputError(f"--inception={source} cannot be fetched ({first_line(error)}): {_LOCAL_COPY}") from error
 
 
@@ -133,20 +147,41 @@ def _load_saved_model(path: str) -> Callable:
 
 
 def _load_frozen_graph(path: str) -> Callable:
-    graph_def = tf.compat.v1.GraphDef()
+    graph_def, data = tf.compat.v1.GraphDef(), read_file(path)
     try:
-        graph_def.ParseFromString(read_file(path))
+        graph_def.ParseFromString(data)
     except Exception as error:  # protobuf's own DecodeError, which has no public name
         raise ValueError("not a frozen graph") from error
+    for node in graph_def.node:
+        if node.op == "BatchNormWithGlobalNormalization":
+            _modernise_batch_norm(node, graph_def)
     nodes = {node.name: node.op for node in graph_def.node}
     outputs = [name for name in ("pool_3", "logits") if name in nodes]
     # The published graph is fed behind its own decoding and resizing, at `Mul`.
     inputs = ["Mul"] if "Mul" in nodes else [name for name, op in nodes.items() if op == "Placeholder"]
     if len(inputs) != 1:
-        raise ValueError(f"{len(inputs)} inputs")
+        raise ValueError(f"a graph of {len(inputs)} inputs")
     wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph_def, name=""), [])
     pruned = wrapped.prune(f"{inputs[0]}:0", [f"{name}:0" for name in outputs])
     return lambda images: dict(zip(outputs, pruned(images), strict=True))
+
+
+def _modernise_batch_norm(node, graph_def) -> None:
+    """Rewrites an operation of the graphs of 2015, which TensorFlow 2 refuses to run, as its successor."""
+    x, mean, variance, beta, gamma = node.input
+    epsilon, dtype = node.attr["variance_epsilon"].f, node.attr["T"].type
+    if not node.attr["scale_after_normalization"].b:
+        ones = graph_def.node.add(name=f"{node.name}/ones", op="OnesLike", input=[variance])
+        ones.attr["T"].type = dtype
+        gamma = ones.name
+    name = node.name
+    node.Clear()
+    node.name, node.op = name, "FusedBatchNormV3"
+    node.input.extend([x, gamma, beta, mean, variance])
+    node.attr["T"].type = node.attr["U"].type = dtype
+    node.attr["epsilon"].f = epsilon
+    node.attr["is_training"].b = False
+    node.attr["data_format"].s = b"NHWC"
 
 
 def _sha256(path: str) -> str:

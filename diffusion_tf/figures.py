@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 _MARGIN = 8  # pixels round each grid
@@ -61,6 +60,8 @@ class Curve:
 
 def curves(panels: Sequence[Curve]) -> bytes:
     """A PNG of curves side by side."""
+    from matplotlib.figure import Figure  # seconds to import, and only curves need it
+
     figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.plot(panel.x, panel.y)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def write_file(path: str, data: bytes) -> None:
 def check_writable(path: str) -> None:
     """Raises InputError where `path` could not be written; changes nothing that is there."""
     path = os.path.expanduser(path)
+    if tf.io.gfile.isdir(path):
+        raise InputError(f"cannot write {path}: it is a folder")
     _write_temporary(path, b"")
     tf.io.gfile.remove(_temporary(path))
 
@@ -45,7 +48,7 @@ def read_file(path: str) -> bytes:
       InputError: it cannot be read.
     """
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
+        with tf.io.gfile.GFile(os.path.expanduser(path), "rb") as file:
             return file.read()
     except (tf.errors.OpError, OSError) as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
@@ -78,7 +81,7 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as archive:
             return dict(archive)
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no .npz of arrays, or is damaged ({error})") from error
 
 

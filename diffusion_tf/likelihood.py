@@ -14,9 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf import checkpoints
-from diffusion_tf.datasets import ImageSource, image_batch
+from diffusion_tf.datasets import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
 from diffusion_tf.distribution import over_replicas, per_replica_batch_size
+from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.rng import CounterRng
@@ -195,17 +196,20 @@ def measure_bound(
     description = {
         "measurement": "bound",
         "checkpoint": checkpoints.load_digest(checkpoint),
-        "images": source.name,
+        **identity(source),
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
     }
     parts = Parts(partial, description, num_examples=num_images, batch_size=batch_size)
+    reader = ImageReader(source)
     weight = 1.0 if num_timesteps_estimate is None else (preset.num_timesteps - 1) / num_timesteps_estimate
 
     def compute(first: int, count: int) -> Arrays:
-        images = image_batch(source, first, count)
+        images = reader(first, count)
         bound = evaluator(first, images)
         terms = bound.terms_bpd.astype(np.float64)
+        if not (np.isfinite(terms).all() and np.isfinite(bound.mse).all()):
+            raise InputError(f"the bound of images {first} to {first + count - 1} of {source.name} is not finite")
         return {
             "prior_bpd": bound.prior_bpd.astype(np.float64),
             "middle_bpd": weight * terms[:, 1:].sum(axis=1),

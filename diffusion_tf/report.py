@@ -72,11 +72,16 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, float]:
     return {name: v for name, v in evaluation.items() if isinstance(v, float)}
 
 
+def _plus_minus(standard_error: float | None) -> str:
+    """Of one image there is none."""
+    return "" if standard_error is None else f" +- {standard_error:.4f}"
+
+
 def _likelihood_section(record: RunRecord) -> str:
     rows = [
         [
             f"{result['images']}, {result['num_images']:,} images, step {result['step']}",
-            f"{result['bits_per_dim']:.4f} +- {result['bits_per_dim_standard_error'] or 0:.4f}",
+            f"{result['bits_per_dim']:.4f}{_plus_minus(result['bits_per_dim_standard_error'])}",
             f"{result['prior_bits_per_dim']:.2e}",
             f"{result['middle_bits_per_dim']:.4f}",
             f"{result['decoder_bits_per_dim']:.4f}",
@@ -116,16 +121,21 @@ def _reference_name(line: dict[str, Any]) -> str:
 
 
 def _best_fid(record: RunRecord) -> dict[str, Any]:
-    """The evaluation with the lowest FID, which the paper reports; empty where none is of Inception."""
-    lines = [line for line in record.evaluations if line.get("fid") is not None]
-    return min(lines, key=lambda line: line["fid"], default={})
+    """The lowest FID against training images, of the measurements with most samples; empty where there is none."""
+    lines = [line for line in record.evaluations if line.get("fid") and line["reference"].get("split") == "train"]
+    most = max((line["num_samples"] for line in lines), default=0)
+    return min((line for line in lines if line["num_samples"] == most), key=lambda line: line["fid"], default={})
 
 
 def paper_table(record: RunRecord) -> str:
     """The paper's Table 1 or 3 with this run's row, each number with its source; empty for other datasets."""
     dataset, best = record.config["dataset"], _best_fid(record)
     fid = f"{best['fid']:.2f}" if best else ""
-    source = [f"evaluations.jsonl, step {best['step']}, {best['num_samples']:,} samples"] if best else []
+    source = (
+        [f"evaluations.jsonl, step {best['step']}, {best['num_samples']:,} samples against {_reference_name(best)}"]
+        if best
+        else []
+    )
     if dataset == "cifar10":
         score = f"{best['inception_score']:.2f}" if "inception_score" in best else ""
         bits = {split: f"{result['bits_per_dim']:.2f}" for split, result in record.likelihood.items()}
@@ -142,7 +152,8 @@ def paper_table(record: RunRecord) -> str:
         rows = [[row[0], row[column], "paper, Table 3"] for row in paper.TABLE_3]
         ours = ["**this run**", fid, "; ".join(source) or "not measured"]
         name = dataset.removesuffix("_large")
-        return _markdown_table(["model", f"FID, {name} 256x256", "source"], [*rows, ours])
+        table = _markdown_table(["model", f"FID, {name} 256x256", "source"], [*rows, ours])
+        return f"{table}\n\nStarred: measured by StyleGAN2's authors; the others by their own."
     return ""
 
 

@@ -25,16 +25,45 @@ def p_sample_loop(
 
     A graph loop over T network evaluations; call it inside a tf.function.
     """
+    x_T = noise_fn(tf.constant(diffusion.num_timesteps))
+    start, stop = (tf.fill([x_T.shape[0]], steps) for steps in (diffusion.num_timesteps, 0))
+    return reverse_steps(diffusion, denoise_fn, noise_fn, x_T, start, stop, clip_denoised=clip_denoised)
+
+
+def reverse_steps(
+    diffusion: GaussianDiffusion,
+    denoise_fn: DenoiseFn,
+    noise_fn: NoiseFn,
+    x_t: tf.Tensor,
+    start: tf.Tensor,
+    stop: tf.Tensor,
+    *,
+    clip_denoised: bool = True,
+) -> tf.Tensor:
+    """A stretch of Algorithm 2 for each image: from x_t after `start` steps of noise to `stop`, 0 being the image.
+
+    A graph loop over as many network evaluations as the longest stretch spans; call it inside a tf.function.
+
+    Args:
+      diffusion: the process.
+      denoise_fn: the network.
+      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t.
+      x_t: float32 [B, H, W, C].
+      start: int32 [B], in the paper's t.
+      stop: int32 [B], at most `start`; an image with stop = start stays as it is.
+      clip_denoised: clips the predicted x_0 to [-1, 1].
+    """
 
     def body(t, x_t):
         x_prev, _ = diffusion.p_sample(
             denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
         )
-        return t - 1, x_prev
+        active = tf.reshape((t < start) & (t >= stop), [-1, 1, 1, 1])
+        return t - 1, tf.where(active, x_prev, x_t)
 
-    last = tf.constant(diffusion.num_timesteps - 1)
-    _, x_start = tf.while_loop(lambda t, _: t >= 0, body, (last, noise_fn(last + 1)))
-    return x_start
+    last = tf.reduce_min(stop)
+    _, x_t = tf.while_loop(lambda t, _: t >= last, body, (tf.reduce_max(start) - 1, x_t))
+    return x_t
 
 
 def p_sample_loop_progressive(

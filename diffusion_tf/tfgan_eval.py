@@ -22,11 +22,14 @@ def classifier_metrics() -> types.ModuleType:
     """The module `tensorflow_gan.python.eval.classifier_metrics`.
 
     Raises:
-      InputError: TF-GAN is not installed.
+      InputError: TF-GAN, or TensorFlow Probability that it needs, is not installed.
     """
     spec = importlib.util.find_spec("tensorflow_gan")
-    if spec is None or spec.origin is None:
-        raise InputError("this metric needs TF-GAN: pip install '.[inception]' (on a TPU VM with --no-deps)")
+    if spec is None or spec.origin is None or importlib.util.find_spec("tensorflow_probability") is None:
+        raise InputError(
+            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM what the README"
+            " says under `Where it runs`"
+        )
     root = os.path.dirname(os.path.dirname(spec.origin))
     for name in _PACKAGES:
         package = types.ModuleType(name)

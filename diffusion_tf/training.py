@@ -9,11 +9,11 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf import checkpoints, figures
-from diffusion_tf.datasets import ImageSource, training_batches
+from diffusion_tf.datasets import READ_ERRORS, ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.distribution import is_chief, is_multi_worker, per_replica_batch_size, replica_function
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import write_file
+from diffusion_tf.files import first_line, write_file
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import Sampler
@@ -142,8 +142,8 @@ def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
 def _run_steps(trainer: Trainer, batches, num_steps: int) -> dict[str, float]:
     try:
         return {name: float(value) for name, value in trainer.run_steps(batches, tf.constant(num_steps)).items()}
-    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError) as error:
-        raise InputError(f"the training data cannot be read: {error.message.splitlines()[0]}") from error
+    except READ_ERRORS as error:
+        raise InputError(f"the training data cannot be read: {first_line(error)}") from error
     except tf.errors.ResourceExhaustedError as error:
         raise InputError("out of memory: a smaller --batch_size, or more replicas, may fit") from error
 

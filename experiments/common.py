@@ -13,6 +13,7 @@ from diffusion_tf import checkpoints
 from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import STRATEGIES, make_strategy
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import check_writable
 from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
 from diffusion_tf.workdir import Workdir
@@ -102,6 +103,19 @@ def preset_from_flags() -> Preset:
     return get_preset(FLAGS.dataset, **overrides)
 
 
+def out_path(default: str, extension: str) -> str:
+    """--out, or `default`; checked that it can be written, and leaves room for pictures beside it.
+
+    Raises:
+      InputError: another extension, or it cannot be written.
+    """
+    path = FLAGS.out or default
+    if not path.endswith(extension):
+        raise InputError(f"--out={path} must end in {extension}")
+    check_writable(path)
+    return path
+
+
 def require_flags(*names: str) -> None:
     """Raises InputError naming the first of these flags that was not given."""
     for name in names:
@@ -170,6 +184,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except InputError as error:
             sys.exit(f"{_program()}: {error}")
+        except tf.errors.ResourceExhaustedError:
+            sys.exit(f"{_program()}: out of memory: a smaller --batch_size, or more replicas, may fit")
         except KeyboardInterrupt:
             sys.exit(f"{_program()}: interrupted")
 

@@ -11,7 +11,7 @@ from absl import flags
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import load_digits, open_source
 from diffusion_tf.distribution import make_strategy
-from diffusion_tf.evaluation import compute_scores
+from diffusion_tf.evaluation import check_metrics, compute_scores
 from diffusion_tf.feature_networks import digits_network
 from diffusion_tf.files import write_file, write_npz
 from diffusion_tf.metrics import classifier_score
@@ -25,6 +25,7 @@ FLAGS = flags.FLAGS
 common.define_workdir_flag()
 flags.DEFINE_integer("num_samples", 256, "How many samples to draw, at least 100.", lower_bound=100)
 
+_METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
 What was learnt
   {parameters:,} parameters, by {step:,} steps of {batch_size} images drawn from {num_examples:,} scanned digits.
@@ -46,6 +47,8 @@ Where it lies
 
 def main() -> None:
     common.require_flags("workdir")
+    network = digits_network()
+    check_metrics(_METRICS, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
     preset = get_preset("digits", sample_every=0)  # samples are drawn below, once
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
@@ -66,12 +69,11 @@ def main() -> None:
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
     write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
 
-    network = digits_network()
     real_features, features = (
         {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
         for images in (real, samples)
     )
-    scores = compute_scores(("fid", "inception_score", "precision_recall"), network.name, real_features, features)
+    scores = compute_scores(_METRICS, network.name, real_features, features)
     print(
         _SUMMARY.format(
             **scores,

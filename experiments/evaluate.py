@@ -13,6 +13,8 @@ of evaluations.jsonl and a scalar in TensorBoard, and checkpoints/best/ keeps th
 The same command again goes on where an interrupted one was.
 """
 
+import hashlib
+import json
 import os
 import time
 from typing import Any
@@ -44,8 +46,7 @@ from diffusion_tf.feature_networks import (
     inception_network,
     pixels_network,
 )
-from diffusion_tf.files import check_writable, write_json
-from diffusion_tf.resumable import Arrays
+from diffusion_tf.files import write_json
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -54,6 +55,7 @@ flags.DEFINE_list("metrics", None, f"Which of {', '.join(METRICS)}. Default: all
 flags.DEFINE_integer("num_samples", None, "How many samples. Default: 50,000, and 1,000 for digits.", lower_bound=2)
 flags.DEFINE_string("samples", None, "Score this .npz (`samples`, uint8 [N, H, W, C]) in place of a checkpoint.")
 flags.DEFINE_string("reference", "train", "The real images: train, test, or an .npz like --samples.")
+flags.DEFINE_integer("num_reference", 50_000, "At most how many images of train or test.", lower_bound=2)
 flags.DEFINE_string("reference_cache", None, "Where their features are kept. Default: in the workdir.")
 flags.DEFINE_enum(
     "features", None, ("inception", "digits", "pixels"), "Whose features. Default: inception, for digits digits."
@@ -76,15 +78,16 @@ def _network(run: common.Run) -> FeatureNetwork:
         return inception_network(FLAGS.inception, run.strategy)
     if name == "digits" and run.preset.image_shape != (8, 8, 1):
         raise InputError(f"--features=digits knows 8x8 digits, not {run.preset.image_shape}")
-    return digits_network() if name == "digits" else pixels_network()
+    if name == "digits":
+        return digits_network()
+    return pixels_network(run.preset.image_shape)
 
 
-def _metric_names(network: str, count: int) -> list[str]:
+def _metric_names(network: str) -> list[str]:
     names = FLAGS.metrics or [name for name in METRICS if (name, network) != ("inception_score", "pixels")]
     for name in names:
         if name not in METRICS:
             raise InputError(f"--metrics={name}: choose from {', '.join(METRICS)}")
-    check_metrics(names, network, count)
     return names
 
 
@@ -92,24 +95,17 @@ def _reference_images(run: common.Run) -> Images:
     if FLAGS.reference not in ("train", "test"):
         return file_images(FLAGS.reference, run.preset.image_shape)
     source = open_source(run.preset, FLAGS.reference, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
-    return source_images(source, run.preset.dataset, FLAGS.reference)
+    count = min(FLAGS.num_reference, source.num_examples)
+    return source_images(source, run.preset.dataset, FLAGS.reference, count)
 
 
-def _reference(run: common.Run, extractor: FeatureExtractor, names: list[str]) -> tuple[dict, Arrays]:
-    """(description, features) of the real images."""
-    images = _reference_images(run)
-    check_metrics([name for name in names if name != "inception_score"], extractor.network.name, images.count)
-    label = images.description.get("split") or images.description["file_sha256"][:8]
-    default = os.path.join(run.workdir.path, f"reference_{extractor.network.name}_{label}.npz")
-    return extractor.describe(images), reference_features(extractor, images, FLAGS.reference_cache or default)
-
-
-def _print(result: dict, scores: dict[str, float]) -> None:
+def _print(result: dict[str, Any]) -> None:
     reference = result["reference"]
     images = reference.get("images") or reference["file"]
     print(f"\n{result['num_samples']} samples against {reference['num_images']} images of {images}")
-    for name, score in scores.items():
-        print(f"  {name:<38}{score:.5g}")
+    for name, score in result.items():
+        if isinstance(score, float):
+            print(f"  {name:<38}{score:.5g}")
 
 
 class _Evaluation:
@@ -119,9 +115,14 @@ class _Evaluation:
         self.run = run
         self.num_samples = num_samples
         network = _network(run)
-        self.names = _metric_names(network.name, num_samples)
+        self.names = _metric_names(network.name)
+        images = _reference_images(run)
+        check_metrics(self.names, network.name, num_samples, images.count)
         self.extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.workdir.partial)
-        self.reference, self.real = _reference(run, self.extractor, self.names)
+        self.reference = self.extractor.describe(images)
+        label = images.description.get("split") or images.description["file_sha256"][:8]
+        cache = os.path.join(run.workdir.path, f"reference_{network.name}_{label}.npz")
+        self.real = reference_features(self.extractor, images, FLAGS.reference_cache or cache)
 
     def result(self, **subject) -> dict[str, Any]:
         """What was measured, and how."""
@@ -138,68 +139,88 @@ class _CheckpointEvaluation(_Evaluation):
 
     def __init__(self, run: common.Run, num_samples: int):
         super().__init__(run, num_samples)
-        known = [score for name in self.names for score in score_names(name, self.extractor.network.name)]
+        known = [score_names(name, self.extractor.network.name)[0] for name in self.names]
         self.best_by = FLAGS.best_by or known[0]
         if self.best_by not in known:
-            raise InputError(f"--best_by={self.best_by}: the scores are {', '.join(known)}")
+            raise InputError(f"--best_by={self.best_by}: choose from {', '.join(known)}")
+        self.wanted = self.result(seed=FLAGS.seed)
+        # Checkpoints under evaluation are held here, where training does not remove them.
+        digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]
+        self.held = os.path.join(run.workdir.checkpoints, "evaluating", digest)
         self.samples = RunSamples(
             run.strategy, run.preset, num_samples=num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed
         )
 
-    def score(self, step: int, checkpoint: str) -> dict[str, Any]:
-        """Scores a checkpoint, and records it."""
-        # Training may remove its own copy before this is through.
-        held = checkpoints.hold(self.run.workdir.checkpoints, checkpoint)
+    def done(self, step: int, path: str) -> dict[str, Any] | None:
+        """The line of an earlier evaluation of this very checkpoint in this very way."""
+        lines = [line for line in self.run.workdir.read_evaluations() if line["step"] == step]
+        alike = [line for line in lines if is_alike(line, self.wanted)]
+        digest = checkpoints.load_digest(path) if alike else ""
+        return next((line for line in alike if line["checkpoint_sha256"] == digest), None)
+
+    def score(self, step: int, held: str) -> dict[str, Any]:
+        """Scores a checkpoint that is held, records it and lets go of it."""
         images = self.samples.of_checkpoint(held)
-        result, scores = self.result(step=step, seed=FLAGS.seed), self.scores(images)
+        scores = self.scores(images)
+        result = self.result(step=step, checkpoint_sha256=checkpoints.load_digest(held), seed=FLAGS.seed)
         record_evaluation(self.run.workdir, held, result, scores, self.best_by)
         self.extractor.parts(images).remove()
         tf.io.gfile.remove(held)
-        _print(result, scores)
+        _print({**result, **scores})
         return {**result, **scores}
+
+    def score_once(self, step: int, path: str) -> dict[str, Any]:
+        """Scores a checkpoint, or reads back what it scored."""
+        line = self.done(step, path)
+        if line:
+            _print(line)
+            return line
+        return self.score(step, checkpoints.copy_into(self.held, path))
 
     def follow(self) -> None:
         """Scores checkpoints until the last one that the run's configuration promises is scored."""
-        workdir, wanted = self.run.workdir, self.result(seed=FLAGS.seed)
+        folder = self.run.workdir.checkpoints
         while True:
-            done = {line["step"] for line in workdir.read_evaluations() if is_alike(line, wanted)}
-            num_steps = workdir.read_preset().num_steps
-            if num_steps in done:
-                return
-            steps = checkpoints.all_steps(workdir.checkpoints)
-            due = [s for s in steps if s not in done and (s % FLAGS.eval_every == 0 or s == num_steps)]
-            if not due:
+            num_steps = self.run.workdir.read_preset().num_steps
+            for step in checkpoints.all_steps(self.held):  # an interrupted one, which training may have removed since
+                self.score(step, checkpoints.checkpoint_path(self.held, step))
+            due = [s for s in checkpoints.all_steps(folder) if s % FLAGS.eval_every == 0 or s == num_steps]
+            for step in due:
+                path = checkpoints.checkpoint_path(folder, step)
+                try:
+                    if not self.done(step, path):
+                        checkpoints.copy_into(self.held, path)
+                        break
+                except InputError:
+                    if tf.io.gfile.exists(path):  # else training has removed it meanwhile
+                        raise
+            else:
+                if num_steps in due:
+                    return
                 time.sleep(_POLL_SECONDS)
-                continue
-            path = checkpoints.checkpoint_path(workdir.checkpoints, due[0])
-            try:
-                self.score(due[0], path)
-            except InputError:
-                if tf.io.gfile.exists(path):  # else training has removed it meanwhile
-                    raise
 
 
 def main() -> None:
     run = common.Run.from_flags()
     if FLAGS.follow and (FLAGS.samples or FLAGS.checkpoint or FLAGS.out):
         raise InputError("--follow scores every checkpoint into evaluations.jsonl: no --samples, --checkpoint or --out")
+    if FLAGS.eval_every != 1 and not FLAGS.follow:
+        raise InputError("--eval_every goes with --follow")
     num_samples = FLAGS.num_samples or (1000 if run.preset.dataset == "digits" else 50_000)
     if FLAGS.follow:
         _CheckpointEvaluation(run, num_samples).follow()
         return
-    out = FLAGS.out or os.path.join(run.workdir.path, "evaluation.json")
-    check_writable(out)
+    out = common.out_path(os.path.join(run.workdir.path, "evaluation.json"), ".json")
     if FLAGS.samples:
         images = file_images(FLAGS.samples, run.preset.image_shape)
         evaluation = _Evaluation(run, images.count)
-        result = evaluation.result(samples=FLAGS.samples)
-        scores = evaluation.scores(images)
+        result = {**evaluation.result(samples=FLAGS.samples), **evaluation.scores(images)}
         evaluation.extractor.parts(images).remove()
-        _print(result, scores)
-        write_json(out, {**result, **scores})
+        _print(result)
     else:
         step, checkpoint = run.find_checkpoint()
-        write_json(out, _CheckpointEvaluation(run, num_samples).score(step, checkpoint))
+        result = _CheckpointEvaluation(run, num_samples).score_once(step, checkpoint)
+    write_json(out, result)
     print(f"numbers: {out}")
 
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from diffusion_tf import figures
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.files import check_writable, write_file, write_json
+from diffusion_tf.files import write_file, write_json
 from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
 from experiments import common
 
@@ -54,8 +54,7 @@ def _result(run: common.Run, bound: Bound) -> dict:
 def main() -> None:
     run = common.Run.from_flags()
     estimate = "" if FLAGS.num_timesteps_estimate is None else "_estimate"
-    out = FLAGS.out or os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json")
-    check_writable(out)
+    out = common.out_path(os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
     bound, subject = common.bound_from_flags(run, FLAGS.num_timesteps_estimate)
     result = {**subject, "num_timesteps_estimate": FLAGS.num_timesteps_estimate, **_result(run, bound)}
     print(_TABLE.format(**result))

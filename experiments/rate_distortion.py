@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_tf import figures, paper
-from diffusion_tf.files import check_writable, write_file, write_json
+from diffusion_tf.files import write_file, write_json
 from diffusion_tf.likelihood import rate_distortion
 from experiments import common
 
@@ -28,7 +28,7 @@ def _table(rows: list[dict], with_paper: bool) -> list[dict]:
     num_timesteps = len(rows)
     times = [num_timesteps * tenth // 10 for tenth in range(10, 0, -1)]
     table = [rows[time - 1] for time in times if time]
-    return [{**row, **paper.TABLE_4.get(row["reverse_process_time"], {})} for row in table] if with_paper else table
+    return [{**row, **paper.TABLE_4[row["reverse_process_time"]]} for row in table] if with_paper else table
 
 
 def _print_table(table: list[dict]) -> None:
@@ -60,15 +60,14 @@ def _figure(rows: list[dict]) -> bytes:
 
 def main() -> None:
     run = common.Run.from_flags()
-    out = FLAGS.out or os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json")
-    check_writable(out)
+    out = common.out_path(os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
     bound, subject = common.bound_from_flags(run)
     rate, rmse = rate_distortion(bound)
     rows = [
         {"reverse_process_time": len(rate) - t, "rate_bits_per_dim": float(rate[t]), "distortion_rmse": float(rmse[t])}
         for t in reversed(range(len(rate)))
     ]
-    table = _table(rows, with_paper=run.preset.dataset == "cifar10")
+    table = _table(rows, with_paper=run.preset.dataset == "cifar10" and len(rate) == 1000)
     print(f"{subject['images']}: {subject['num_images']} images, step {subject['step']}")
     _print_table(table)
     base = os.path.splitext(out)[0]

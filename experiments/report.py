@@ -24,7 +24,7 @@ def main() -> None:
     common.require_flags("workdir")
     workdir = Workdir(FLAGS.workdir)
     record = read_run(workdir)
-    out = FLAGS.out or os.path.join(workdir.path, "report.md")
+    out = common.out_path(os.path.join(workdir.path, "report.md"), ".md")
     picture = f"{os.path.splitext(out)[0]}.png"
     write_file(picture, to_png(record))
     write_file(out, to_markdown(record, os.path.basename(picture)).encode())

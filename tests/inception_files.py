@@ -28,9 +28,42 @@ def save_model(path, outputs=("pool_3", "logits")):
     tf.saved_model.save(Inception(), str(path))
 
 
-def save_frozen_graph(path):
+def save_unnamed(path):
+    """A network whose output has no name."""
+
+    class Unnamed(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, 299, 299, 3], tf.float32)])
+        def __call__(self, images):
+            return classify(images)["logits"]
+
+    tf.saved_model.save(Unnamed(), str(path))
+
+
+MOMENTS = {"mean": [0.1, 0.2, 0.3], "variance": [0.5, 1.0, 2.0], "beta": [1.0, 0.0, -1.0], "gamma": [2.0, 3.0, 0.5]}
+EPSILON = 1e-3
+
+
+def batch_norm(x, scale):
+    """Batch normalisation by MOMENTS, with gamma where `scale`."""
+    normal = (x - MOMENTS["mean"]) / np.sqrt(np.asarray(MOMENTS["variance"], np.float32) + EPSILON)
+    return tf.cast(normal * (MOMENTS["gamma"] if scale else 1.0) + MOMENTS["beta"], tf.float32)
+
+
+def save_frozen_graph(path, outputs=("pool_3", "logits"), batch_norm=False, scale=True):
     """As the published file of 2015: `Mul` is behind decoding and resizing, which a feed replaces."""
     with tf.Graph().as_default() as graph:
         raw = tf.compat.v1.placeholder(tf.float32, [None, 299, 299, 3], name="ExpandDims")
-        classify(tf.multiply(raw, 1.0, name="Mul"))
-    path.write_bytes(graph.as_graph_def().SerializeToString())
+        images = tf.multiply(raw, 1.0, name="Mul")
+        for name, values in MOMENTS.items():
+            tf.constant(values, tf.float32, name=name)
+        classify(tf.identity(images, name="batchnorm"))
+    graph_def = graph.as_graph_def()
+    for node in graph_def.node:
+        if batch_norm and node.name == "batchnorm":
+            node.op = "BatchNormWithGlobalNormalization"
+            node.input.extend(MOMENTS)
+            node.attr["variance_epsilon"].f = EPSILON
+            node.attr["scale_after_normalization"].b = scale
+        if node.name in ("pool_3", "logits") and node.name not in outputs:
+            node.name = f"renamed_{node.name}"
+    path.write_bytes(graph_def.SerializeToString())

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from diffusion_tf import datasets
-from diffusion_tf.datasets import image_batch, load_digit_labels, load_digits, open_source, training_batches
+from diffusion_tf.datasets import ImageReader, load_digit_labels, load_digits, open_source, training_batches
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
@@ -57,11 +57,15 @@ def test_digits_are_scikit_learns():
 def test_measurements_read_a_split_in_its_order(tmp_path, images):
     source = open_source(DIGITS, "test")
     assert source.num_examples == 179
-    np.testing.assert_array_equal(image_batch(source, 170, 9), load_digits("test")[170:])
+    read = ImageReader(source)
+    for first, count in ((170, 9), (0, 100), (100, 50)):
+        np.testing.assert_array_equal(read(first, count), load_digits("test")[first : first + count])
+    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, and promised more"):
+        read(150, 30)
     write_tfrecord(tmp_path / "a.tfrecords", images[:6])
     write_tfrecord(tmp_path / "b.tfrecords", images[6:])
     source = open_source(SMALL_IMAGES, "test", tfrecord=str(tmp_path / "*.tfrecords"))
-    np.testing.assert_array_equal(image_batch(source, 4, 5), images[4:9])
+    np.testing.assert_array_equal(ImageReader(source)(4, 5), images[4:9])
 
 
 def test_labels_belong_to_the_digits():
@@ -137,9 +141,9 @@ def test_tfds(tfds_folder):
     whole = batches(source, 10)
     assert rows(whole[:5]) == sorted(rows(pixels) * 2)
     test = open_source(get_preset("cifar10"), "test", data_dir=folder)
-    in_order = image_batch(test, 0, 10)
+    in_order = ImageReader(test)(0, 10)
     assert rows(in_order) == rows(pixels)
-    np.testing.assert_array_equal(image_batch(test, 3, 4), in_order[3:7])
+    np.testing.assert_array_equal(ImageReader(test)(3, 4), in_order[3:7])
     np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
 
 

@@ -38,9 +38,10 @@ def colour_images(seed, count=60):
     return np.random.RandomState(seed).randint(0, 256, (count, 16, 16, 3), np.uint8)
 
 
+@pytest.mark.parametrize("save", [inception_files.save_model, inception_files.save_frozen_graph])
 @pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
-def test_features_in_batches_are_those_of_all_at_once(strategy, tmp_path):
-    inception_files.save_model(tmp_path / "inception")
+def test_features_in_batches_are_those_of_all_at_once(strategy, save, tmp_path):
+    save(tmp_path / "inception")
     strategy = make_strategy(strategy)
     network = inception_network(str(tmp_path / "inception"), strategy)
     extractor = FeatureExtractor(network, strategy, 16, str(tmp_path / "partial"))  # 60 is no multiple of 16
@@ -56,7 +57,7 @@ def test_scores_are_named_after_their_features(tmp_path):
     strategy = make_strategy("one_device")
     inception = inception_network(str(tmp_path / "inception.pb"), strategy)
     keys = {}
-    for network in (inception, digits_network(), pixels_network()):
+    for network in (inception, digits_network(), pixels_network((8, 8, 1))):
         colour = network is inception
         images = [colour_images(seed) for seed in (0, 1)] if colour else [load_digits("train"), load_digits("test")]
         extractor = FeatureExtractor(network, strategy, 100, str(tmp_path / "partial"))
@@ -76,12 +77,17 @@ def test_scores_are_named_after_their_features(tmp_path):
 
 
 def test_what_gives_no_score_is_refused():
-    with pytest.raises(InputError, match="--metrics=inception_score needs a classifier"):
-        check_metrics(["inception_score"], "pixels", 100)
-    with pytest.raises(InputError, match="--metrics=fid needs at least 2 images, and there are 1"):
-        check_metrics(["fid"], "inception", 1)
-    with pytest.raises(InputError, match="--metrics=precision_recall needs at least 4 images"):
-        check_metrics(["fid", "precision_recall"], "digits", 3)
+    check_metrics(METRICS, "digits", 10, 4)
+    for names, network, counts, message in (
+        (["inception_score"], "pixels", (100, 100), "--metrics=inception_score needs a classifier"),
+        (["fid"], "inception", (1, 100), "--metrics=fid needs at least 2 samples, and there are 1"),
+        (["fid", "precision_recall"], "digits", (100, 3), "needs at least 4 real images, and there are 3"),
+        (["kid"], "inception", (64, 50_000), "--metrics=kid needs at least 98 samples, and there are 64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_metrics(names, network, *counts)
+    few, many = np.random.RandomState(0).standard_normal((98, 8)), np.random.RandomState(1).standard_normal((50_000, 8))
+    assert np.isfinite(metrics.kernel_distance(many, few)).all()
 
 
 def test_nan_in_features_is_refused(tmp_path):
@@ -120,13 +126,13 @@ def test_references_are_computed_once_and_checked(tmp_path):
         return {"features": pixels[:, :, 0, 0]}
 
     network = FeatureNetwork("pixels", "a1", "none", apply)
-    train, test = (source_images(open_source(preset, split), "digits", split) for split in ("train", "test"))
+    train, test = (source_images(open_source(preset, split), "digits", split, 179) for split in ("train", "test"))
     first = reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), test, path)
     traced = len(applied)
     np.testing.assert_array_equal(first["features"], load_digits("test")[:, :, 0, 0])
     again = reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), test, path)
     assert len(applied) == traced and np.array_equal(again["features"], first["features"])
-    with pytest.raises(InputError, match=r"reference.npz holds a reference with images scikit-learn digits, test, not"):
+    with pytest.raises(InputError, match=r"reference.npz holds a reference with split test, not train: remove it"):
         reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), train, path)
     other = FeatureNetwork("pixels", "b2", "none", apply)
     with pytest.raises(InputError, match="with sha256 a1, not b2: remove it"):
@@ -164,22 +170,31 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
     assert whole["pixels"].min() >= 0.0 and whole["pixels"].max() <= 255.0
 
 
-def test_the_best_checkpoint_is_kept(tmp_path):
+def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     workdir = Workdir(tmp_path)
-    for step, fid in ((10, 5.0), (20, 3.0), (30, 4.0)):
+    best = f"{workdir.checkpoints}/best"
+
+    def record(step, score, best_by="fid", num_samples=100):
         checkpoint = checkpoints.save(workdir.checkpoints, step, {"x": np.asarray(step)})
-        scores = {"fid": fid, "inception_score": fid}
-        record_evaluation(workdir, checkpoint, {"step": step, "num_samples": 100}, scores, "fid")
+        result = {"step": step, "checkpoint_sha256": checkpoints.load_digest(checkpoint), "num_samples": num_samples}
+        record_evaluation(workdir, checkpoint, result, {"fid": score, "inception_score": score}, best_by)
         checkpoints.remove_old(workdir.checkpoints, keep=1, keep_every=0)
+
+    for step, fid in ((10, 5.0), (20, 3.0), (30, 4.0)):
+        record(step, fid)
     assert checkpoints.all_steps(workdir.checkpoints) == [30]
-    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [20]
+    assert checkpoints.all_steps(best) == [20]
     assert json.loads((tmp_path / "checkpoints/best/evaluation.json").read_text())["fid"] == 3.0
     step, path = checkpoints.find(workdir.checkpoints, 20)
     assert step == 20 and checkpoints.load(path)["x"] == 20
     assert checkpoints.find(workdir.checkpoints)[0] == 30
     assert [line["step"] for line in workdir.read_evaluations()] == [10, 20, 30]
-    # Of the inception score the highest is best; among measurements of another size a new contest begins.
-    record_evaluation(workdir, checkpoint, {"step": 30, "num_samples": 100}, scores, "inception_score")
-    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [20]
-    record_evaluation(workdir, checkpoint, {"step": 30, "num_samples": 200}, scores, "inception_score")
-    assert checkpoints.all_steps(f"{workdir.checkpoints}/best") == [30]
+    # What another measurement chose is not thrown away.
+    record(40, 1.0, num_samples=200)
+    record(50, 9.0, best_by="inception_score")
+    assert checkpoints.all_steps(best) == [20]
+    assert "keeps step 20, which another measurement chose" in capsys.readouterr().out
+    tf.io.gfile.rmtree(best)
+    for step, score in ((60, 7.0), (70, 8.0), (80, 6.0)):  # of the inception score the highest is best
+        record(step, score, best_by="inception_score")
+    assert checkpoints.all_steps(best) == [70]

@@ -65,8 +65,26 @@ def test_bad_inception_files_are_named(tmp_path):
     with pytest.raises(InputError, match="empty is no Inception network"):
         inception_network(str(tmp_path / "empty"), strategy)
     inception_files.save_model(tmp_path / "headless", outputs=("pool_3",))
-    with pytest.raises(InputError, match="headless has no output logits; it has pool_3"):
+    with pytest.raises(InputError, match="headless has no output named logits; named outputs: pool_3"):
         inception_network(str(tmp_path / "headless"), strategy)
+    inception_files.save_unnamed(tmp_path / "unnamed")
+    with pytest.raises(InputError, match="unnamed has no output named logits or pool_3; named outputs: none"):
+        inception_network(str(tmp_path / "unnamed"), strategy)
+    inception_files.save_frozen_graph(tmp_path / "other.pb", outputs=("features", "classes"))
+    with pytest.raises(InputError, match="other.pb has no output named logits or pool_3; named outputs: none"):
+        inception_network(str(tmp_path / "other.pb"), strategy)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_batch_normalisation_of_2015_runs(scale, tmp_path):
+    """TensorFlow 2 refuses the operation of the published graph."""
+    inception_files.save_frozen_graph(tmp_path / "old.pb", batch_norm=True, scale=scale)
+    network = inception_network(str(tmp_path / "old.pb"), make_strategy("one_device"))
+    pixels = tf.constant(np.random.RandomState(1).uniform(0, 255, (2, 16, 16, 3)), tf.float32)
+    normalised = inception_files.batch_norm(inception_input(pixels), scale)
+    expected = np.reshape(inception_files.classify(normalised)["pool_3"], [2, 24])
+    outputs = tf.function(network.apply, jit_compile=True)(pixels)
+    np.testing.assert_allclose(outputs["features"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_handle_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
@@ -86,6 +104,8 @@ def test_the_digits_classifier_knows_digits():
 
 def test_pixels_are_features_of_themselves():
     pixels = tf.constant(load_digits()[:3], tf.float32)
-    outputs = pixels_network().apply(pixels)
+    outputs = pixels_network((8, 8, 1)).apply(pixels)
     np.testing.assert_allclose(outputs["features"] * 255.0, np.reshape(pixels, [3, 64]), rtol=1e-6)
     assert outputs.keys() == {"features"}
+    with pytest.raises(InputError, match="--features=pixels is for small images"):
+        pixels_network((256, 256, 3))

@@ -41,10 +41,16 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
 
 def test_what_is_no_archive_is_named(tmp_path):
     path = str(tmp_path / "a.npz")
-    for damaged in (b"", b"PK\x03\x04 half", b"text"):
+    np.save(tmp_path / "array.npy", np.arange(3))
+    for damaged in (b"", b"PK\x03\x04 half", b"text", (tmp_path / "array.npy").read_bytes()):
         write_file(path, damaged)
         with pytest.raises(InputError, match=r"a.npz is no .npz of arrays, or is damaged"):
             read_npz(path)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(InputError, match="it is a folder"):
+        check_writable(str(tmp_path))
 
 
 def test_json_holds_finite_numbers(tmp_path):

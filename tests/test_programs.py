@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import inception_files
 import numpy as np
 import pytest
 
@@ -119,19 +120,21 @@ def test_train_resume_and_sample(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a short run of digits with four timesteps."""
+    """The folder of a short run of digits with four timesteps; the tests that share it run in one process."""
     workdir = tmp_path_factory.mktemp("run")
     result = run("train", f"--workdir={workdir}", *TINY)
     assert result.returncode == 0, result.stderr
     return workdir
 
 
+@pytest.mark.xdist_group("trained")
 def test_measure_everything_and_report(trained):
+    best = trained / "checkpoints/best/evaluation.json"
     for program, args in (
         ("likelihood", ["--num_images=20"]),
         ("likelihood", ["--num_images=20", "--num_timesteps_estimate=2"]),
         ("rate_distortion", ["--num_images=20"]),
-        ("evaluate", ["--follow", "--eval_every=2", "--num_samples=30"]),
+        ("evaluate", ["--follow", "--num_samples=30"]),
         ("evaluate", ["--num_samples=30", "--features=pixels", "--metrics=fid", "--reference=test"]),
         ("report", []),
     ):
@@ -147,8 +150,14 @@ def test_measure_everything_and_report(trained):
     assert numbers["likelihood_test_estimate"]["num_timesteps_estimate"] == 2
     assert numbers["evaluation"]["frechet_pixels"] > 0 and "fid" not in numbers["evaluation"]
     lines = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 4] and lines[0]["frechet_digits"] > 0
-    assert (trained / "checkpoints/best/step_00000004.safetensors").exists()
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    chosen = min(lines[:2], key=lambda line: line["frechet_digits"])
+    assert json.loads(best.read_text()) == {**chosen, "best_by": "frechet_digits"}
+    assert (trained / f"checkpoints/best/step_{chosen['step']:08d}.safetensors").exists()
+    assert not list((trained / "checkpoints/evaluating").glob("*/*"))
+    again = run("evaluate", f"--workdir={trained}", "--num_samples=30", "--checkpoint=2")
+    assert again.returncode == 0 and "sampl" not in again.stderr, again.stderr  # nothing is drawn twice
+    assert len((trained / "evaluations.jsonl").read_text().splitlines()) == 3
     assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
     report = (trained / "report.md").read_text()
     assert f"{likelihood['bits_per_dim']:.4f}" in report and "frechet_pixels" in report
@@ -156,6 +165,25 @@ def test_measure_everything_and_report(trained):
         assert (trained / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_colour_images_meet_inception(tmp_path):
+    inception_files.save_model(tmp_path / "inception")
+    data = ["--dataset=lsun_cat", f"--tfrecord={TFRECORD}", "--image_size=4", "--ch=32", "--attn_resolutions="]
+    workdir = tmp_path / "run"
+    result = run("train", f"--workdir={workdir}", *data, "--num_res_blocks=1", "--warmup_steps=0", *TINY)
+    assert result.returncode == 0, result.stderr
+    evaluate = ["evaluate", f"--workdir={workdir}", f"--tfrecord={TFRECORD}", f"--inception={tmp_path}/inception"]
+    samples = ["sample", f"--workdir={workdir}", "--num_samples=12", f"--out={tmp_path}/samples.npz"]
+    for args in ([*evaluate, "--num_samples=12"], samples, [*evaluate, f"--samples={tmp_path}/samples.npz"]):
+        result = run(*args)
+        assert result.returncode == 0, result.stderr
+    lines = (workdir / "evaluations.jsonl").read_text().splitlines()
+    drawn, of_file = json.loads(lines[0]), json.loads((workdir / "evaluation.json").read_text())
+    assert len(lines) == 1 and drawn["fid"] > 0 and drawn["inception_score"] >= 1
+    # The same pictures, but for rounding to levels.
+    assert abs(of_file["fid"] / drawn["fid"] - 1) < 0.05 and of_file["samples"].endswith("samples.npz")
+
+
+@pytest.mark.xdist_group("trained")
 def test_a_killed_likelihood_goes_on(trained, tmp_path):
     args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
     command = [sys.executable, "-m", "experiments.likelihood", *args, f"--out={tmp_path}/killed.json"]
@@ -181,8 +209,10 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--num_samples=2"], "--metrics=inception_score needs at least 10 images, and there are 2"),
-        (["--best_by=fid"], "--best_by=fid: the scores are frechet_digits, classifier_score_digits"),
+        (["--num_samples=2"], "--metrics=inception_score needs at least 10 samples, and there are 2"),
+        (["--best_by=fid"], "--best_by=fid: choose from frechet_digits, classifier_score_digits"),
+        (["--out=scores.txt"], "--out=scores.txt must end in .json"),
+        (["--reference=nowhere.npz"], "cannot read nowhere.npz"),
         (["--follow", "--checkpoint=2"], "--follow scores every checkpoint into evaluations.jsonl: no --samples"),
         (["--metrics=fvd"], "--metrics=fvd: choose from fid, inception_score, kid, precision_recall"),
         (
@@ -191,9 +221,9 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
         ),
         (["--samples=setup.py"], "setup.py is no .npz of arrays"),
         (["--checkpoint=3"], "no checkpoint of step 3; there are: 2, 4"),
-        (["--batch_size=3", "--strategy=multi_worker"], "--strategy=multi_worker is for training"),
     ],
 )
+@pytest.mark.xdist_group("trained")
 def test_bad_input_of_an_evaluation_gets_one_line(trained, args, message):
     result = run("evaluate", f"--workdir={trained}", *args)
     lines = result.stderr.strip().splitlines()

@@ -20,7 +20,12 @@ def make_run(tmp_path, dataset):
 
 
 def evaluation(step, **scores):
-    return {"step": step, "num_samples": 5000, "reference": {"num_images": 9, "images": "cifar10, train"}, **scores}
+    return {
+        "step": step,
+        "num_samples": 5000,
+        "reference": {"num_images": 9, "images": "cifar10, train", "split": "train"},
+        **scores,
+    }
 
 
 def likelihood(split, bits_per_dim):
@@ -53,7 +58,7 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
     write_json(f"{workdir.path}/rate_distortion_test.json", {**subject, "table": table})
     record = read_run(workdir)
     markdown = to_markdown(record, "report.png")
-    source = "evaluations.jsonl, step 20, 5,000 samples; likelihood_train.json; likelihood_test.json"
+    source = "evaluations.jsonl, step 20, 5,000 samples against 9 of cifar10, train; likelihood_train.json; likelihood_test.json"
     assert f"| **this run** | 9.50 | 3.25 | <= 3.76 (3.72) | {source} |" in markdown
     assert "| DDPM, L_simple | 9.46 +- 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
     assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "20 of 800,000 steps: loss 0.03" in markdown
@@ -66,4 +71,5 @@ def test_lsun_has_table_3(tmp_path):
     empty = paper_table(read_run(workdir))
     assert "| StyleGAN2 | 3.86 | paper, Table 3 |" in empty and "| **this run** |  | not measured |" in empty
     workdir.append_evaluation(evaluation(10, fid=8.0))
-    assert "| **this run** | 8.00 | evaluations.jsonl, step 10, 5,000 samples |" in paper_table(read_run(workdir))
+    source = "evaluations.jsonl, step 10, 5,000 samples against 9 of cifar10, train"
+    assert f"| **this run** | 8.00 | {source} |" in paper_table(read_run(workdir))
