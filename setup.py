@@ -34,7 +34,7 @@ setup(
         "cpu": ["tensorflow==2.20.*"],
         "gpu": ["tensorflow[and-cuda]==2.20.*"],
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
-        # tf-keras brings tensorflow: on a TPU VM install what is in this group by name and with --no-deps (see the README).
+        # tf-keras brings tensorflow: the README tells how a TPU VM gets this group without.
         "inception": ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"],
         "dev": ["mypy>=1.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.13", "scipy>=1.15"],
     },
