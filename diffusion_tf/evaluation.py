@@ -16,7 +16,6 @@ import tensorflow as tf
 
 from diffusion_tf import checkpoints, metrics
 from diffusion_tf.datasets import ImageReader, ImageSource, identity
-from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.distribution import over_replicas
 from diffusion_tf.errors import InputError
 from diffusion_tf.feature_networks import FeatureNetwork
@@ -26,7 +25,7 @@ from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.tfgan_eval import classifier_metrics
 from diffusion_tf.train_state import load_ema
-from diffusion_tf.unet import UNet
+from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.workdir import Workdir
 
 METRICS = ("fid", "inception_score", "kid", "precision_recall")
@@ -89,19 +88,10 @@ class RunSamples:
     def __init__(
         self, strategy: tf.distribute.Strategy, preset: Preset, *, num_samples: int, batch_size: int, seed: int
     ):
-        with strategy.scope():
-            self.model = UNet.from_preset(preset)
+        self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
         self.seed = seed
-        self.sampler = Sampler(
-            strategy,
-            self.model,
-            [v.value for v in self.model.trainable_variables],
-            GaussianDiffusion.from_preset(preset),
-            image_shape=preset.image_shape,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed)
 
     def of_checkpoint(self, path: str) -> Images:
         """The samples of the checkpoint at `path`, drawn when they are asked for, until another one's are.
@@ -109,7 +99,7 @@ class RunSamples:
         Raises:
           InputError: the checkpoint does not fit.
         """
-        load_ema(self.model, path)
+        load_ema(self.trained.model, path)
         digest = checkpoints.load_digest(path)
         description = {"checkpoint": digest, "num_images": self.num_samples, "seed": self.seed}
         return Images(description, self.num_samples, lambda first, count: (self.sampler(first)[:count] + 1.0) * 127.5)

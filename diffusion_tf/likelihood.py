@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -22,8 +21,7 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.schedules import NoiseSchedule
-from diffusion_tf.train_state import load_ema
-from diffusion_tf.unet import UNet
+from diffusion_tf.trained_model import TrainedModel
 
 
 class BoundTerms(NamedTuple):
@@ -73,9 +71,7 @@ class BoundEvaluator:
     """Evaluates the bound's terms of uint8 images, each a function of the seed and the image's index.
 
     Args:
-      strategy: where to run; every replica computes its share of each batch.
-      weights: the weights to measure (EMA), in the order of `model.trainable_variables`.
-      image_shape: (H, W, C).
+      trained: the network, its weights, and where to run; every replica computes its share of each batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
       num_timesteps_estimate: evaluate L_0 and this many further terms only, one in each of as many equal stretches of
@@ -85,26 +81,13 @@ class BoundEvaluator:
       InputError: the batch size is not divisible by the replicas.
     """
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        model: keras.Model,
-        weights: Sequence[tf.Variable],
-        diffusion: GaussianDiffusion,
-        *,
-        image_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-        num_timesteps_estimate: int | None = None,
-    ):
-        last, stretches = diffusion.num_timesteps - 1, num_timesteps_estimate
-        per_replica = per_replica_batch_size(batch_size, strategy)
+    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None):
+        last, stretches = trained.diffusion.num_timesteps - 1, num_timesteps_estimate
+        per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
         def evaluate(first_image, images):
-            params = [tf.convert_to_tensor(w) for w in weights]
-
             def noise_fn(k):
-                return CounterRng(seed, k, first_image).normal("likelihood", (per_replica, *image_shape))
+                return CounterRng(seed, k, first_image).normal("likelihood", images.shape)
 
             def timesteps_fn(k):
                 if stretches is None:
@@ -113,13 +96,12 @@ class BoundEvaluator:
                 position = (tf.cast(k - 1, tf.float32) + u) * (last / stretches)
                 return tf.where(k == 0, 0, 1 + tf.minimum(tf.cast(position, tf.int32), last - 1))
 
-            def denoise_fn(x_t, t):
-                return model.stateless_call(params, [], x_t, t)[0]
-
             num_terms = last + 1 if stretches is None else stretches + 1
-            return calc_bpd_loop(diffusion, denoise_fn, images_to_x(images), noise_fn, timesteps_fn, num_terms)
+            return calc_bpd_loop(
+                trained.diffusion, trained.denoise_fn(), images_to_x(images), noise_fn, timesteps_fn, num_terms
+            )
 
-        self._evaluate = over_replicas(evaluate, strategy, batch_size)
+        self._evaluate = over_replicas(evaluate, trained.strategy, batch_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
         """The terms of images uint8 [n <= batch_size, H, W, C], of which the first has index `first_image`."""
@@ -180,19 +162,8 @@ def measure_bound(
     Raises:
       InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
     """
-    with strategy.scope():
-        model = UNet.from_preset(preset)
-    load_ema(model, checkpoint)
-    evaluator = BoundEvaluator(
-        strategy,
-        model,
-        [v.value for v in model.trainable_variables],
-        GaussianDiffusion.from_preset(preset),
-        image_shape=preset.image_shape,
-        batch_size=batch_size,
-        seed=seed,
-        num_timesteps_estimate=num_timesteps_estimate,
-    )
+    trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
+    evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     description = {
         "measurement": "bound",
         "checkpoint": checkpoints.load_digest(checkpoint),

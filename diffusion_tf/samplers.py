@@ -1,18 +1,15 @@
 """Sampling loops, each one compiled loop over all timesteps, and the `Sampler` that draws image i by its index."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import keras
 import numpy as np
 import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
 from diffusion_tf.distribution import over_replicas, per_replica_batch_size
-from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.train_state import load_ema
-from diffusion_tf.unet import UNet
+from diffusion_tf.trained_model import TrainedModel
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -104,9 +101,7 @@ class Sampler:
     between them by float rounding.
 
     Args:
-      strategy: where to run; every replica computes its share of each batch.
-      weights: the weights to sample with (EMA), in the order of `model.trainable_variables`.
-      image_shape: (H, W, C).
+      trained: the network, its weights, and where to run; every replica computes its share of each batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
 
@@ -114,57 +109,27 @@ class Sampler:
       InputError: the batch size is not divisible by the replicas.
     """
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        model: keras.Model,
-        weights: Sequence[tf.Variable],
-        diffusion: GaussianDiffusion,
-        *,
-        image_shape: tuple[int, int, int],
-        batch_size: int,
-        seed: int,
-    ):
-        per_replica = per_replica_batch_size(batch_size, strategy)
+    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
+        shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
 
         def sample(first_image):
-            params = [tf.convert_to_tensor(w) for w in weights]
+            noise_fn = lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
+            return tf.clip_by_value(p_sample_loop(trained.diffusion, trained.denoise_fn(), noise_fn), -1.0, 1.0)
 
-            def noise_fn(t):
-                return CounterRng(seed, t, first_image).normal("sample", (per_replica, *image_shape))
-
-            def denoise_fn(x_t, t):
-                return model.stateless_call(params, [], x_t, t)[0]
-
-            return tf.clip_by_value(p_sample_loop(diffusion, denoise_fn, noise_fn), -1.0, 1.0)
-
-        self._sample = over_replicas(sample, strategy, batch_size)
+        self._sample = over_replicas(sample, trained.strategy, batch_size)
 
     def __call__(self, first_image: int) -> tf.Tensor:
         """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1]."""
         return self._sample(first_image)
 
 
-def draw_samples(
-    strategy: tf.distribute.Strategy, preset: Preset, checkpoint: str, *, num_samples: int, batch_size: int, seed: int
-) -> np.ndarray:
-    """Samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C], from a checkpoint's EMA weights; shows progress.
+def draw_samples(trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int) -> np.ndarray:
+    """Samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C]; shows progress.
 
     Raises:
-      InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
+      InputError: the batch size is not divisible by the replicas.
     """
-    with strategy.scope():
-        model = UNet.from_preset(preset)
-    load_ema(model, checkpoint)
-    sampler = Sampler(
-        strategy,
-        model,
-        [v.value for v in model.trainable_variables],
-        GaussianDiffusion.from_preset(preset),
-        image_shape=preset.image_shape,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    sampler = Sampler(trained, batch_size=batch_size, seed=seed)
     batches = []
     with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
         for first in range(0, num_samples, batch_size):

@@ -18,6 +18,7 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.train_state import TrainState, warmed_up_learning_rate
+from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.workdir import Workdir
 
 _NUM_GRID_SAMPLES = 64
@@ -210,11 +211,7 @@ class _Reporter:
             strategy = tf.distribute.get_strategy() if is_multi_worker(trainer.strategy) else trainer.strategy
             replicas = strategy.num_replicas_in_sync
             self.sampler = Sampler(
-                strategy,
-                trainer.state.model,
-                trainer.state.ema,
-                trainer.diffusion,
-                image_shape=self.preset.image_shape,
+                TrainedModel(self.preset, strategy, trainer.state.model, trainer.state.ema),
                 batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
                 seed=self.preset.seed,
             )

@@ -17,6 +17,7 @@ from diffusion_tf.files import write_file, write_npz
 from diffusion_tf.metrics import classifier_score
 from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import draw_samples
+from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training import Trainer, report_samples, train
 from diffusion_tf.workdir import Workdir
 from experiments import common
@@ -60,7 +61,8 @@ def main() -> None:
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples
-    samples = draw_samples(strategy, preset, checkpoint, num_samples=num_samples, batch_size=num_samples, seed=0)
+    trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
+    samples = draw_samples(trained, num_samples=num_samples, batch_size=num_samples, seed=0)
     samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
     write_npz(samples_path, samples=samples)
     report_samples(workdir, tf.summary.create_file_writer(workdir.tensorboard), step, samples[:100])

@@ -11,6 +11,7 @@ from absl import flags
 from diffusion_tf import figures
 from diffusion_tf.files import check_writable, write_file, write_npz
 from diffusion_tf.samplers import draw_samples
+from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -30,14 +31,8 @@ def main() -> None:
     step, checkpoint = run.find_checkpoint()
     for path in filter(None, (FLAGS.out, FLAGS.png)):
         check_writable(path)  # before the work, not after it
-    samples = draw_samples(
-        run.strategy,
-        run.preset,
-        checkpoint,
-        num_samples=FLAGS.num_samples,
-        batch_size=FLAGS.batch_size,
-        seed=FLAGS.seed,
-    )
+    trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
+    samples = draw_samples(trained, num_samples=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
     write_npz(FLAGS.out, samples=samples)
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:

@@ -7,9 +7,13 @@ import pathlib
 import re
 
 import numpy as np
+import tensorflow as tf
 
 from diffusion_tf import diffusion_utils
-from diffusion_tf.presets import Preset
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.unet import UNet
 
 _FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -32,6 +36,26 @@ ZERO_GRADIENT = {
         " up_0/block_1/nin_shortcut/b"
     ).split()
 }
+
+# The networks of the authors' whole loops.
+DENOISE_FNS = {
+    "dn_x": lambda x, t: 0.1 * x,
+    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
+}
+
+
+def linear_diffusion(mean_type, var_type, num_timesteps):
+    """The diffusion of the linear schedule."""
+    betas = get_beta_schedule("linear", beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
+    return GaussianDiffusion(NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type="kl")
+
+
+def tiny_model(strategy) -> TrainedModel:
+    """A small network for digits with visible weights, T = 8."""
+    preset = get_preset("digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,))
+    trained = TrainedModel(preset, strategy)
+    assign_random_weights(trained.model, np.random.RandomState(0))
+    return trained
 
 
 def load(name: str) -> dict[str, np.ndarray]:

@@ -163,12 +163,6 @@ def test_normal_kl_is_the_integral():
     np.testing.assert_allclose(diffusion_utils.normal_kl(mean1, logvar1, mean2, logvar2), integral, rtol=1e-6)
 
 
-DENOISE_FNS = {
-    "dn_x": lambda x, t: 0.1 * x,
-    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
-}
-
-
 def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
     diffusion = make("eps", "fixedsmall", "mse")
     denoise_fn = constant_denoise_fn("fixedsmall")
@@ -200,7 +194,7 @@ def test_interpolation_of_two_images():
     x_t = 0.7 * x1 + 0.3 * x2
     for step in range(12, -1, -1):
         noise = GOLDEN["loop20/p_noise_table"][20 - step]
-        x_t, _ = diffusion.p_sample(DENOISE_FNS["dn_xt"], x_t, np.full([4], step, np.int32), noise)
+        x_t, _ = diffusion.p_sample(golden.DENOISE_FNS["dn_xt"], x_t, np.full([4], step, np.int32), noise)
     assert_golden(x_t, "v1/loop20/interpolate")
 
 

@@ -8,6 +8,7 @@ from diffusion_tf.distribution import make_strategy
 from diffusion_tf.metrics import precision_recall
 from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import draw_samples
+from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training import Trainer, train
 from diffusion_tf.workdir import Workdir
 
@@ -18,7 +19,8 @@ def test_digits_reach_precision_and_recall(tmp_path):
     trainer = Trainer(preset, strategy)
     train(trainer, workdir, open_source(preset))
     _, checkpoint = checkpoints.find(workdir.checkpoints)
-    samples = draw_samples(strategy, preset, checkpoint, num_samples=1000, batch_size=250, seed=0)
+    trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
+    samples = draw_samples(trained, num_samples=1000, batch_size=250, seed=0)
     real, generated = (images.reshape(len(images), -1).astype(float) for images in (load_digits(), samples))
     precision, recall = precision_recall(real, generated)
     assert precision >= 0.80 and recall >= 0.75

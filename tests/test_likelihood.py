@@ -13,20 +13,9 @@ from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.presets import PRESETS, get_preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
 from diffusion_tf.train_state import TrainState
-from diffusion_tf.unet import UNet
 
 GOLDEN = golden.load("diffusion_ops")
-DENOISE_FNS = {
-    "dn_x": lambda x, t: 0.1 * x,
-    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
-}
-
-
-def make(mean_type, var_type, num_timesteps):
-    betas = get_beta_schedule("linear", beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
-    return GaussianDiffusion(NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type="kl")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +32,11 @@ def make(mean_type, var_type, num_timesteps):
 @pytest.mark.parametrize("noise", ["calc_bpd", "calc_bpd_tab"])
 def test_the_loop_is_the_authors(case, noise):
     mean_type, var_type, clip, denoise_name = case.split("/")
-    diffusion, denoise_fn, clip = make(mean_type, var_type, 20), DENOISE_FNS[denoise_name], clip == "clip1"
+    diffusion, denoise_fn, clip = (
+        golden.linear_diffusion(mean_type, var_type, 20),
+        golden.DENOISE_FNS[denoise_name],
+        clip == "clip1",
+    )
     x_start, noises = GOLDEN["x_start"], tf.constant(GOLDEN["loop20/q_noise_table"] * (noise == "calc_bpd_tab"))
 
     @tf.function(jit_compile=True)
@@ -84,7 +77,7 @@ def decoder_nats(diffusion):
 
 
 def test_gaussian_data_and_the_exact_denoiser_give_the_analytic_bound():
-    diffusion = make("xstart", "fixedsmall", 1000)
+    diffusion = golden.linear_diffusion("xstart", "fixedsmall", 1000)
     schedule, variance = diffusion.schedule, gaussian_data.STD**2
     abar = schedule.alphas_cumprod
     second_moment = gaussian_data.MEAN**2 + variance
@@ -117,30 +110,12 @@ def test_gaussian_data_and_the_exact_denoiser_give_the_analytic_bound():
     np.testing.assert_allclose(middle, terms / np.log(2), rtol=0.02, atol=1e-6)  # float32 noise
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """An evaluator factory of a small network with visible weights, T = 8."""
-    preset = get_preset("digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), attn_resolutions=())
-
-    def evaluator(strategy, batch_size, seed=3, estimate=None):
-        with strategy.scope():
-            model = UNet.from_preset(preset)
-        golden.assign_random_weights(model, np.random.RandomState(0))
-        return likelihood.BoundEvaluator(
-            strategy,
-            model,
-            [v.value for v in model.trainable_variables],
-            GaussianDiffusion.from_preset(preset),
-            image_shape=preset.image_shape,
-            batch_size=batch_size,
-            seed=seed,
-            num_timesteps_estimate=estimate,
-        )
-
-    return evaluator
+def tiny(strategy, batch_size, seed=3, estimate=None):
+    trained = golden.tiny_model(strategy)
+    return likelihood.BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=estimate)
 
 
-def test_an_images_terms_depend_on_seed_and_index_alone(tiny):
+def test_an_images_terms_depend_on_seed_and_index_alone():
     one, images = make_strategy("one_device"), load_digits()[:16]
     sixteen = tiny(one, 16)
     reference, last_five = sixteen(0, images), sixteen(11, images[11:])
@@ -152,7 +127,7 @@ def test_an_images_terms_depend_on_seed_and_index_alone(tiny):
     assert np.abs(other_seed.terms_bpd / reference.terms_bpd - 1).max() > 0.01
 
 
-def test_the_estimate_is_unbiased_and_knows_its_error(tiny):
+def test_the_estimate_is_unbiased_and_knows_its_error():
     one, images = make_strategy("one_device"), load_digits()[:256]
     exact = tiny(one, 256)(0, images).terms_bpd
     np.testing.assert_allclose(tiny(one, 256, estimate=7)(0, images).terms_bpd, exact, rtol=1e-4)
@@ -221,7 +196,7 @@ def test_appendix_c():
 
 def test_the_samplers_scales_follow_from_beta():
     """Algorithm 2's own form, of beta alone, against p_sample with the network's eps held fixed."""
-    diffusion = make("eps", "fixedlarge", 1000)
+    diffusion = golden.linear_diffusion("eps", "fixedlarge", 1000)
     betas = np.linspace(1e-4, 0.02, 1000)
     abar = np.cumprod(1 - betas)
     t = np.array([1, 10, 500, 999], np.int32)
@@ -234,7 +209,7 @@ def test_the_samplers_scales_follow_from_beta():
 
 
 def test_the_forward_process_keeps_unit_variance():
-    diffusion = make("eps", "fixedlarge", 1000)
+    diffusion = golden.linear_diffusion("eps", "fixedlarge", 1000)
     x_start = CounterRng(0, 0, 0).normal("x_start", (64, 32, 32, 1))
     for t in (0, 200, 500, 999):
         x_t = diffusion.q_sample(x_start, tf.fill([64], t), CounterRng(0, t, 0).normal("noise", x_start.shape))

@@ -8,24 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.distribution import make_strategy
-from diffusion_tf.presets import get_preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import Sampler, p_sample_loop, p_sample_loop_progressive
-from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
-from diffusion_tf.unet import UNet
 
 GOLDEN = golden.load("diffusion_ops")
-DENOISE_FNS = {
-    "dn_x": lambda x, t: 0.1 * x,
-    "dn_xt": lambda x, t: 0.1 * x + 0.01 * tf.reshape(tf.cast(t, tf.float32), [-1, 1, 1, 1]),
-}
-
-
-def make(mean_type, var_type, num_timesteps):
-    betas = get_beta_schedule("linear", beta_start=1e-4, beta_end=0.02, num_timesteps=num_timesteps)
-    return GaussianDiffusion(NoiseSchedule(betas), model_mean_type=mean_type, model_var_type=var_type, loss_type="kl")
 
 
 def golden_noise_fn(t):
@@ -33,11 +20,13 @@ def golden_noise_fn(t):
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-@pytest.mark.parametrize("denoise", DENOISE_FNS)
+@pytest.mark.parametrize("denoise", golden.DENOISE_FNS)
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
 def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
-    diffusion = make("eps", var_type, 20)
-    loop = tf.function(lambda: p_sample_loop(diffusion, DENOISE_FNS[denoise], golden_noise_fn), jit_compile=jit_compile)
+    diffusion = golden.linear_diffusion("eps", var_type, 20)
+    loop = tf.function(
+        lambda: p_sample_loop(diffusion, golden.DENOISE_FNS[denoise], golden_noise_fn), jit_compile=jit_compile
+    )
     expected = GOLDEN[f"loop20/p_sample_loop/eps/{var_type}/{denoise}"]
     np.testing.assert_allclose(loop(), expected, rtol=1e-5, atol=1e-5)
     if var_type == "fixedsmall":
@@ -45,9 +34,11 @@ def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
 
 
 def test_progressive_loop_is_the_authors():
-    diffusion = make("eps", "fixedlarge", 20)
+    diffusion = golden.linear_diffusion("eps", "fixedlarge", 20)
     loop = tf.function(
-        lambda: p_sample_loop_progressive(diffusion, DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5)
+        lambda: p_sample_loop_progressive(
+            diffusion, golden.DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5
+        )
     )
     key = "loop20/progressive/eps/fixedlarge/dn_xt"
     for name, ours in zip(("sample", "xstartpreds"), loop(), strict=True):
@@ -58,9 +49,9 @@ def test_loops_have_no_python_loop_over_timesteps():
     """The graph does not grow with T."""
 
     def nodes(num_timesteps):
-        diffusion = make("eps", "fixedlarge", num_timesteps)
+        diffusion = golden.linear_diffusion("eps", "fixedlarge", num_timesteps)
         noise_fn = lambda t: CounterRng(0, t, 0).normal("n", (2, 4, 4, 1))
-        loop = tf.function(lambda: p_sample_loop(diffusion, DENOISE_FNS["dn_x"], noise_fn))
+        loop = tf.function(lambda: p_sample_loop(diffusion, golden.DENOISE_FNS["dn_x"], noise_fn))
         graph = loop.get_concrete_function().graph.as_graph_def()
         return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
@@ -72,7 +63,7 @@ def test_loops_have_no_python_loop_over_timesteps():
     list(itertools.product(("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned"))),
 )
 def test_gaussian_data_is_sampled_back(mean_type, var_type):
-    diffusion = make(mean_type, var_type, 1000)
+    diffusion = golden.linear_diffusion(mean_type, var_type, 1000)
     denoise_fn = gaussian_data.denoise_fn(diffusion)
     _, (prev_a, prev_b), log_variance = gaussian_data.optimal_denoiser(diffusion)
     shape = (64, 16, 16, 1)
@@ -98,29 +89,10 @@ def test_gaussian_data_is_sampled_back(mean_type, var_type):
     assert abs(variance - gaussian_data.STD**2) < (1e-3 if var_type == "learned" else 0.02) * gaussian_data.STD**2
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """A sampler factory of a small network with visible weights, T = 8."""
-    preset = get_preset("digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), attn_resolutions=())
+def test_a_sample_depends_on_seed_and_index_alone():
+    def tiny(strategy, batch_size, seed=3):
+        return Sampler(golden.tiny_model(strategy), batch_size=batch_size, seed=seed)
 
-    def sampler(strategy, batch_size, seed=3):
-        with strategy.scope():
-            model = UNet.from_preset(preset)
-        golden.assign_random_weights(model, np.random.RandomState(0))
-        return Sampler(
-            strategy,
-            model,
-            [v.value for v in model.trainable_variables],
-            GaussianDiffusion.from_preset(preset),
-            image_shape=preset.image_shape,
-            batch_size=batch_size,
-            seed=seed,
-        )
-
-    return sampler
-
-
-def test_a_sample_depends_on_seed_and_index_alone(tiny):
     one = make_strategy("one_device")
     reference = tiny(one, 16)(0).numpy()
     assert reference.shape == (16, 8, 8, 1) and reference.dtype == np.float32 and np.abs(reference).max() <= 1.0

@@ -1,0 +1,53 @@
+"""A network with the weights to use, and its diffusion: what samples and measurements are made of."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
+from diffusion_tf.presets import Preset
+from diffusion_tf.train_state import load_ema
+from diffusion_tf.unet import UNet
+
+
+class TrainedModel:
+    """The network and the diffusion of a preset, on the devices of a strategy.
+
+    Args:
+      preset: which network and diffusion.
+      strategy: where they run.
+      model: the network; default: a new one.
+      weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        strategy: tf.distribute.Strategy,
+        model: UNet | None = None,
+        weights: Sequence[tf.Variable] | None = None,
+    ):
+        self.preset = preset
+        self.strategy = strategy
+        self.diffusion = GaussianDiffusion.from_preset(preset)
+        if model is None:
+            with strategy.scope():
+                model = UNet.from_preset(preset)
+        self.model = model
+        self.weights = weights or [v.value for v in model.trainable_variables]
+
+    @classmethod
+    def from_checkpoint(cls, preset: Preset, strategy: tf.distribute.Strategy, path: str) -> "TrainedModel":
+        """The network with the EMA weights of the checkpoint at `path`.
+
+        Raises:
+          InputError: the file is damaged, or is of another network.
+        """
+        trained = cls(preset, strategy)
+        load_ema(trained.model, path)
+        return trained
+
+    def denoise_fn(self) -> DenoiseFn:
+        """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
+        params = [tf.convert_to_tensor(w) for w in self.weights]
+        return lambda x_t, t: self.model.stateless_call(params, [], x_t, t)[0]
