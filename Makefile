@@ -11,7 +11,7 @@ demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
 	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
 
 test: $(VENV)/.installed  ## the tests, in a few minutes
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=10
+	$(BIN)/python -m pytest --numprocesses=2 --durations=10
 
 test-slow: $(VENV)/.installed  ## the tests that take many minutes
 	$(BIN)/python -m pytest -m slow

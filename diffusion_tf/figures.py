@@ -5,10 +5,12 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 _MARGIN = 8  # pixels round each grid
 _CAPTION = 20  # pixels above each grid
+_TILE = 48  # least width of a labelled image, in pixels
+_ANIMATION_HEIGHT = 360
 _LINE = 64  # grey level between the images of a grid
 
 
@@ -32,8 +34,7 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
     panels = []
     for caption, grid in grids.items():
         scale = max(1, -(-min_height // grid.shape[0]))
-        rgb = np.broadcast_to(grid, (*grid.shape[:2], 3)) if grid.shape[-1] == 1 else grid[..., :3]
-        panels.append((caption, Image.fromarray(np.ascontiguousarray(rgb.repeat(scale, 0).repeat(scale, 1)))))
+        panels.append((caption, _enlarged(grid, scale)))
 
     width = sum(panel.width + 2 * _MARGIN for _, panel in panels)
     height = max(panel.height for _, panel in panels) + _CAPTION + 2 * _MARGIN
@@ -44,6 +45,50 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
         picture.paste(panel, (left, _MARGIN + _CAPTION))
         left += panel.width + 2 * _MARGIN
     return _png(picture)
+
+
+def labelled_grid(
+    rows: Sequence[np.ndarray], *, row_labels: Sequence[str], column_labels: Sequence[str], caption: str
+) -> bytes:
+    """A PNG of rows of images uint8 [columns, H, W, C] of one size, with a label for each row and column.
+
+    Small images are enlarged by repeating their pixels, so that a tile is at least `_TILE` pixels wide.
+    """
+    height, width = rows[0].shape[1:3]
+    scale = max(1, -(-_TILE // width))
+    tile_height, tile_width = height * scale + 2, width * scale + 2
+    font = ImageFont.load_default(size=13)
+    left = _MARGIN + max(int(font.getlength(label)) for label in row_labels) + _MARGIN
+    top = _MARGIN + 2 * _CAPTION
+    right_edge = max(left + len(column_labels) * tile_width, _MARGIN + int(font.getlength(caption))) + _MARGIN
+    picture = Image.new("RGB", (right_edge, top + len(rows) * tile_height + _MARGIN), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((_MARGIN, _MARGIN), caption, fill="black", font=font)
+    for column, label in enumerate(column_labels):
+        draw.text((left + (column + 0.5) * tile_width, top - 3), label, fill="black", font=font, anchor="ms")
+    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + row * tile_height
+        draw.text((left - _MARGIN, y + tile_height / 2), label, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(images):
+            picture.paste(_enlarged(image, scale), (left + column * tile_width, y))
+    return _png(picture)
+
+
+def animation(frames: Sequence[np.ndarray], *, seconds: float) -> bytes:
+    """A GIF that shows grids of images uint8 [H, W, C] one after the other, the last one for two seconds more."""
+    scale = max(1, -(-_ANIMATION_HEIGHT // frames[0].shape[0]))
+    pictures = [_enlarged(frame, scale) for frame in frames]
+    durations = [int(1000 * seconds / len(frames))] * len(frames)
+    durations[-1] += 2000
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
+    """An image or a grid [H, W, C] as RGB, each pixel repeated."""
+    rgb = np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
+    return Image.fromarray(np.ascontiguousarray(rgb.repeat(scale, 0).repeat(scale, 1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,73 @@ class Sampler:
         return self._sample(first_image)
 
 
+class ProgressiveSampler:
+    """The images of `Sampler`, and the x_0 that the network predicted on the way to them (progressive generation).
+
+    Args:
+      trained, batch_size, seed: as of `Sampler`.
+      include_xstartpred_freq: steps between the predictions that are kept.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+
+    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, include_xstartpred_freq: int):
+        shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
+
+        def sample(first_image):
+            noise_fn = lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
+            x_start, xstartpreds = p_sample_loop_progressive(
+                trained.diffusion, trained.denoise_fn(), noise_fn, include_xstartpred_freq=include_xstartpred_freq
+            )
+            return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
+
+        self._sample = over_replicas(sample, trained.strategy, batch_size)
+
+    def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """Images first_image ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
+
+        Prediction k was made at t = k * include_xstartpred_freq.
+        """
+        return self._sample(first_image)
+
+
+class ReverseProcess:
+    """Stretches of the reverse process from any x_t; the noise of image i is a function of the seed and i alone.
+
+    Args:
+      trained, batch_size, seed: as of `Sampler`, whose chains these are.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+
+    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
+        self.trained = trained
+        self.batch_size = batch_size
+        self.seed = seed
+
+        def steps(first_image, x_t, start, stop):
+            noise_fn = lambda t: CounterRng(seed, t, first_image).normal("sample", x_t.shape)
+            return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
+
+        self._steps = over_replicas(steps, trained.strategy, batch_size)
+
+    def noise(self, count: int) -> np.ndarray:
+        """x_T of images 0 .. count - 1, float32 [count, H, W, C]."""
+        shape = (count, *self.trained.preset.image_shape)
+        return CounterRng(self.seed, self.trained.diffusion.num_timesteps, 0).normal("sample", shape).numpy()
+
+    def __call__(self, x_t: np.ndarray, start, stop, *, first_image: int = 0) -> np.ndarray:
+        """`reverse_steps` of x_t [N, H, W, C] for images first_image ...; start and stop are int, or int [N]."""
+        start, stop = (np.broadcast_to(np.asarray(steps, np.int32), [len(x_t)]) for steps in (start, stop))
+        batches = []
+        for i in range(0, len(x_t), self.batch_size):
+            part = slice(i, i + self.batch_size)
+            batches.append(self._steps(first_image + i, x_t[part], start[part], stop[part]).numpy())
+        return np.concatenate(batches)
+
+
 def draw_samples(trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int) -> np.ndarray:
     """Samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C]; shows progress.
 

@@ -46,15 +46,15 @@ def define_data_flags() -> None:
     flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords (a file, or a glob of shards) to read the images from.")
 
 
-def define_measurement_flags(*, batch_size: int) -> None:
-    """What every measurement of a trained run asks: --workdir, where to run, which weights, images, seed and file."""
+def define_measurement_flags(*, batch_size: int, out: str = "The JSON file to write. Default: in the workdir.") -> None:
+    """What every look at a trained run asks: --workdir, where to run, which weights, images, seed and file."""
     define_workdir_flag()
     define_strategy_flags()
     define_data_flags()
-    flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to measure. Default: the newest.")
-    flags.DEFINE_integer("batch_size", batch_size, "Images measured at once, over all replicas.", lower_bound=1)
+    flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to use. Default: the newest.")
+    flags.DEFINE_integer("batch_size", batch_size, "Images computed at once, over all replicas.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_string("out", None, "The JSON file to write. Default: in the workdir.")
+    flags.DEFINE_string("out", None, out)
 
 
 def define_bound_flags() -> None:

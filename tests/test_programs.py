@@ -120,14 +120,13 @@ def test_train_resume_and_sample(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder of a short run of digits with four timesteps; the tests that share it run in one process."""
+    """The folder of a short run of digits with four timesteps."""
     workdir = tmp_path_factory.mktemp("run")
     result = run("train", f"--workdir={workdir}", *TINY)
     assert result.returncode == 0, result.stderr
     return workdir
 
 
-@pytest.mark.xdist_group("trained")
 def test_measure_everything_and_report(trained):
     best = trained / "checkpoints/best/evaluation.json"
     for program, args in (
@@ -183,7 +182,39 @@ def test_colour_images_meet_inception(tmp_path):
     assert abs(of_file["fid"] / drawn["fid"] - 1) < 0.05 and of_file["samples"].endswith("samples.npz")
 
 
-@pytest.mark.xdist_group("trained")
+def test_every_figure(trained, tmp_path):
+    args = [f"--workdir={trained}", "--count=9", "--chains=3", "--num_samples=12"]
+    result = run("figures", *args, "--figure=all", f"--out={tmp_path}/figures")
+    assert result.returncode == 0, result.stderr
+    page = (tmp_path / "figures/index.html").read_text()
+    names = ["samples", "progressive", "shared_latents", "interpolation", "coarse_to_fine", "neighbors"]
+    for name in (*names, "progressive_quality", "animation"):
+        picture = "animation.gif" if name == "animation" else f"{name}.png"
+        assert f'src="{picture}"' in page and (tmp_path / "figures" / picture).stat().st_size > 500
+        assert json.loads((tmp_path / f"figures/{name}.json").read_text())["step"] == 4
+    again = run("figures", *args, "--figure=coarse_to_fine", f"--out={tmp_path}/again.png")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "figures/coarse_to_fine.png").read_bytes()
+    assert json.loads((tmp_path / "again.json").read_text())["t"] == [4, 3, 3, 2, 2, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--figure=interpolation", "--t=5", "--out=a.png"], "--t=5 must be from 0 to the run's 4 steps"),
+        (["--figure=interpolation", "--t=4", "--out=a.png", "--index_b=179"], "there is no image 179 in scikit-learn"),
+        (["--figure=interpolation", "--t=4", "--out=a.png", "--source_a=docs/demo.png"], "docs/demo.png is uint8 ("),
+        (["--figure=animation", "--out=a.png"], "--out=a.png must end in .gif"),
+    ],
+)
+def test_bad_input_of_a_figure_gets_one_line(trained, args, message):
+    result = run("figures", f"--workdir={trained}", *args)
+    lines = [line for line in result.stderr.strip().splitlines() if "absl::InitializeLog" not in line]
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("figures: ") and message in lines[0]
+    assert not (ROOT / "a.png").exists()
+
+
 def test_a_killed_likelihood_goes_on(trained, tmp_path):
     args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
     command = [sys.executable, "-m", "experiments.likelihood", *args, f"--out={tmp_path}/killed.json"]
@@ -223,7 +254,6 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
         (["--checkpoint=3"], "no checkpoint of step 3; there are: 2, 4"),
     ],
 )
-@pytest.mark.xdist_group("trained")
 def test_bad_input_of_an_evaluation_gets_one_line(trained, args, message):
     result = run("evaluate", f"--workdir={trained}", *args)
     lines = result.stderr.strip().splitlines()
