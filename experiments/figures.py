@@ -22,6 +22,7 @@ from diffusion_tf.evaluation import FeatureExtractor, check_metrics, reference_f
 from diffusion_tf.feature_networks import FeatureNetwork, digits_network, inception_network
 from diffusion_tf.files import check_writable, first_line, write_file, write_json
 from diffusion_tf.paper_figures import PaperFigure
+from diffusion_tf.report import read_run
 from diffusion_tf.resumable import Arrays
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
@@ -92,7 +93,12 @@ def _samples_caption(run: common.Run, step: int) -> str:
     """Preset, step, and what was measured of it."""
     lines = [line for line in run.workdir.read_evaluations() if line["step"] == step]
     scores = [f"{name} {line[name]:.3g}" for line in lines for name in ("fid", "frechet_digits") if name in line]
-    return ", ".join([run.preset.dataset, f"step {step:,}", *scores[-1:]])
+    bits = [
+        f"{result['bits_per_dim']:.2f} bits/dim ({split})"
+        for split, result in read_run(run.workdir).likelihood.items()
+        if result["step"] == step
+    ]
+    return ", ".join([run.preset.dataset, f"step {step:,}", *scores[-1:], *bits])
 
 
 def _make(figure: str, run: common.Run, step: int, trained: TrainedModel) -> PaperFigure:

@@ -34,7 +34,7 @@ def array_images(images):
     return Images({"digest": int(images.sum())}, len(images), lambda first, count: images[first : first + count])
 
 
-def colour_images(seed, count=60):
+def colour_images(seed, count=40):
     return np.random.RandomState(seed).randint(0, 256, (count, 16, 16, 3), np.uint8)
 
 
@@ -44,7 +44,7 @@ def test_features_in_batches_are_those_of_all_at_once(strategy, save, tmp_path):
     save(tmp_path / "inception")
     strategy = make_strategy(strategy)
     network = inception_network(str(tmp_path / "inception"), strategy)
-    extractor = FeatureExtractor(network, strategy, 16, str(tmp_path / "partial"))  # 60 is no multiple of 16
+    extractor = FeatureExtractor(network, strategy, 16, str(tmp_path / "partial"))  # 40 is no multiple of 16
     images = colour_images(0)
     arrays = extractor(array_images(images), "images")
     expected = network.apply(tf.constant(images, tf.float32))
@@ -60,7 +60,7 @@ def test_scores_are_named_after_their_features(tmp_path):
     for network in (inception, digits_network(), pixels_network((8, 8, 1))):
         colour = network is inception
         images = [colour_images(seed) for seed in (0, 1)] if colour else [load_digits("train"), load_digits("test")]
-        extractor = FeatureExtractor(network, strategy, 100, str(tmp_path / "partial"))
+        extractor = FeatureExtractor(network, strategy, 40, str(tmp_path / "partial"))
         real, generated = (extractor(array_images(part), "images") for part in images)
         names = METRICS if network.name != "pixels" else ("fid", "kid", "precision_recall")
         scores = compute_scores(names, network.name, real, generated)

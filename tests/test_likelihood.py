@@ -100,14 +100,14 @@ def test_gaussian_data_and_the_exact_denoiser_give_the_analytic_bound():
             diffusion, denoise_fn, x_start, noise_fn, timesteps_fn, 1000, clip_denoised=False
         )
 
-    bounds = [loop(tf.constant(batch)) for batch in range(4)]
+    bounds = [loop(tf.constant(batch)) for batch in range(2)]
     totals = np.concatenate([bound.prior_bpd + np.sum(bound.terms_bpd, axis=1) for bound in bounds])
     mean, standard_error = likelihood.mean_and_standard_error(totals)
-    assert standard_error < 0.008
+    assert standard_error < 0.012
     # The decoder's tanh approximation of the CDF costs up to 1e-3.
     assert abs(mean - expected) < 4 * standard_error + 1e-3
     middle = np.concatenate([np.asarray(bound.terms_bpd)[:, 1:] for bound in bounds]).mean(axis=0)
-    np.testing.assert_allclose(middle, terms / np.log(2), rtol=0.02, atol=1e-6)  # float32 noise
+    np.testing.assert_allclose(middle, terms / np.log(2), rtol=0.03, atol=1e-6)  # float32 noise
 
 
 def tiny(strategy, batch_size, seed=3, estimate=None):

@@ -19,7 +19,7 @@ from diffusion_tf.workdir import Workdir
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPE = {
     "num_steps": 4, "steps_per_loop": 2, "checkpoint_every": 2, "sample_every": 4, "batch_size": 8, "num_timesteps": 4,
-    "warmup_steps": 0,
+    "warmup_steps": 0, "ch_mult": "1",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     train_in_two_processes(tmp_path, [f"--workdir={tmp_path}/two", *(f"--{k}={v}" for k, v in RECIPE.items())])
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
 
-    preset, workdir = get_preset("digits", **RECIPE), Workdir(tmp_path / "one")
+    preset, workdir = get_preset("digits", **{**RECIPE, "ch_mult": (1,)}), Workdir(tmp_path / "one")
     trainer = Trainer(preset, make_strategy("one_device"))
     train(trainer, workdir, open_source(preset))
     two = checkpoints.load(checkpoints.find(Workdir(tmp_path / "two").checkpoints)[1])
