@@ -232,8 +232,8 @@ def appendix_c(schedule: NoiseSchedule, mean_square: float) -> dict[str, float]:
       `unit_variance_error`: how far the variance of unit-variance data strays from 1 on the way to x_T.
       `unscaled_prior_bits_per_dim`: L_T of a process that adds the same noise without scaling the signal down, as NCSN
         does, against the normal of the noise's own variance.
-      `sampler_scale_error`: how far Algorithm 2's step 1 / sqrt(1 - beta), beta / sqrt((1 - alphas_cumprod)(1 - beta))
-        lies from what the sampler does, relative.
+      `sampler_scale_error`: how far the sampler's factors of x_t and of eps, from its tables, lie from those of
+        Algorithm 2, 1 / sqrt(1 - beta) and beta / sqrt((1 - alphas_cumprod)(1 - beta)); relative.
     """
     betas = schedule.betas
     variance = schedule.sqrt_alphas_cumprod**2 + schedule.sqrt_one_minus_alphas_cumprod**2
