@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,9 +217,10 @@ def _plot_scores(axes: Axes, record: RunRecord) -> None:
 
 
 def to_png(record: RunRecord) -> bytes:
-    """The page: curves, scores and a grid of samples."""
+    """The page: configuration, curves, scores and a grid of samples."""
     figure = Figure(figsize=(15.0, 9.0), layout="constrained")
-    figure.suptitle(f"{record.config['dataset']}, {record.config['num_steps']:,} steps")
+    config = ", ".join(f"{name}={value}" for name, value in record.config.items())
+    figure.suptitle(textwrap.fill(config, 200), fontsize=9)
     grid = figure.subplots(2, 3)
     _plot_training(grid[0, 0], record, "loss")
     _plot_training(grid[0, 1], record, "grad_norm")
