@@ -124,7 +124,7 @@ PRESETS = {
     for preset in (
         Preset(
             dataset="digits", image_size=8, channels=1, random_flip=False, ch=32, ch_mult=(1, 2), num_res_blocks=1,
-            attn_resolutions=(), model_var_type="fixedsmall", learning_rate=1e-3, batch_size=64, num_steps=4000,
+            attn_resolutions=(), model_var_type="fixedsmall", learning_rate=1e-3, batch_size=64, num_steps=3800,
             warmup_steps=100, ema_decay=0.997, steps_per_loop=50, checkpoint_every=500, keep_every=0,
             sample_every=2000,
         ),
