@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from absl import app, flags
+from absl import app, flags, logging
 
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import open_source
@@ -178,6 +178,8 @@ def run(main: Callable[[], None]) -> None:
     """Runs a program: parses flags, calls `main()`, and tells an `InputError` in one line on stderr (exit code 1)."""
 
     def guarded_main(argv):
+        if FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # TFDS tells at length what it opens
         try:
             if argv[1:]:
                 raise InputError(f"unknown argument {argv[1]}: flags start with --")
