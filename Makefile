@@ -14,7 +14,7 @@ test: $(VENV)/.installed  ## the tests, in a few minutes
 	$(BIN)/python -m pytest --numprocesses=2 --durations=10
 
 test-slow: $(VENV)/.installed  ## the tests that take many minutes
-	$(BIN)/python -m pytest -m slow --durations=5 -rP
+	XLA_FLAGS= $(BIN)/python -m pytest -m slow --durations=5 -rP
 
 lint: $(VENV)/.installed  ## style, types and build files
 	$(BIN)/ruff check .

@@ -3,7 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the tests' time is compilation: XLA's programs stay the same, LLVM spends less on them.
+# Most of the tests' time is compilation: XLA's programs stay the same, LLVM spends less on them. (They run slower, so
+# `make test-slow`, which trains for minutes, sets this to nothing.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import tensorflow as tf
