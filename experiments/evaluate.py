@@ -91,6 +91,14 @@ def _metric_names(network: str) -> list[str]:
     return names
 
 
+def _best_by(names: list[str], network: str) -> str:
+    known = [score_names(name, network)[0] for name in names]
+    best_by = FLAGS.best_by or known[0]
+    if best_by not in known:
+        raise InputError(f"--best_by={best_by}: choose from {', '.join(known)}")
+    return best_by
+
+
 def _reference_images(run: common.Run) -> Images:
     if FLAGS.reference not in ("train", "test"):
         return file_images(FLAGS.reference, run.preset.image_shape)
@@ -116,6 +124,7 @@ class _Evaluation:
         self.num_samples = num_samples
         network = _network(run)
         self.names = _metric_names(network.name)
+        self.best_by = _best_by(self.names, network.name)
         images = _reference_images(run)
         check_metrics(self.names, network.name, num_samples, images.count)
         self.extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.workdir.partial)
@@ -139,10 +148,6 @@ class _CheckpointEvaluation(_Evaluation):
 
     def __init__(self, run: common.Run, num_samples: int):
         super().__init__(run, num_samples)
-        known = [score_names(name, self.extractor.network.name)[0] for name in self.names]
-        self.best_by = FLAGS.best_by or known[0]
-        if self.best_by not in known:
-            raise InputError(f"--best_by={self.best_by}: choose from {', '.join(known)}")
         self.wanted = self.result(seed=FLAGS.seed)
         # Checkpoints under evaluation are held here, where training does not remove them.
         digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]
