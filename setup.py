@@ -19,6 +19,7 @@ setup(
     # Without TensorFlow itself, which an extra chooses: the TPU's build overwrites the other's files.
     install_requires=[
         "absl-py>=2.3,<3",
+        "constriction>=0.5,<0.6",  # entropy coding of compressed images
         "importlib_resources",  # tensorflow-datasets imports it without naming it
         "keras==3.15.*",
         "matplotlib>=3.10,<4",  # curves
@@ -41,6 +42,7 @@ setup(
         # The TPUs' compiler, on any machine but a TPU VM. Both exact: JAX has no public function for this.
         "tpu_report": ["jax==0.10.2", "libtpu==0.0.52"],
         "dev": [
+            "hypothesis>=6.100,<7",
             "jax==0.10.2",
             "libtpu==0.0.52",
             "lmdb>=1.6,<4",
