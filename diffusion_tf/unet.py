@@ -5,6 +5,7 @@ projection; single-head self-attention at the chosen resolutions; strided convol
 repeats up, and every feature map of the way down concatenated on the way up.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Sequence
@@ -195,36 +196,57 @@ class AttentionBlock(keras.layers.Layer):
         return x + tf.reshape(self.proj_out(h), [-1, height, width, channels])
 
 
-def _upsample(x: tf.Tensor) -> tf.Tensor:
-    """Each pixel repeated: [B, H, W, C] -> [B, 2 H, 2 W, C]; in one broadcast, which a TPU mostly need not write."""
-    batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-    _, height, width, channels = x.shape
-    repeated = tf.broadcast_to(x[:, :, None, :, None], [batch, height, 2, width, 2, channels])
-    return tf.reshape(repeated, [batch, 2 * height, 2 * width, channels])
-
+# Along one axis, of output 2m (first row) and 2m + 1: which of the three taps fall on the two pixels that it reads,
+# m - 1 and m, or m and m + 1.
+_PHASE_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 # Along one axis: which of the three taps fall on pixel m of the small map, for the outputs 2m - 1 ... 2m + 2.
 _TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 
-@tf.custom_gradient
-def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor):
-    """The 3x3 convolution of `_upsample(x)`, and its gradients by 4 products for each pixel in place of 9.
+def _taps_on_pixels(taps_h, taps_w, kernel: tf.Tensor) -> tf.Tensor:
+    """The kernel [3, 3, in, out], its taps summed onto the pixels that they fall on along either axis."""
+    taps_h, taps_w = (tf.constant(taps, kernel.dtype) for taps in (taps_h, taps_w))
+    return tf.einsum("ak,bl,klio->abio", taps_h, taps_w, kernel)
 
-    A pixel of x [B, H, W, C] reaches 4x4 pixels of the output [B, 2 H, 2 W, channels], by sums of the kernel's taps: as
-    a convolution of stride 2 from the output to x would have it.
+
+@tf.custom_gradient
+def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
+    """The 3x3 convolution of x with each pixel repeated 2x2, and its gradients, by 4 products for each 9.
+
+    Of x [B, H, W, C] the outputs [B, 2 H, 2 W, channels] at even and at odd places read 2x2 pixels, by sums of the
+    kernel's taps; a pixel of x reaches 4x4 pixels of the output, which its gradient reads as a convolution of stride 2.
     """
+    batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+    _, height, width, _ = x.shape
+    channels = kernel.shape[-1]
+    # Each phase goes into its place as it is worked out. Side by side along batch and width, the phases lie as a TPU
+    # keeps the upsampled map, (H, W, B, C) from the slowest axis to the fastest: the transposition moves nothing there.
+    y = tf.zeros([2 * batch, height, 2 * width, channels], x.dtype)
+    for a, b in itertools.product(range(2), repeat=2):
+        padding = [[0, 0], [1 - a, a], [1 - b, b], [0, 0]]
+        kernel2 = _taps_on_pixels(_PHASE_TAPS[a], _PHASE_TAPS[b], kernel)
+        y = tf.raw_ops.TensorStridedSliceUpdate(
+            input=y,
+            begin=[b * batch, 0, a * width, 0],
+            end=[(b + 1) * batch, height, (a + 1) * width, channels],
+            strides=[1] * 4,
+            value=tf.nn.bias_add(tf.nn.conv2d(x, kernel2, strides=1, padding=padding), bias),
+        )
+    y = tf.transpose(tf.reshape(y, [2, batch, height, 2, width, channels]), [1, 2, 3, 4, 0, 5])
+    y = tf.reshape(y, [batch, 2 * height, 2 * width, channels])
 
     def grad(grad_y):
-        taps = tf.constant(_TAPS, kernel.dtype)
-        kernel4 = tf.einsum("ak,bl,klio->aboi", taps, taps, kernel)
+        kernel4 = tf.transpose(_taps_on_pixels(_TAPS, _TAPS, kernel), [0, 1, 3, 2])
         grad_x = tf.nn.conv2d(grad_y, kernel4, strides=2, padding="SAME")
         grad_kernel4 = tf.raw_ops.Conv2DBackpropFilter(
             input=grad_y, filter_sizes=kernel4.shape, out_backprop=x, strides=[1, 2, 2, 1], padding="SAME"
         )
-        return grad_x, tf.einsum("ak,bl,aboi->klio", taps, taps, grad_kernel4)
+        taps = tf.constant(_TAPS, kernel.dtype)
+        grad_kernel = tf.einsum("ak,bl,aboi->klio", taps, taps, grad_kernel4)
+        return grad_x, grad_kernel, tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
 
-    return tf.nn.conv2d(_upsample(x), kernel, strides=1, padding="SAME"), grad
+    return y, grad
 
 
 class UpsampleConv(keras.layers.Conv2D):
@@ -232,8 +254,8 @@ class UpsampleConv(keras.layers.Conv2D):
 
     def call(self, x):
         """Maps x [B, H, W, C]."""
-        y = upsampled_conv(tf.cast(x, self.compute_dtype), tf.convert_to_tensor(self.kernel))
-        return tf.nn.bias_add(y, tf.convert_to_tensor(self.bias))
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        return upsampled_conv(tf.cast(x, self.compute_dtype), kernel, bias)
 
 
 class UNet(keras.Model):

@@ -207,19 +207,19 @@ def test_weights_may_come_as_they_are_multiplied():
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_gradients_of_the_upsampled_convolution_are_those_of_its_definition(jit_compile):
     stream = np.random.RandomState(0)
-    x, kernel, cotangent = (
+    x, kernel, bias, cotangent = (
         tf.constant(stream.standard_normal(shape).astype(np.float32))
-        for shape in ((2, 3, 5, 4), (3, 3, 4, 6), (2, 6, 10, 6))
+        for shape in ((2, 3, 5, 4), (3, 3, 4, 6), (6,), (2, 6, 10, 6))
     )
 
     def gradients(function):
         with tf.GradientTape() as tape:
-            tape.watch([x, kernel])
-            y = function(x, kernel)
-        return [y, *tape.gradient(y, [x, kernel], cotangent)]
+            tape.watch([x, kernel, bias])
+            y = function(x, kernel, bias)
+        return [y, *tape.gradient(y, [x, kernel, bias], cotangent)]
 
-    def definition(x, kernel):
-        return tf.nn.conv2d(tf.repeat(tf.repeat(x, 2, axis=1), 2, axis=2), kernel, 1, "SAME")
+    def definition(x, kernel, bias):
+        return tf.nn.conv2d(tf.repeat(tf.repeat(x, 2, axis=1), 2, axis=2), kernel, 1, "SAME") + bias
 
     ours = tf.function(lambda: gradients(upsampled_conv), jit_compile=jit_compile)()
     for value, expected in zip(ours, gradients(definition), strict=True):
