@@ -23,6 +23,7 @@ from diffusion_tf.feature_networks import FeatureNetwork
 from diffusion_tf.files import read_file, read_npz, write_json, write_npz
 from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
+from diffusion_tf.sampler_tables import SamplerSettings
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.tfgan_eval import classifier_metrics
 from diffusion_tf.train_state import load_ema
@@ -84,16 +85,23 @@ class RunSamples:
     """Samples of a run's checkpoints by their EMA weights: clipped, and not rounded to levels.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
 
     def __init__(
-        self, strategy: tf.distribute.Strategy, preset: Preset, *, num_samples: int, batch_size: int, seed: int
+        self,
+        strategy: tf.distribute.Strategy,
+        preset: Preset,
+        *,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        settings: SamplerSettings | None = None,
     ):
         self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
-        self.seed = seed
-        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed)
+        self.sampling = {"seed": seed, **(settings or SamplerSettings()).describe(preset.num_timesteps)}
+        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
 
     def of_checkpoint(self, path: str) -> Images:
         """The samples of the checkpoint at `path`, drawn when they are asked for, until another one's are.
@@ -103,7 +111,7 @@ class RunSamples:
         """
         load_ema(self.trained.model, path)
         digest = checkpoints.load_digest(path)
-        description = {"checkpoint": digest, "num_images": self.num_samples, "seed": self.seed}
+        description = {"checkpoint": digest, "num_images": self.num_samples, **self.sampling}
         return Images(description, self.num_samples, lambda first, count: x_to_pixels(self.sampler(first)[:count]))
 
 
@@ -250,7 +258,7 @@ def record_evaluation(
 
     folder = os.path.join(workdir.checkpoints, "best")
     record = os.path.join(folder, "evaluation.json")
-    best = json.loads(read_file(record)) if tf.io.gfile.exists(record) else None
+    best = workdir.complete(json.loads(read_file(record))) if tf.io.gfile.exists(record) else None
     if best and not (is_alike(best, result) and best["best_by"] == best_by):
         print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
         return

@@ -19,6 +19,7 @@ from PIL import Image
 
 from diffusion_tf import paper
 from diffusion_tf.files import read_file
+from diffusion_tf.sampler_tables import DEFAULT_SPACINGS
 from diffusion_tf.workdir import Workdir
 
 _LSUN_COLUMNS = {"lsun_bedroom": 1, "lsun_bedroom_large": 1, "lsun_church": 2, "lsun_cat": 3}
@@ -70,7 +71,39 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 def _scores(evaluation: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of evaluations.jsonl that are scores."""
-    return {name: v for name, v in evaluation.items() if isinstance(v, float)}
+    return {name: v for name, v in evaluation.items() if isinstance(v, float) and name != "ddim_eta"}
+
+
+def _sampler_name(line: dict[str, Any]) -> str:
+    """How the samples of an evaluation were drawn, but for the number of steps and what is so by default."""
+    name, spacing = line["sampler"], line.get("sampler_spacing")
+    eta = f"eta {line['ddim_eta']:g}" if line.get("ddim_eta") else ""
+    return ", ".join(filter(None, (name, eta, spacing if spacing != DEFAULT_SPACINGS.get(name) else "")))
+
+
+def _by_sampler_steps(record: RunRecord) -> list[dict[str, Any]]:
+    """The newest evaluations of one checkpoint in one way by several samplers or numbers of steps; none if never."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for line in record.evaluations:
+        groups.setdefault((line["step"], line["num_samples"], _reference_name(line)), []).append(line)
+    several = [
+        lines for lines in groups.values() if len({(line["sampler"], line["sampler_steps"]) for line in lines}) > 1
+    ]
+    return sorted(several[-1], key=lambda line: (line["sampler"], line["sampler_steps"])) if several else []
+
+
+def _sampler_section(record: RunRecord) -> str:
+    lines = _by_sampler_steps(record)
+    names = list(dict.fromkeys(name for line in lines for name in _scores(line)))
+    rows = [
+        [_sampler_name(line), line["sampler_steps"]]
+        + [f"{_scores(line)[name]:.5g}" if name in _scores(line) else "" for name in names]
+        for line in lines
+    ]
+    if not rows:
+        return ""
+    title = f"Step {lines[0]['step']}, {lines[0]['num_samples']:,} samples against {_reference_name(lines[0])}"
+    return f"{title}\n\n{_markdown_table(['sampler', 'steps', *names], rows)}"
 
 
 def _plus_minus(standard_error: float | None) -> str:
@@ -109,11 +142,18 @@ def _evaluation_section(record: RunRecord) -> str:
     if not record.evaluations:
         return "Not measured: `python -m experiments.evaluate`."
     rows = [
-        [line["step"], f"{line['num_samples']:,}", _reference_name(line), name, f"{score:.5g}"]
+        [
+            line["step"],
+            f"{_sampler_name(line)}, {line['sampler_steps']}",
+            f"{line['num_samples']:,}",
+            _reference_name(line),
+            name,
+            f"{score:.5g}",
+        ]
         for line in record.evaluations
         for name, score in _scores(line).items()
     ]
-    return _markdown_table(["step", "samples", "against", "score", "value"], rows)
+    return _markdown_table(["step", "sampler, steps", "samples", "against", "score", "value"], rows)
 
 
 def _reference_name(line: dict[str, Any]) -> str:
@@ -122,10 +162,21 @@ def _reference_name(line: dict[str, Any]) -> str:
 
 
 def _best_fid(record: RunRecord) -> dict[str, Any]:
-    """The lowest FID against training images, of the measurements with most samples; empty where there is none."""
-    lines = [line for line in record.evaluations if line.get("fid") and line["reference"].get("split") == "train"]
+    """The lowest FID against training images, of the measurements with most samples; empty where there is none.
+
+    Of Algorithm 2 over all steps alone, which is what the paper's rows are of.
+    """
+    lines = [
+        line
+        for line in record.evaluations
+        if line.get("fid") and line["reference"].get("split") == "train" and _is_algorithm_2(record, line)
+    ]
     most = max((line["num_samples"] for line in lines), default=0)
     return min((line for line in lines if line["num_samples"] == most), key=lambda line: line["fid"], default={})
+
+
+def _is_algorithm_2(record: RunRecord, line: dict[str, Any]) -> bool:
+    return (line["sampler"], line["sampler_steps"]) == ("ancestral", record.config["num_timesteps"])
 
 
 def paper_table(record: RunRecord) -> str:
@@ -171,6 +222,7 @@ def to_markdown(record: RunRecord, picture: str) -> str:
         "Bits/dim (Eq. 5)": _likelihood_section(record),
         "Rate-distortion (Table 4, Figure 5)": _rate_distortion_section(record),
         "Sample quality": _evaluation_section(record),
+        "Quality against sampling steps": _sampler_section(record),
         "Beside the paper": paper_table(record),
         "Configuration": config,
     }
@@ -211,22 +263,43 @@ def _plot_scores(axes: Axes, record: RunRecord) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for line in filter(_scores, record.evaluations):
         name, score = next(iter(_scores(line).items()))
-        series.setdefault(f"{name}, {line['num_samples']:,} samples", []).append((line["step"], score))
+        sampler = "" if _is_algorithm_2(record, line) else f", {_sampler_name(line)} {line['sampler_steps']}"
+        series.setdefault(f"{name}, {line['num_samples']:,} samples{sampler}", []).append((line["step"], score))
     for label, points in series.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
 
 
+def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> None:
+    """Scores of one checkpoint over the steps of each sampler."""
+    axes.set(title=" and ".join(names) or "scores over sampling steps", xlabel="sampling steps")
+    axes.set_xscale("log")
+    lines = _by_sampler_steps(record)
+    for sampler in dict.fromkeys(_sampler_name(line) for line in lines):
+        for name, style in zip(names, ("-", "--"), strict=False):
+            points = [
+                (line["sampler_steps"], _scores(line)[name])
+                for line in lines
+                if _sampler_name(line) == sampler and name in _scores(line)
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", label=f"{sampler}: {name}")
+
+
 def to_png(record: RunRecord) -> bytes:
     """The page: configuration, curves, scores and a grid of samples."""
-    figure = Figure(figsize=(15.0, 9.0), layout="constrained")
+    figure = Figure(figsize=(20.0, 9.0), layout="constrained")
     config = ", ".join(f"{name}={value}" for name, value in record.config.items())
-    figure.suptitle(textwrap.fill(config, 200), fontsize=9)
-    grid = figure.subplots(2, 3)
+    figure.suptitle(textwrap.fill(config, 260), fontsize=9)
+    grid = figure.subplots(2, 4)
     _plot_training(grid[0, 0], record, "loss")
     _plot_training(grid[0, 1], record, "grad_norm")
     _plot_scores(grid[0, 2], record)
     _plot_terms(grid[1, 0], record)
     _plot_rate_distortion(grid[1, 1], record)
+    names = list(dict.fromkeys(name for line in _by_sampler_steps(record) for name in _scores(line)))
+    coverage = [name for name in names if name.startswith(("precision", "recall"))]
+    _plot_sampler_steps(grid[0, 3], record, [name for name in names if name not in coverage][:1])
+    _plot_sampler_steps(grid[1, 3], record, coverage[:2])
     for axes in grid.flat:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -1,4 +1,4 @@
-"""Sampling loops, each one compiled loop over all timesteps, and the `Sampler` that draws image i by its index."""
+"""Sampling loops, each one compiled loop over timesteps, and the `Sampler` that draws image i by its index."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,11 @@ import tqdm
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
 from diffusion_tf.distribution import over_replicas, per_replica_batch_size
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.sampler_tables import SamplerSettings, SamplerTable, sampler_table
 from diffusion_tf.trained_model import TrainedModel
+
+_CALLS = 20  # to the device for one batch, so that progress can be told
+_QUIET_SECONDS = 10  # before it is
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -63,6 +67,40 @@ def reverse_steps(
     return x_t
 
 
+def table_steps(
+    diffusion: GaussianDiffusion,
+    denoise_fn: DenoiseFn,
+    noise_fn: NoiseFn,
+    table: SamplerTable,
+    x_t: tf.Tensor,
+    pred_xstart: tf.Tensor,
+    start: tf.Tensor | int,
+    stop: tf.Tensor | int,
+    *,
+    clip_denoised: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Steps `start` .. `stop` - 1 of a table: x_t and the x_0 predicted last, float32 [B, H, W, C] both.
+
+    A graph loop over that many network evaluations; call it inside a tf.function. After all steps x_t is x_0, not
+    clipped at the end. Before the first step `pred_xstart` is not read; give zeros.
+    """
+    timesteps = tf.constant(table.timesteps, tf.int32)
+    coefficients = tf.constant(table.coefficients, tf.float32)
+
+    def body(i, x_t, last_xstart):
+        t = tf.gather(timesteps, i)
+        ts = tf.fill([x_t.shape[0]], t)
+        pred_xstart = diffusion.p_mean_variance(denoise_fn, x_t, ts, clip_denoised=clip_denoised).pred_xstart
+        a, b, c, s = tf.unstack(tf.gather(coefficients, i))
+        x_t = a * x_t + b * pred_xstart + c * last_xstart
+        if table.coefficients[:, 3].any():
+            x_t += s * noise_fn(t)
+        return i + 1, x_t, pred_xstart
+
+    _, x_t, pred_xstart = tf.while_loop(lambda i, *_: i < stop, body, (tf.convert_to_tensor(start), x_t, pred_xstart))
+    return x_t, pred_xstart
+
+
 def p_sample_loop_progressive(
     diffusion: GaussianDiffusion,
     denoise_fn: DenoiseFn,
@@ -105,7 +143,7 @@ def draw(diffusion: GaussianDiffusion, denoise_fn: DenoiseFn, noise_fn: NoiseFn)
 
 
 class Sampler:
-    """Draws images by ancestral sampling; image i is a function of the seed and i alone.
+    """Draws images; image i is a function of the seed and i alone, and its x_T is the same for every sampler.
 
     The batch size and the number of replicas only decide which images are computed together: image i differs
     between them by float rounding.
@@ -114,22 +152,48 @@ class Sampler:
       trained: the network, its weights, and where to run; every replica computes its share of each batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
+      settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
 
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
+    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, settings: SamplerSettings | None = None):
+        diffusion = trained.diffusion
+        table = sampler_table(settings or SamplerSettings(), diffusion)
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
+        self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
+        self._batch_size = batch_size
 
-        def sample(first_image):
-            return draw(trained.diffusion, trained.denoise_fn(), sample_noise(seed, first_image, shape))
+        def noise(first_image):
+            return sample_noise(seed, first_image, shape)(tf.constant(diffusion.num_timesteps))
 
-        self._sample = over_replicas(sample, trained.strategy, batch_size)
+        def steps(first_image, x_t, pred_xstart, start, stop):
+            noise_fn, denoise_fn = sample_noise(seed, first_image, shape), trained.denoise_fn()
+            if table is None:
+                start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
+                return reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop), pred_xstart
+            return table_steps(diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0])
+
+        self._noise = over_replicas(noise, trained.strategy, batch_size)
+        self._steps = over_replicas(steps, trained.strategy, batch_size)
 
     def __call__(self, first_image: int) -> tf.Tensor:
-        """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1]."""
-        return self._sample(first_image)
+        """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
+
+        Shows progress over the steps where it takes long.
+        """
+        x_t = self._noise(first_image)
+        pred_xstart = tf.zeros_like(x_t)
+        stride = -(-self.num_steps // _CALLS)
+        with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_QUIET_SECONDS) as bar:
+            for start in range(0, self.num_steps, stride):
+                stop = min(start + stride, self.num_steps)
+                steps = (tf.fill([self._batch_size], i) for i in (start, stop))
+                x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, *steps)
+                x_t[:1].numpy()  # waits for the device, which is what the bar tells
+                bar.update(stop - start)
+        return tf.clip_by_value(x_t, -1.0, 1.0)
 
 
 class ProgressiveSampler:
@@ -203,13 +267,15 @@ class ReverseProcess:
         return np.concatenate(batches)
 
 
-def draw_samples(trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int) -> np.ndarray:
-    """Samples 0 .. num_samples - 1, uint8 [num_samples, H, W, C]; shows progress.
+def draw_samples(
+    trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int, settings: SamplerSettings | None = None
+) -> np.ndarray:
+    """Samples 0 .. num_samples - 1 of `Sampler`, uint8 [num_samples, H, W, C]; shows progress.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
-    sampler = Sampler(trained, batch_size=batch_size, seed=seed)
+    sampler = Sampler(trained, batch_size=batch_size, seed=seed, settings=settings)
     batches = []
     with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
         for first in range(0, num_samples, batch_size):

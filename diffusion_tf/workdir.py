@@ -91,7 +91,11 @@ class Workdir:
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """The lines of `evaluations.jsonl`."""
-        return _read_lines(self._evaluations)
+        return [self.complete(line) for line in _read_lines(self._evaluations)]
+
+    def complete(self, evaluation: dict[str, Any]) -> dict[str, Any]:
+        """An evaluation as this version records it: one that names no sampler was made by ancestral sampling."""
+        return {"sampler": "ancestral", "sampler_steps": self.read_preset().num_timesteps, **evaluation}
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Adds one line to `evaluations.jsonl`."""

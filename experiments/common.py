@@ -24,6 +24,7 @@ from diffusion_tf.feature_networks import (
 from diffusion_tf.files import check_writable
 from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
+from diffusion_tf.sampler_tables import SAMPLERS, SPACINGS, SamplerSettings
 from diffusion_tf.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -69,6 +70,34 @@ def define_measurement_flags(*, batch_size: int, out: str = "The JSON file to wr
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     define_precision_flag()
     flags.DEFINE_string("out", None, out)
+
+
+def define_sampler_flags() -> None:
+    """Which sampler draws, in how many steps."""
+    flags.DEFINE_enum(
+        "sampler",
+        "ancestral",
+        SAMPLERS,
+        "ancestral is Algorithm 2; the others need 10 to 50 steps for like samples.",
+    )
+    flags.DEFINE_integer(
+        "sampler_steps",
+        None,
+        "Network evaluations for each sample. Default: all T steps; for ddim 50, for dpm_solver++ 20.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("ddim_eta", 0.0, "Noise of ddim: 0 none, 1 as much as the posterior's.")
+    flags.DEFINE_enum("sampler_spacing", None, SPACINGS, "Which of the T steps. Default: the sampler's own.")
+
+
+def sampler_from_flags(run: "Run") -> SamplerSettings:
+    """What `define_sampler_flags` asks for, every default filled in.
+
+    Raises:
+      InputError: it does not fit the run.
+    """
+    settings = SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
+    return settings.resolve(run.preset.num_timesteps)
 
 
 def define_bound_flags() -> None:

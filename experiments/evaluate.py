@@ -3,6 +3,7 @@
   python -m experiments.evaluate --workdir=runs/cifar10 --num_samples=50000 --batch_size=500
   python -m experiments.evaluate --workdir=runs/cifar10 --samples=samples.npz --inception=inception.pb
   python -m experiments.evaluate --workdir=runs/cifar10 --follow --num_samples=10000
+  python -m experiments.evaluate --workdir=runs/cifar10 --sampler=ddim --sampler_steps=50
 
 Draws samples from the EMA weights of a checkpoint (or takes a file of them), and compares their features by Inception
 with those of the real images, which are computed once and kept. For digits a small classifier stands in for Inception,
@@ -45,6 +46,7 @@ from experiments import common
 
 FLAGS = flags.FLAGS
 common.define_measurement_flags(batch_size=100)
+common.define_sampler_flags()
 flags.DEFINE_list("metrics", None, f"Which of {', '.join(METRICS)}. Default: all that the features allow.")
 flags.DEFINE_integer("num_samples", None, "How many samples. Default: 50,000, and 1,000 for digits.", lower_bound=2)
 flags.DEFINE_string("samples", None, "Score this .npz (`samples`, uint8 [N, H, W, C]) in place of a checkpoint.")
@@ -130,12 +132,19 @@ class _CheckpointEvaluation(_Evaluation):
 
     def __init__(self, run: common.Run, num_samples: int):
         super().__init__(run, num_samples)
-        self.wanted = self.result(seed=FLAGS.seed)
+        settings = common.sampler_from_flags(run)
+        self.sampling = {"seed": FLAGS.seed, **settings.describe(run.preset.num_timesteps)}
+        self.wanted = self.result(**self.sampling)
         # Checkpoints under evaluation are held here, where training does not remove them.
         digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]
         self.held = os.path.join(run.workdir.checkpoints, "evaluating", digest)
         self.samples = RunSamples(
-            run.strategy, run.preset, num_samples=num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed
+            run.strategy,
+            run.preset,
+            num_samples=num_samples,
+            batch_size=FLAGS.batch_size,
+            seed=FLAGS.seed,
+            settings=settings,
         )
 
     def done(self, step: int, path: str) -> dict[str, Any] | None:
@@ -149,7 +158,7 @@ class _CheckpointEvaluation(_Evaluation):
         """Scores a checkpoint that is held, records it and lets go of it."""
         images = self.samples.of_checkpoint(held)
         scores = self.scores(images)
-        result = self.result(step=step, checkpoint_sha256=images.description["checkpoint"], seed=FLAGS.seed)
+        result = self.result(step=step, checkpoint_sha256=images.description["checkpoint"], **self.sampling)
         record_evaluation(self.run.workdir, held, result, scores, self.best_by)
         self.extractor.parts(images).remove()
         tf.io.gfile.remove(held)

@@ -1,6 +1,7 @@
-"""Draws samples from a trained run by ancestral sampling (Algorithm 2) with its EMA weights.
+"""Draws samples from a trained run with its EMA weights: by Algorithm 2, or in few steps by DDIM or DPM-Solver++.
 
   python -m experiments.sample --workdir=runs/digits --num_samples=100 --seed=1 --out=samples.npz --png=grid.png
+  python -m experiments.sample --workdir=runs/digits --sampler=dpm_solver++ --sampler_steps=20 --out=samples.npz
 
 Sample i depends on --seed and i alone: another batch size or number of replicas gives the same pictures, up to float
 rounding. The file holds `samples`, uint8 [N, H, W, C].
@@ -18,6 +19,7 @@ FLAGS = flags.FLAGS
 common.define_workdir_flag()
 common.define_strategy_flags()
 common.define_precision_flag()
+common.define_sampler_flags()
 flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to sample from. Default: the newest.")
 flags.DEFINE_integer("num_samples", 64, "How many samples to draw.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.", lower_bound=1)
@@ -29,11 +31,14 @@ flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
 def main() -> None:
     common.require_flags("workdir", "out")
     run = common.Run.from_flags()
+    settings = common.sampler_from_flags(run)
     step, checkpoint = run.find_checkpoint()
     for path in filter(None, (FLAGS.out, FLAGS.png)):
         check_writable(path)  # before the work, not after it
     trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
-    samples = draw_samples(trained, num_samples=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
+    samples = draw_samples(
+        trained, num_samples=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings
+    )
     write_npz(FLAGS.out, samples=samples)
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:

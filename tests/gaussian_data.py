@@ -1,6 +1,8 @@
-"""Data whose optimal denoiser is known: every pixel of x_0 is N(MEAN, STD^2)."""
+"""Data whose optimal denoiser is known: every pixel of x_0 is N(MEAN, STD^2), or images are points of a mixture."""
 
 import numpy as np
+import scipy.integrate
+import scipy.special
 import tensorflow as tf
 
 MEAN, STD = 0.3, 0.5
@@ -34,3 +36,46 @@ def denoise_fn(diffusion):
         return output
 
     return call
+
+
+# A mixture of three round Gaussians in the plane: each image [1, 1, 2] is a point.
+MIXTURE_WEIGHTS = np.array([0.5, 0.3, 0.2])
+MIXTURE_MEANS = np.array([[0.6, 0.2], [-0.5, 0.4], [0.0, -0.7]])
+MIXTURE_STDS = np.array([0.25, 0.3, 0.2])
+
+
+def mixture_xstart(y, sigma):
+    """E[x_0 | y] for y = x_0 + sigma noise, y [..., 2] and sigma [...]: the best prediction there is."""
+    difference = y[..., None, :] - MIXTURE_MEANS
+    variance = MIXTURE_STDS**2 + sigma[..., None] ** 2
+    logits = np.log(MIXTURE_WEIGHTS) - np.log(variance) - 0.5 * (difference**2).sum(-1) / variance
+    weights = scipy.special.softmax(logits, axis=-1)
+    means = MIXTURE_MEANS + difference * (MIXTURE_STDS**2 / variance)[..., None]
+    return (weights[..., None] * means).sum(-2)
+
+
+def mixture_denoise_fn(diffusion):
+    """`mixture_xstart` as a network that predicts x_0, in float64 inside."""
+    schedule = diffusion.schedule
+
+    def xstart(x_t, t):
+        sigma = np.sqrt(1.0 / schedule.alphas_cumprod - 1.0)[t]
+        y = x_t.astype(np.float64) / schedule.sqrt_alphas_cumprod[t][:, None, None, None]
+        return mixture_xstart(y, sigma[:, None, None]).astype(np.float32)
+
+    return lambda x_t, t: tf.ensure_shape(tf.numpy_function(xstart, [x_t, t], tf.float32), x_t.shape)
+
+
+def mixture_flow(y, sigma_from, sigma_to):
+    """The probability flow of the mixture, y [N, 2] from one noise level to another.
+
+    It is dy / d log(sigma) = y - E[x_0 | y], of y = x_t / sqrt(alphas_cumprod) and sigma^2 = 1 / alphas_cumprod - 1.
+    """
+
+    def velocity(log_sigma, flat):
+        points = flat.reshape(-1, 2)
+        return (points - mixture_xstart(points, np.full(len(points), np.exp(log_sigma)))).ravel()
+
+    ends = np.log(sigma_from), np.log(sigma_to)
+    solution = scipy.integrate.solve_ivp(velocity, ends, y.ravel(), method="DOP853", rtol=1e-9, atol=1e-11)
+    return solution.y[:, -1].reshape(-1, 2)

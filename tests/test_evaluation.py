@@ -19,6 +19,7 @@ from diffusion_tf.evaluation import (
     check_metrics,
     compute_scores,
     file_images,
+    is_alike,
     record_evaluation,
     reference_features,
     source_images,
@@ -26,6 +27,7 @@ from diffusion_tf.evaluation import (
 from diffusion_tf.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
 from diffusion_tf.files import write_npz
 from diffusion_tf.presets import get_preset
+from diffusion_tf.sampler_tables import SamplerSettings
 from diffusion_tf.train_state import TrainState
 from diffusion_tf.workdir import Workdir
 
@@ -170,8 +172,33 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
     assert whole["pixels"].min() >= 0.0 and whole["pixels"].max() <= 255.0
 
 
+def test_samplers_are_measured_apart(tmp_path):
+    """And a line from before there was a choice is one of ancestral sampling over all steps."""
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 1437, "")
+    workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "fid": 1.0})
+    (line,) = workdir.read_evaluations()
+    described = {
+        settings: {"seed": 0, "num_samples": 100, **settings.describe(1000)}
+        for settings in (
+            SamplerSettings(), SamplerSettings("ancestral", 50), SamplerSettings("ddim", 50),
+            SamplerSettings("ddim", 50, eta=0.5), SamplerSettings("ddim", 50, spacing="logsnr"),
+        )
+    }  # fmt: skip
+    assert [is_alike(line, result) for result in described.values()] == [True, False, False, False, False]
+    strategy, preset = make_strategy("one_device"), get_preset("digits", ch_mult=(1,))
+    checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
+    keys = set()
+    for settings, result in described.items():
+        assert [other for other in described.values() if is_alike({"step": 1, **other}, result)] == [result]
+        samples = RunSamples(strategy, preset, num_samples=8, batch_size=4, seed=0, settings=settings)
+        keys.add(json.dumps(samples.of_checkpoint(checkpoint).description))
+    assert len(keys) == len(described)  # nothing that one has drawn is taken for another's
+
+
 def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 1437, "")
     best = f"{workdir.checkpoints}/best"
 
     def record(step, score, best_by="fid", num_samples=100):

@@ -63,7 +63,23 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
     assert f"| **this run** | 9.50 | 3.25 | <= 3.76 (3.72) | {source} |" in markdown
     assert "| DDPM, L_simple | 9.46 +- 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
     assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "20 of 800,000 steps: loss 0.03" in markdown
-    assert "| 30 | 5,000 | 9 of cifar10, train | frechet_pixels | 0.5 |" in markdown
+    assert "| 30 | ancestral, 1000 | 5,000 | 9 of cifar10, train | frechet_pixels | 0.5 |" in markdown
+    np.asarray(Image.open(io.BytesIO(to_png(record))))
+
+
+def test_samplers_stand_side_by_side_and_out_of_the_papers_table(tmp_path):
+    workdir = make_run(tmp_path, "cifar10")
+    workdir.append_evaluation(evaluation(10, fid=6.0))
+    few = {"sampler": "ddim", "ddim_eta": 0.0, "sampler_spacing": "trailing"}
+    scores = [(1000, {}, 4.5), (50, few, 4.0), (10, few, 8.0), (20, {**few, "ddim_eta": 1.0}, 7.0)]
+    for steps, sampler, fid in scores:
+        line = {"sampler": "ancestral", "sampler_steps": steps, **sampler, "fid": fid}
+        workdir.append_evaluation(evaluation(20, **line, precision=0.75, recall=0.5))
+    record = read_run(workdir)
+    markdown = to_markdown(record, "report.png")
+    table = "| ancestral | 1000 | 4.5 | 0.75 | 0.5 |\n| ddim | 10 | 8 | 0.75 | 0.5 |\n"
+    assert table + "| ddim, eta 1 | 20 | 7 | 0.75 | 0.5 |\n| ddim | 50 | 4 | 0.75 | 0.5 |" in markdown
+    assert "| **this run** |  | 4.50 |" in markdown and "| 20 | ddim, 10 | 5,000 |" in markdown
     np.asarray(Image.open(io.BytesIO(to_png(record))))
 
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.samplers import ReverseProcess, Sampler, p_sample_loop, p_sample_loop_progressive
+from diffusion_tf.sampler_tables import SamplerSettings
+from diffusion_tf.samplers import ReverseProcess, Sampler, draw, p_sample_loop, p_sample_loop_progressive, sample_noise
 
 GOLDEN = golden.load("diffusion_ops")
 
@@ -103,6 +104,29 @@ def test_a_sample_depends_on_seed_and_index_alone():
     for other in (parts, replicated):
         np.testing.assert_allclose(other, reference[: len(other)], atol=1e-4)  # float rounding
     assert (np.abs(tiny(one, 16, seed=4)(0) - reference) > 0.01).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [SamplerSettings("ancestral", 5), SamplerSettings("ddim", 4, eta=0.5), SamplerSettings("dpm_solver++", 6)],
+    ids=lambda settings: settings.name,
+)
+def test_every_sampler_draws_image_i_by_its_index(settings):
+    trained = golden.tiny_model(make_strategy("one_device"))
+    reference = Sampler(trained, batch_size=5, seed=3, settings=settings)(0).numpy()
+    assert np.abs(reference).max() <= 1.0 and len(np.unique(reference.reshape(5, -1), axis=0)) == 5
+    by_threes = Sampler(trained, batch_size=3, seed=3, settings=settings)
+    parts = np.concatenate([by_threes(0), by_threes(3)])
+    np.testing.assert_allclose(parts[:5], reference, atol=1e-4)  # float rounding
+
+
+def test_a_sampler_in_several_calls_is_algorithm_2_in_one():
+    trained = golden.tiny_model(make_strategy("one_device"))
+    whole = tf.function(
+        lambda first: draw(trained.diffusion, trained.denoise_fn(), sample_noise(3, first, (4, 8, 8, 1))),
+        jit_compile=True,
+    )
+    np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), whole(tf.constant(8, tf.int64)))
 
 
 def test_a_stretch_of_a_partial_batch_takes_no_more_steps():
