@@ -100,7 +100,7 @@ class RunSamples:
     ):
         self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
-        self.sampling = {"seed": seed, **(settings or SamplerSettings()).describe(preset.num_timesteps)}
+        self.sampling = {"seed": seed, **(settings or SamplerSettings()).describe(preset)}
         self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
 
     def of_checkpoint(self, path: str) -> Images:

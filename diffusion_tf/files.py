@@ -1,11 +1,13 @@
 """Files that are whole or absent, on disk or gs://, with errors that name them."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,32 @@ def write_npz(path: str, **arrays: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_file(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """A folder that is at `path` with all that the block writes into the one it is given, or not at all.
+
+    Raises:
+      InputError: something is at `path`, or it cannot be written.
+    """
+    path = os.path.expanduser(path).rstrip("/")
+    if tf.io.gfile.exists(path) and (not tf.io.gfile.isdir(path) or tf.io.gfile.listdir(path)):
+        raise InputError(f"{path} is there already: name a new folder")
+    temporary = _temporary(path)
+    _remove_folder(temporary)
+    try:
+        yield temporary
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+    except (tf.errors.OpError, OSError) as error:
+        raise InputError(f"cannot write {path} ({first_line(error)})") from error
+    finally:
+        _remove_folder(temporary)
+
+
+def _remove_folder(path: str) -> None:
+    if tf.io.gfile.isdir(path):
+        tf.io.gfile.rmtree(path)
 
 
 def read_file(path: str) -> bytes:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusion_tf import paper
 from diffusion_tf.files import read_file
-from diffusion_tf.sampler_tables import DEFAULT_SPACINGS
+from diffusion_tf.sampler_tables import default_spacing
 from diffusion_tf.workdir import Workdir
 
 _LSUN_COLUMNS = {"lsun_bedroom": 1, "lsun_bedroom_large": 1, "lsun_church": 2, "lsun_cat": 3}
@@ -74,11 +74,13 @@ def _scores(evaluation: dict[str, Any]) -> dict[str, float]:
     return {name: v for name, v in evaluation.items() if isinstance(v, float) and name != "ddim_eta"}
 
 
-def _sampler_name(line: dict[str, Any]) -> str:
+def _sampler_name(record: RunRecord, line: dict[str, Any]) -> str:
     """How the samples of an evaluation were drawn, but for the number of steps and what is so by default."""
     name, spacing = line["sampler"], line.get("sampler_spacing")
     eta = f"eta {line['ddim_eta']:g}" if line.get("ddim_eta") else ""
-    return ", ".join(filter(None, (name, eta, spacing if spacing != DEFAULT_SPACINGS.get(name) else "")))
+    if spacing == default_spacing(name, record.config["dataset"]):
+        spacing = None
+    return ", ".join(filter(None, (name, eta, spacing)))
 
 
 def _by_sampler_steps(record: RunRecord) -> list[dict[str, Any]]:
@@ -96,7 +98,7 @@ def _sampler_section(record: RunRecord) -> str:
     lines = _by_sampler_steps(record)
     names = list(dict.fromkeys(name for line in lines for name in _scores(line)))
     rows = [
-        [_sampler_name(line), line["sampler_steps"]]
+        [_sampler_name(record, line), line["sampler_steps"]]
         + [f"{_scores(line)[name]:.5g}" if name in _scores(line) else "" for name in names]
         for line in lines
     ]
@@ -144,7 +146,7 @@ def _evaluation_section(record: RunRecord) -> str:
     rows = [
         [
             line["step"],
-            f"{_sampler_name(line)}, {line['sampler_steps']}",
+            f"{_sampler_name(record, line)}, {line['sampler_steps']}",
             f"{line['num_samples']:,}",
             _reference_name(line),
             name,
@@ -263,7 +265,7 @@ def _plot_scores(axes: Axes, record: RunRecord) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for line in filter(_scores, record.evaluations):
         name, score = next(iter(_scores(line).items()))
-        sampler = "" if _is_algorithm_2(record, line) else f", {_sampler_name(line)} {line['sampler_steps']}"
+        sampler = "" if _is_algorithm_2(record, line) else f", {_sampler_name(record, line)} {line['sampler_steps']}"
         series.setdefault(f"{name}, {line['num_samples']:,} samples{sampler}", []).append((line["step"], score))
     for label, points in series.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
@@ -274,12 +276,12 @@ def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> 
     axes.set(title=" and ".join(names) or "scores over sampling steps", xlabel="sampling steps")
     axes.set_xscale("log")
     lines = _by_sampler_steps(record)
-    for sampler in dict.fromkeys(_sampler_name(line) for line in lines):
+    for sampler in dict.fromkeys(_sampler_name(record, line) for line in lines):
         for name, style in zip(names, ("-", "--"), strict=False):
             points = [
                 (line["sampler_steps"], _scores(line)[name])
                 for line in lines
-                if _sampler_name(line) == sampler and name in _scores(line)
+                if _sampler_name(record, line) == sampler and name in _scores(line)
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), style, marker="o", label=f"{sampler}: {name}")

@@ -14,12 +14,13 @@ import numpy as np
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.errors import InputError
+from diffusion_tf.presets import Preset
 from diffusion_tf.schedules import NoiseSchedule
 
 SAMPLERS = ("ancestral", "ddim", "dpm_solver++")
-SPACINGS = ("trailing", "leading", "linspace", "logsnr")
+SPACINGS = ("trailing", "leading", "linspace", "logsnr", "early_end")
 _DEFAULT_STEPS = {"ddim": 50, "dpm_solver++": 20}
-DEFAULT_SPACINGS = {"ancestral": "trailing", "ddim": "trailing", "dpm_solver++": "trailing"}
+_EARLY_END = 0.08  # of T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SamplerSettings:
       steps: network evaluations for each sample, in [1, T]; default: T for `ancestral`, 50 for `ddim`, 20 for
         `dpm_solver++`.
       eta: of DDIM, in [0, 1]: 0 adds no noise, 1 adds as much as the posterior q(x_{t-1} | x_t, x_0) has.
-      spacing: one of SPACINGS; default: the one of `timesteps` that was measured best.
+      spacing: one of SPACINGS, as of `timesteps`; default: `default_spacing`.
     """
 
     name: str = "ancestral"
@@ -52,14 +53,15 @@ class SamplerSettings:
     eta: float = 0.0
     spacing: str | None = None
 
-    def resolve(self, num_timesteps: int) -> "SamplerSettings":
-        """These settings with every default filled in, for a process of T = `num_timesteps`.
+    def resolve(self, preset: Preset) -> "SamplerSettings":
+        """These settings with every default filled in, for a run of `preset`.
 
         Raises:
           InputError: a value is out of range, or does not go with the sampler.
         """
         if self.name not in SAMPLERS:
             raise InputError(f"--sampler={self.name}: choose one of {', '.join(SAMPLERS)}")
+        num_timesteps = preset.num_timesteps
         steps = self.steps or min(_DEFAULT_STEPS.get(self.name, num_timesteps), num_timesteps)
         if not 1 <= steps <= num_timesteps:
             raise InputError(f"--sampler_steps={steps} must be from 1 to the run's {num_timesteps} steps")
@@ -67,17 +69,28 @@ class SamplerSettings:
             raise InputError(f"--ddim_eta={self.eta} must be in [0, 1]")
         if self.eta and self.name != "ddim":
             raise InputError(f"--ddim_eta={self.eta} goes with --sampler=ddim, not {self.name}")
-        return dataclasses.replace(self, steps=steps, spacing=self.spacing or DEFAULT_SPACINGS[self.name])
+        spacing = self.spacing or default_spacing(self.name, preset.dataset)
+        return dataclasses.replace(self, steps=steps, spacing=spacing)
 
-    def describe(self, num_timesteps: int) -> dict[str, Any]:
+    def describe(self, preset: Preset) -> dict[str, Any]:
         """What identifies the sampler, as JSON can hold it; only what matters to it."""
-        resolved = self.resolve(num_timesteps)
+        resolved = self.resolve(preset)
         description: dict[str, Any] = {"sampler": resolved.name, "sampler_steps": resolved.steps}
         if resolved.name == "ddim":
             description["ddim_eta"] = resolved.eta
-        if (resolved.name, resolved.steps) != ("ancestral", num_timesteps):
+        if (resolved.name, resolved.steps) != ("ancestral", preset.num_timesteps):
             description["sampler_spacing"] = resolved.spacing
         return description
+
+
+def default_spacing(name: str, dataset: str) -> str:
+    """The spacing of a sampler that was measured best.
+
+    On the digits' demo DDIM in 50 steps and DPM-Solver++ in 20 have precisions of 0.70 and 0.74 with `trailing` and of
+    0.81 and 0.80 with `early_end`, where ancestral sampling in 1000 has 0.86; recalls are 0.83 or more. No other data
+    set was measured, and on large images the last step might blur.
+    """
+    return "early_end" if dataset == "digits" and name != "ancestral" else "trailing"
 
 
 def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
@@ -90,6 +103,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
     `logsnr` has equal distances of log(alphas_cumprod / (1 - alphas_cumprod)) from T - 1 to 0. Differs from the
       DPM-Solver paper, whose time is continuous: a trained network knows whole timesteps only, so that each is the
       nearest one, and neighbours stand in where several would be the same.
+    `early_end` has equal distances from T - 1 to 0.08 T, from where the last step leads to x_0.
 
     Raises:
       InputError: an unknown spacing, or `logsnr` where alphas_cumprod ends at 0.
@@ -101,6 +115,8 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
         return np.arange(steps)[::-1] * (schedule.num_timesteps // steps)
     if spacing == "linspace":
         return _distinct(np.linspace(last, 0, steps + 1).round().astype(int)[:-1])
+    if spacing == "early_end":
+        return _distinct(np.linspace(last, int(_EARLY_END * schedule.num_timesteps), steps).round().astype(int))
     if spacing != "logsnr":
         raise InputError(f"--sampler_spacing={spacing}: choose one of {', '.join(SPACINGS)}")
     if schedule.alphas_cumprod[-1] == 0:
@@ -123,13 +139,13 @@ def _half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
         return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
 
 
-def sampler_table(settings: SamplerSettings, diffusion: GaussianDiffusion) -> SamplerTable | None:
-    """The table of a sampler; None for ancestral sampling over all steps, which is Algorithm 2 and needs none.
+def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: GaussianDiffusion) -> SamplerTable | None:
+    """The table of a sampler for a preset and its diffusion; None for all steps of Algorithm 2, which needs none.
 
     Raises:
       InputError: a setting is out of range, or ancestral sampling skips steps of a learned variance.
     """
-    resolved = settings.resolve(diffusion.num_timesteps)
+    resolved = settings.resolve(preset)
     if resolved.name == "ancestral" and resolved.steps == diffusion.num_timesteps:
         return None
     assert resolved.steps and resolved.spacing

@@ -160,7 +160,7 @@ class Sampler:
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, settings: SamplerSettings | None = None):
         diffusion = trained.diffusion
-        table = sampler_table(settings or SamplerSettings(), diffusion)
+        table = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
         self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
         self._batch_size = batch_size

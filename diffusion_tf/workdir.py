@@ -40,7 +40,7 @@ class Workdir:
             return
         there, num_examples_there = self._read_config()
         differences = preset.recipe_differences(there)
-        if num_examples != num_examples_there:
+        if num_examples_there not in (None, num_examples):  # None: weights from elsewhere
             differences.append(f"num_examples: {num_examples} != {num_examples_there}")
         if differences:
             raise InputError(
@@ -48,8 +48,8 @@ class Workdir:
                 " repeat its flags or choose another workdir"
             )
 
-    def write_config(self, preset: Preset, num_examples: int, flags: str) -> None:
-        """Makes the folder and records the configuration, the size of the training set and the flags.
+    def write_config(self, preset: Preset, num_examples: int | None, flags: str) -> None:
+        """Makes the folder and records the configuration, the size of the training set (if known) and the flags.
 
         Raises:
           InputError: the folder cannot be written.
@@ -68,7 +68,7 @@ class Workdir:
             raise InputError(f"--workdir={self.path} holds no run (no config.json): train one there first")
         return self._read_config()[0]
 
-    def _read_config(self) -> tuple[Preset, int]:
+    def _read_config(self) -> tuple[Preset, int | None]:
         try:
             fields: dict[str, Any] = json.loads(read_file(self._config))
             num_examples = fields.pop("num_examples")

@@ -97,7 +97,7 @@ def sampler_from_flags(run: "Run") -> SamplerSettings:
       InputError: it does not fit the run.
     """
     settings = SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
-    return settings.resolve(run.preset.num_timesteps)
+    return settings.resolve(run.preset)
 
 
 def define_bound_flags() -> None:

@@ -133,7 +133,7 @@ class _CheckpointEvaluation(_Evaluation):
     def __init__(self, run: common.Run, num_samples: int):
         super().__init__(run, num_samples)
         settings = common.sampler_from_flags(run)
-        self.sampling = {"seed": FLAGS.seed, **settings.describe(run.preset.num_timesteps)}
+        self.sampling = {"seed": FLAGS.seed, **settings.describe(run.preset)}
         self.wanted = self.result(**self.sampling)
         # Checkpoints under evaluation are held here, where training does not remove them.
         digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]

@@ -4,12 +4,11 @@ The weights are not stored: each fixture's description gives the random stream t
 """
 
 import pathlib
-import re
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf import diffusion_utils
+from diffusion_tf import convert, diffusion_utils
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
@@ -66,9 +65,7 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 def tf1_name(path: str) -> str:
     """The authors' variable for one of ours: unet/down_0_block_0/conv1/kernel -> model/down_0/block_0/conv1/W."""
-    name = re.sub(r"^unet/(down_\d+|up_\d+|mid|temb)_", r"unet/\1/", path)
-    name = re.sub(r"(down|up)sample_conv", r"\1sample/conv", name)
-    return name.replace("unet/", "model/").replace("kernel", "W").replace("bias", "b")
+    return convert.tf1_name(path.removeprefix("unet/"))
 
 
 def tf1_order(model: UNet) -> list[str]:

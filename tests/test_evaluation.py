@@ -179,7 +179,7 @@ def test_samplers_are_measured_apart(tmp_path):
     workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "fid": 1.0})
     (line,) = workdir.read_evaluations()
     described = {
-        settings: {"seed": 0, "num_samples": 100, **settings.describe(1000)}
+        settings: {"seed": 0, "num_samples": 100, **settings.describe(get_preset("digits"))}
         for settings in (
             SamplerSettings(), SamplerSettings("ancestral", 50), SamplerSettings("ddim", 50),
             SamplerSettings("ddim", 50, eta=0.5), SamplerSettings("ddim", 50, spacing="logsnr"),

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
 from diffusion_tf.sampler_tables import (
     SPACINGS,
     SamplerSettings,
@@ -197,15 +198,22 @@ def test_inversion_leads_back(mixture):
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        sampler_table(settings, golden.linear_diffusion("eps", "learned", 50))
+        sampler_table(settings, get_preset("cifar10", num_timesteps=50), golden.linear_diffusion("eps", "learned", 50))
 
 
 def test_settings_say_what_matters():
-    assert SamplerSettings().describe(1000) == {"sampler": "ancestral", "sampler_steps": 1000}
-    assert SamplerSettings("ddim").describe(1000) == {
+    preset = get_preset("cifar10")
+    assert SamplerSettings().describe(preset) == {"sampler": "ancestral", "sampler_steps": 1000}
+    assert SamplerSettings("ddim").describe(preset) == {
         "sampler": "ddim", "sampler_steps": 50, "ddim_eta": 0.0, "sampler_spacing": "trailing"
     }  # fmt: skip
-    assert SamplerSettings("dpm_solver++", spacing="logsnr").describe(8) == {
+    assert SamplerSettings("dpm_solver++", spacing="logsnr").describe(get_preset("cifar10", num_timesteps=8)) == {
         "sampler": "dpm_solver++", "sampler_steps": 8, "sampler_spacing": "logsnr"
     }  # fmt: skip
-    assert sampler_table(SamplerSettings(), golden.linear_diffusion("eps", "learned", 50)) is None
+    assert SamplerSettings("ddim").describe(get_preset("digits"))["sampler_spacing"] == "early_end"
+    assert (
+        sampler_table(
+            SamplerSettings(), get_preset("cifar10", num_timesteps=50), golden.linear_diffusion("eps", "learned", 50)
+        )
+        is None
+    )
