@@ -6,10 +6,17 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, x_to_images
+from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.distribution import over_replicas, per_replica_batch_size
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.sampler_tables import SamplerSettings, SamplerTable, sampler_table
+from diffusion_tf.sampler_tables import (
+    SamplerSettings,
+    SamplerTable,
+    ddim_inversion_table,
+    ddim_table,
+    sampler_table,
+    timesteps,
+)
 from diffusion_tf.trained_model import TrainedModel
 
 _CALLS = 20  # to the device for one batch, so that progress can be told
@@ -84,11 +91,11 @@ def table_steps(
     A graph loop over that many network evaluations; call it inside a tf.function. After all steps x_t is x_0, not
     clipped at the end. Before the first step `pred_xstart` is not read; give zeros.
     """
-    timesteps = tf.constant(table.timesteps, tf.int32)
+    table_timesteps = tf.constant(table.timesteps, tf.int32)
     coefficients = tf.constant(table.coefficients, tf.float32)
 
     def body(i, x_t, last_xstart):
-        t = tf.gather(timesteps, i)
+        t = tf.gather(table_timesteps, i)
         ts = tf.fill([x_t.shape[0]], t)
         pred_xstart = diffusion.p_mean_variance(denoise_fn, x_t, ts, clip_denoised=clip_denoised).pred_xstart
         a, b, c, s = tf.unstack(tf.gather(coefficients, i))
@@ -282,3 +289,44 @@ def draw_samples(
             batches.append(x_to_images(sampler(first)[: num_samples - first]).numpy())
             bar.update(len(batches[-1]))
     return np.concatenate(batches)
+
+
+def encode_and_decode(
+    trained: TrainedModel, images: np.ndarray, *, steps: int, spacing: str, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """DDIM inversion: images to latents x_T, and those back to images, in `steps` network evaluations each way.
+
+    No noise is added and no pred_xstart clipped, so that the way back is the inverse but for the size of the steps.
+
+    Args:
+      trained: the network, its weights, and where to run.
+      images: uint8 [N, H, W, C].
+      steps: in [1, T].
+      spacing: one of SPACINGS.
+      batch_size: images of one call, over all replicas.
+
+    Returns:
+      Latents float32 [N, H, W, C], and the images that they decode to, uint8 [N, H, W, C]; shows progress.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas, or the spacing is unknown.
+    """
+    diffusion = trained.diffusion
+    ts = timesteps(diffusion.schedule, steps, spacing)
+    tables = ddim_inversion_table(diffusion.schedule, ts), ddim_table(diffusion.schedule, ts, 0.0)
+
+    def both_ways(_, x):
+        denoise_fn, results = trained.denoise_fn(), []
+        for table in tables:
+            x, _ = table_steps(
+                diffusion, denoise_fn, tf.zeros_like, table, x, tf.zeros_like(x), 0, steps, clip_denoised=False
+            )
+            results.append(x)
+        return results
+
+    call, batches = over_replicas(both_ways, trained.strategy, batch_size), []
+    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="encoding"):
+        latents, x = call(first, images_to_x(images[first : first + batch_size]))
+        batches.append((latents.numpy(), x_to_images(x).numpy()))
+    latents, decoded = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return latents, decoded

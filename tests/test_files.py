@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import append_line, check_writable, read_file, read_npz, write_file, write_json, write_npz
+from diffusion_tf.files import (
+    append_line,
+    check_writable,
+    new_folder,
+    read_file,
+    read_npz,
+    write_file,
+    write_json,
+    write_npz,
+)
 
 
 def test_files_are_written_with_their_folder(tmp_path):
@@ -57,3 +66,26 @@ def test_json_holds_finite_numbers(tmp_path):
     path = tmp_path / "a.json"
     write_json(str(path), {"a": float("nan"), "b": [1.5, {"c": float("-inf")}]})
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5, {"c": None}]}
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path):
+    path = tmp_path / "new"
+
+    def fail(folder):
+        write_file(f"{folder}/a/b", b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), new_folder(str(path)) as folder:
+        fail(folder)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "new.tmp").mkdir()  # what a killed one left
+    (tmp_path / "new.tmp/old").write_bytes(b"")
+    path.mkdir()
+    with new_folder(f"{path}/") as folder:
+        write_file(f"{folder}/a/b", b"whole")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["new", "new/a", "new/a/b"]
+    for there in (path, path / "a/b"):
+        with pytest.raises(InputError, match="is there already: name a new folder"), new_folder(str(there)):
+            pass
+    with pytest.raises(InputError, match="cannot write /proc/nothing"), new_folder("/proc/nothing/here") as folder:
+        write_file(f"{folder}/a", b"")

@@ -51,6 +51,8 @@ def run(program, *args):
         ("sample", ["--workdir=w", "--out=samples.npz"], "--workdir=w holds no run"),
         ("sample", ["--workdir=w"], "--out is required"),
         ("likelihood", ["--workdir=w"], "--workdir=w holds no run"),
+        ("import_checkpoint", ["--workdir=w"], "give one of --source, to import, and --export_diffusers, to export"),
+        ("import_checkpoint", ["--workdir=w", "--source=a", "--format=diffusers"], "cannot read a/config.json"),
     ],
 )
 def test_bad_input_gets_one_line(program, args, message):
@@ -125,6 +127,25 @@ def trained(tmp_path_factory):
     return workdir
 
 
+def test_few_steps_there_and_back_by_way_of_diffusers(trained, tmp_path):
+    few = ["--sampler=ddim", "--sampler_steps=2"]
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    for program, args in (
+        ("import_checkpoint", [f"--workdir={trained}", f"--export_diffusers={exported}"]),
+        (
+            "import_checkpoint",
+            [f"--workdir={imported}", "--format=diffusers", f"--source={exported}", "--num_timesteps=4", "--ch_mult=1"],
+        ),
+        ("sample", [f"--workdir={imported}", "--num_samples=6", f"--out={tmp_path}/drawn.npz", *few]),
+        ("sample", [f"--workdir={imported}", f"--encode={tmp_path}/drawn.npz", f"--out={tmp_path}/encoded.npz", *few]),
+    ):
+        result = run(program, *args)
+        assert result.returncode == 0, result.stderr
+    drawn, encoded = (np.load(tmp_path / f"{name}.npz") for name in ("drawn", "encoded"))
+    assert encoded["latents"].shape == drawn["samples"].shape and encoded["latents"].dtype == np.float32
+    assert encoded["samples"].shape == drawn["samples"].shape and "latents" not in drawn
+
+
 def test_measure_everything_and_report(trained):
     best = trained / "checkpoints/best/evaluation.json"
     for program, args in (
@@ -132,6 +153,7 @@ def test_measure_everything_and_report(trained):
         ("likelihood", ["--num_images=20", "--num_timesteps_estimate=2"]),
         ("rate_distortion", ["--num_images=20"]),
         ("evaluate", ["--follow", "--num_samples=30"]),
+        ("evaluate", ["--num_samples=30", "--sampler=dpm_solver++", "--sampler_steps=2"]),
         ("evaluate", ["--num_samples=30", "--features=pixels", "--metrics=fid", "--reference=test"]),
         ("report", []),
     ):
@@ -147,17 +169,19 @@ def test_measure_everything_and_report(trained):
     assert numbers["likelihood_test_estimate"]["num_timesteps_estimate"] == 2
     assert numbers["evaluation"]["frechet_pixels"] > 0 and "fid" not in numbers["evaluation"]
     lines = [json.loads(line) for line in (trained / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert [line["step"] for line in lines] == [2, 4, 4, 4]
+    assert [(line["sampler"], line["sampler_steps"]) for line in lines[2:]] == [("dpm_solver++", 2), ("ancestral", 4)]
     chosen = min(lines[:2], key=lambda line: line["frechet_digits"])
     assert json.loads(best.read_text()) == {**chosen, "best_by": "frechet_digits"}
     assert (trained / f"checkpoints/best/step_{chosen['step']:08d}.safetensors").exists()
     assert not list((trained / "checkpoints/evaluating").glob("*/*"))
     again = run("evaluate", f"--workdir={trained}", "--num_samples=30", "--checkpoint=2")
     assert again.returncode == 0 and "sampl" not in again.stderr, again.stderr  # nothing is drawn twice
-    assert len((trained / "evaluations.jsonl").read_text().splitlines()) == 3
+    assert len((trained / "evaluations.jsonl").read_text().splitlines()) == 4
     assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
     report = (trained / "report.md").read_text()
     assert f"{likelihood['bits_per_dim']:.4f}" in report and "frechet_pixels" in report
+    assert "Quality against sampling steps" in report and "| dpm_solver++ | 2 |" in report
     for picture in ("report", "likelihood_test", "rate_distortion_test"):
         assert (trained / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.sampler_tables import SamplerSettings
-from diffusion_tf.samplers import ReverseProcess, Sampler, draw, p_sample_loop, p_sample_loop_progressive, sample_noise
+from diffusion_tf.samplers import (
+    ReverseProcess,
+    Sampler,
+    draw,
+    encode_and_decode,
+    p_sample_loop,
+    p_sample_loop_progressive,
+    sample_noise,
+)
 
 GOLDEN = golden.load("diffusion_ops")
 
@@ -127,6 +136,27 @@ def test_a_sampler_in_several_calls_is_algorithm_2_in_one():
         jit_compile=True,
     )
     np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), whole(tf.constant(8, tf.int64)))
+
+
+def test_images_are_encoded_and_decoded_in_batches():
+    """Against the same recursion in float64, where eps is 0.1 x."""
+    trained = golden.tiny_model(make_strategy("one_device"))
+    trained.denoise_fn = lambda: golden.DENOISE_FNS["dn_x"]
+    images = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 1), np.uint8)
+    latents, decoded = encode_and_decode(trained, images, steps=8, spacing="trailing", batch_size=2)
+    levels = np.append(1.0, trained.diffusion.schedule.alphas_cumprod)
+
+    def run(x, levels):
+        for begin, end in itertools.pairwise(levels):
+            x_start = (x - np.sqrt(1 - begin) * 0.1 * x) / np.sqrt(begin)
+            x = np.sqrt(end) * x_start + np.sqrt(1 - end) * 0.1 * x
+        return x
+
+    expected = run(images / 127.5 - 1.0, levels)
+    np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-5)
+    expected = run(expected, levels[::-1])
+    np.testing.assert_allclose(decoded, x_to_images(expected), atol=1)
+    assert decoded.dtype == np.uint8 and latents.shape == images.shape
 
 
 def test_a_stretch_of_a_partial_batch_takes_no_more_steps():

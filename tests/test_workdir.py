@@ -30,6 +30,15 @@ def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
     workdir.refuse_other_run(get_preset("digits", num_steps=9000), 100)
 
 
+def test_weights_from_elsewhere_are_trained_on_any_number_of_images(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), None, "")
+    assert workdir.read_preset() == get_preset("digits")
+    workdir.refuse_other_run(get_preset("digits"), 24)
+    with pytest.raises(InputError, match=r"another recipe \(dropout"):
+        workdir.refuse_other_run(get_preset("digits", dropout=0.1), 24)
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"dataset": "digits", "num_examples": 1}', '{"unknown": 1, "num_examples": 1}']
 )
