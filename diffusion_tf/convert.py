@@ -105,6 +105,8 @@ def read_tf1(prefix: str, model: UNet) -> Arrays:
         step = int(tensor("global_step", tf.int64))
     except (tf.errors.OpError, IndexError, KeyError) as error:
         raise InputError(f"{prefix} is damaged, or not all there ({first_line(error)})") from error
+    if step < 0:
+        raise InputError(f"{prefix}: global_step is {step}")
     adam = (arrays["adam_m"], arrays["adam_v"]) if "adam_m" in groups else None
     return state_arrays(arrays["params"], arrays["ema"], adam, step)
 

@@ -260,15 +260,16 @@ def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
 
 
 def _plot_scores(axes: Axes, record: RunRecord) -> None:
-    """The first score of each way of measuring, over steps."""
+    """The first score of each way of measuring, over steps; one point of another sampler is in its own plot."""
     axes.set(title="scores over steps", xlabel="step")
     series: dict[str, list[tuple[int, float]]] = {}
     for line in filter(_scores, record.evaluations):
         name, score = next(iter(_scores(line).items()))
-        sampler = "" if _is_algorithm_2(record, line) else f", {_sampler_name(record, line)} {line['sampler_steps']}"
+        sampler = "" if _is_algorithm_2(record, line) else f", {_sampler_name(record, line)}, {line['sampler_steps']}"
         series.setdefault(f"{name}, {line['num_samples']:,} samples{sampler}", []).append((line["step"], score))
     for label, points in series.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        if len(points) > 1 or label.endswith(" samples"):
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
 
 
 def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> None:

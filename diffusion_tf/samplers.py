@@ -145,7 +145,7 @@ def sample_noise(seed: int, first_image: tf.Tensor, shape: Sequence[int]) -> Noi
 
 
 def draw(diffusion: GaussianDiffusion, denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> tf.Tensor:
-    """What `Sampler` draws: x_0 float32 [B, H, W, C], clipped to [-1, 1]."""
+    """What `Sampler` draws by Algorithm 2: x_0 float32 [B, H, W, C], clipped to [-1, 1]."""
     return tf.clip_by_value(p_sample_loop(diffusion, denoise_fn, noise_fn), -1.0, 1.0)
 
 

@@ -95,7 +95,9 @@ class Workdir:
 
     def complete(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """An evaluation as this version records it: one that names no sampler was made by ancestral sampling."""
-        return {"sampler": "ancestral", "sampler_steps": self.read_preset().num_timesteps, **evaluation}
+        if "sampler" in evaluation:
+            return evaluation
+        return {**evaluation, "sampler": "ancestral", "sampler_steps": self.read_preset().num_timesteps}
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Adds one line to `evaluations.jsonl`."""

@@ -131,8 +131,8 @@ class _CheckpointEvaluation(_Evaluation):
     """Scores checkpoints by samples of them."""
 
     def __init__(self, run: common.Run, num_samples: int):
-        super().__init__(run, num_samples)
         settings = common.sampler_from_flags(run)
+        super().__init__(run, num_samples)
         self.sampling = {"seed": FLAGS.seed, **settings.describe(run.preset)}
         self.wanted = self.result(**self.sampling)
         # Checkpoints under evaluation are held here, where training does not remove them.

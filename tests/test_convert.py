@@ -120,6 +120,7 @@ def test_a_checkpoint_without_adam_starts_from_step_0(model, tmp_path):
             lambda v: {**v, "model/conv_in/W": np.zeros((3, 3, 3, 64), np.float32)},
             r"is of another network: model/conv_in/W is \(3, 3, 3, 64\), not \(3, 3, 3, 32\)",
         ),
+        (lambda v: {**v, "global_step": np.int64(-1)}, "global_step is -1"),
         (lambda v: {**v, "model/conv_in/b": np.zeros(32, np.float64)}, "model/conv_in/b is not float32"),
     ],
 )
