@@ -277,7 +277,7 @@ def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> 
     axes.set(title=" and ".join(names) or "scores over sampling steps", xlabel="sampling steps")
     axes.set_xscale("log")
     lines = _by_sampler_steps(record)
-    for sampler in dict.fromkeys(_sampler_name(record, line) for line in lines):
+    for i, sampler in enumerate(dict.fromkeys(_sampler_name(record, line) for line in lines)):
         for name, style in zip(names, ("-", "--"), strict=False):
             points = [
                 (line["sampler_steps"], _scores(line)[name])
@@ -285,7 +285,7 @@ def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> 
                 if _sampler_name(record, line) == sampler and name in _scores(line)
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), style, marker="o", label=f"{sampler}: {name}")
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker="o", label=f"{sampler}: {name}")
 
 
 def to_png(record: RunRecord) -> bytes:
