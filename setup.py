@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    packages=["diffusion_tf", "experiments"],
+    packages=["diffusion_tf", "diffusion_tf.compression", "experiments"],
     # Without TensorFlow itself, which an extra chooses: the TPU's build overwrites the other's files.
     install_requires=[
         "absl-py>=2.3,<3",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -96,7 +96,7 @@ def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One panel: y over x, with its labels; `log_y` for a logarithmic axis."""
+    """One panel: y over x, with its labels; `log_y` for a logarithmic axis; `points` (x, y) by what they are."""
 
     title: str
     xlabel: str
@@ -104,6 +104,7 @@ class Curve:
     x: np.ndarray
     y: np.ndarray
     log_y: bool = False
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def curves(panels: Sequence[Curve]) -> bytes:
@@ -115,6 +116,10 @@ def curves(panels: Sequence[Curve]) -> bytes:
         axes.plot(panel.x, panel.y)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
+        for label, (x, y) in panel.points.items():
+            axes.plot(x, y, "o", markersize=4, label=label)
+        if panel.points:
+            axes.legend()
         if panel.log_y:
             axes.set_yscale("log")
     buffer = io.BytesIO()

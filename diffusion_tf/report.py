@@ -34,8 +34,10 @@ class RunRecord:
     metrics: list[dict[str, float]]
     likelihood: dict[str, dict[str, Any]]
     rate_distortion: dict[str, dict[str, Any]]
+    compression: dict[str, dict[str, Any]]
     evaluations: list[dict[str, Any]]
     samples: str | None
+    reconstructions: str | None
 
 
 def read_run(workdir: Workdir) -> RunRecord:
@@ -51,13 +53,16 @@ def read_run(workdir: Workdir) -> RunRecord:
         return {split: json.loads(read_file(path)) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
     grids = sorted(tf.io.gfile.glob(os.path.join(workdir.samples, "step_*.png")))
+    strips = sorted(tf.io.gfile.glob(os.path.join(workdir.path, "compression_*.png")))
     return RunRecord(
         config,
         workdir.read_metrics(),
         by_split("likelihood"),
         by_split("rate_distortion"),
+        by_split("compression"),
         workdir.read_evaluations(),
         grids[-1] if grids else None,
+        strips[-1] if strips else None,
     )
 
 
@@ -129,11 +134,12 @@ def _likelihood_section(record: RunRecord) -> str:
     return _markdown_table(["measured on", "bits/dim", "L_T", "L_1..L_T-1", "L_0"], rows)
 
 
-def _rate_distortion_section(record: RunRecord) -> str:
-    if not record.rate_distortion:
-        return "Not measured: `python -m experiments.rate_distortion`."
+def _tables_section(results: dict[str, dict[str, Any]], program: str) -> str:
+    """The table of each split's file."""
+    if not results:
+        return f"Not measured: `python -m experiments.{program}`."
     sections = []
-    for result in record.rate_distortion.values():
+    for result in results.values():
         rows = [[f"{v:.5f}" if isinstance(v, float) else v for v in row.values()] for row in result["table"]]
         table = _markdown_table(list(result["table"][0]), rows)
         sections.append(f"{result['images']}, {result['num_images']:,} images, step {result['step']}\n\n{table}")
@@ -222,7 +228,8 @@ def to_markdown(record: RunRecord, picture: str) -> str:
     sections = {
         "Training": steps,
         "Bits/dim (Eq. 5)": _likelihood_section(record),
-        "Rate-distortion (Table 4, Figure 5)": _rate_distortion_section(record),
+        "Rate-distortion (Table 4, Figure 5)": _tables_section(record.rate_distortion, "rate_distortion"),
+        "Compressed files (Algorithms 3 and 4)": _tables_section(record.compression, "compress encode"),
         "Sample quality": _evaluation_section(record),
         "Quality against sampling steps": _sampler_section(record),
         "Beside the paper": paper_table(record),
@@ -257,6 +264,9 @@ def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
             marker="o",
             label=split,
         )
+    for split, result in record.compression.items():
+        rows = [(row["steps_bits_per_dim"], row["distortion_rmse"]) for row in result["table"]]
+        axes.plot(*zip(*rows, strict=True), "x", label=f"files without their header, {split}")
 
 
 def _plot_scores(axes: Axes, record: RunRecord) -> None:
@@ -288,12 +298,21 @@ def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> 
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker="o", label=f"{sampler}: {name}")
 
 
+def _show(axes: Axes, picture: str | None) -> None:
+    axes.clear()
+    axes.set_axis_off()
+    if picture:
+        axes.imshow(np.asarray(Image.open(io.BytesIO(read_file(picture)))))
+
+
 def to_png(record: RunRecord) -> bytes:
-    """The page: configuration, curves, scores and a grid of samples."""
-    figure = Figure(figsize=(20.0, 9.0), layout="constrained")
+    """The page: configuration, curves, scores, a grid of samples, and what prefixes of compressed files show."""
+    num_rows = 3 if record.reconstructions else 2
+    figure = Figure(figsize=(20.0, 4.5 * num_rows), layout="constrained")
     config = ", ".join(f"{name}={value}" for name, value in record.config.items())
     figure.suptitle(textwrap.fill(config, 260), fontsize=9)
-    grid = figure.subplots(2, 4)
+    places = figure.add_gridspec(num_rows, 4)
+    grid = np.array([[figure.add_subplot(places[row, column]) for column in range(4)] for row in range(2)])
     _plot_training(grid[0, 0], record, "loss")
     _plot_training(grid[0, 1], record, "grad_norm")
     _plot_scores(grid[0, 2], record)
@@ -309,11 +328,9 @@ def to_png(record: RunRecord) -> bytes:
             axes.legend()
         elif not axes.lines:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    picture = grid[1, 2]
-    picture.clear()
-    picture.set_axis_off()
-    if record.samples:
-        picture.imshow(np.asarray(Image.open(io.BytesIO(read_file(record.samples)))))
+    _show(grid[1, 2], record.samples)
+    if record.reconstructions:
+        _show(figure.add_subplot(places[2, :]), record.reconstructions)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

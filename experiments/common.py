@@ -3,11 +3,13 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
+from PIL import Image
 
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import open_source
@@ -21,7 +23,7 @@ from diffusion_tf.feature_networks import (
     inception_network,
     pixels_network,
 )
-from diffusion_tf.files import check_writable
+from diffusion_tf.files import check_writable, first_line
 from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
 from diffusion_tf.sampler_tables import SAMPLERS, SPACINGS, SamplerSettings
@@ -219,6 +221,25 @@ def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tup
     return bound, {**subject, "step": step, "seed": FLAGS.seed}
 
 
+def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """The image of a PNG or the like, uint8 of `shape`.
+
+    Raises:
+      InputError: it cannot be read, or is of another shape.
+    """
+    try:
+        with Image.open(os.path.expanduser(path)) as picture:
+            image = np.asarray(picture)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
+    image = image[..., None] if image.ndim == 2 else image
+    if image.dtype != np.uint8 or image.shape != shape:
+        raise InputError(
+            f"{path} is {image.dtype} {image.shape}, the run's images are uint8 {shape} (height, width, C)"
+        )
+    return image
+
+
 def feature_network(run: Run, name: str) -> FeatureNetwork:
     """The network whose features images are compared by: inception (--inception), digits or pixels.
 
@@ -242,16 +263,23 @@ def split_images(run: Run, split: str, at_most: int) -> Images:
     return source_images(source, run.preset.dataset, split, min(at_most, source.num_examples))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a program: parses flags, calls `main()`, and tells an `InputError` in one line on stderr (exit code 1)."""
+def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
+    """Runs a program: parses flags, calls `main()`, and tells an `InputError` in one line on stderr (exit code 1).
+
+    Where there are `commands`, the first argument is one of them, and is given to `main`.
+    """
 
     def guarded_main(argv):
         if FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # TFDS tells at length what it opens
         try:
-            if argv[1:]:
-                raise InputError(f"unknown argument {argv[1]}: flags start with --")
-            main()
+            arguments = argv[1:]
+            if commands and (not arguments or arguments[0] not in commands):
+                raise InputError(f"the first argument is one of: {', '.join(commands)}")
+            command = arguments[: 1 if commands else 0]
+            if unknown := arguments[len(command) :]:
+                raise InputError(f"unknown argument {unknown[0]}: flags start with --")
+            main(*command)
         except InputError as error:
             sys.exit(f"{_program()}: {error}")
         except tf.errors.ResourceExhaustedError:

@@ -13,7 +13,6 @@ import os
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from diffusion_tf import paper_figures
 from diffusion_tf.datasets import ImageReader, open_source
@@ -26,7 +25,7 @@ from diffusion_tf.evaluation import (
     reference_path,
 )
 from diffusion_tf.feature_networks import DIGITS_SHAPE, FeatureNetwork
-from diffusion_tf.files import check_writable, first_line, write_file, write_json
+from diffusion_tf.files import check_writable, write_file, write_json
 from diffusion_tf.paper_figures import PaperFigure
 from diffusion_tf.report import read_run
 from diffusion_tf.resumable import Arrays
@@ -53,23 +52,12 @@ flags.register_validator("count", lambda count: count >= 1, "must be 1 or more")
 
 def _source(run: common.Run, path: str | None, index: int) -> np.ndarray:
     """A source image, uint8 [H, W, C]."""
-    shape = run.preset.image_shape
     if path is None:
         source = open_source(run.preset, "test", data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
         if index >= source.num_examples:
             raise InputError(f"there is no image {index} in {source.name}: it has {source.num_examples}")
         return ImageReader(source)(index, 1)[0]
-    try:
-        with Image.open(os.path.expanduser(path)) as picture:
-            image = np.asarray(picture)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
-    image = image[..., None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.shape != shape:
-        raise InputError(
-            f"{path} is {image.dtype} {image.shape}, the run's images are uint8 {shape} (height, width, C)"
-        )
-    return image
+    return common.read_image(path, run.preset.image_shape)
 
 
 def _has_network(run: common.Run) -> bool:

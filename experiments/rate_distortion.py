@@ -5,17 +5,21 @@
 A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows the x_0 that it predicts
 (distortion: root mean squared error on [0, 255]). Reads what `experiments.likelihood` has measured with the same flags,
 and measures what is missing. Writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir.
+The picture shows the files of `experiments.compress` too, where this checkpoint has compressed the split.
 """
 
 import csv
 import io
+import json
 import os
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from absl import flags
 
 from diffusion_tf import figures, paper
-from diffusion_tf.files import write_file, write_json
+from diffusion_tf.files import read_file, write_file, write_json
 from diffusion_tf.likelihood import rate_distortion
 from experiments import common
 
@@ -45,15 +49,25 @@ def _csv(rows: list[dict]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _figure(rows: list[dict]) -> bytes:
-    """The three curves of Figure 5."""
+def _measured_files(run: common.Run, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Bits/dim and RMSE of what `experiments.compress` wrote of this split by the checkpoint of `step`."""
+    path = os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json")
+    record: dict[str, Any] = json.loads(read_file(path)) if tf.io.gfile.exists(path) else {}
+    if record.get("step") != step:
+        return {}
+    column = lambda name: np.array([row[name] for row in record["table"]])
+    return {"files without their header": (column("steps_bits_per_dim"), column("distortion_rmse"))}
+
+
+def _figure(rows: list[dict], files: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """The three curves of Figure 5, and the files' points."""
     time, rate, rmse = (np.array([row[key] for row in rows]) for key in rows[0])
     steps, bits, distortion = "reverse process steps (T - t + 1)", "rate (bits/dim)", "distortion (RMSE)"
     return figures.curves(
         [
             figures.Curve("distortion over time", steps, distortion, time, rmse),
             figures.Curve("rate over time", steps, bits, time, rate),
-            figures.Curve("distortion over rate", bits, distortion, rate, rmse),
+            figures.Curve("distortion over rate", bits, distortion, rate, rmse, points=files),
         ]
     )
 
@@ -72,7 +86,7 @@ def main() -> None:
     _print_table(table)
     base = os.path.splitext(out)[0]
     write_file(f"{base}.csv", _csv(rows))
-    write_file(f"{base}.png", _figure(rows))
+    write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))
     totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
     write_json(out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table})
     print(f"numbers: {out} {base}.csv\npicture: {base}.png")

@@ -7,7 +7,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted(
     str(path.relative_to(ROOT))
-    for folder in ("diffusion_tf", "experiments", "tests")
+    for folder in ("diffusion_tf", "diffusion_tf/compression", "experiments", "tests")
     for path in ROOT.glob(f"{folder}/*.py")
 )
 PACKAGES = importlib.metadata.packages_distributions()

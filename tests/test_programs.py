@@ -7,11 +7,14 @@ import pathlib
 import subprocess
 import sys
 import time
+import zlib
 
 import inception_files
 import numpy as np
 import pytest
+from PIL import Image
 
+from diffusion_tf.datasets import load_digits
 from diffusion_tf.presets import Preset
 from diffusion_tf.workdir import Workdir
 
@@ -53,6 +56,8 @@ def run(program, *args):
         ("likelihood", ["--workdir=w"], "--workdir=w holds no run"),
         ("import_checkpoint", ["--workdir=w"], "give one of --source, to import, and --export_diffusers, to export"),
         ("import_checkpoint", ["--workdir=w", "--source=a", "--format=diffusers"], "cannot read a/config.json"),
+        ("compress", ["--workdir=w"], "the first argument is one of: encode, decode"),
+        ("compress", ["decode", "more", "--workdir=w"], "unknown argument more: flags start with --"),
     ],
 )
 def test_bad_input_gets_one_line(program, args, message):
@@ -220,6 +225,35 @@ def test_every_figure(trained, tmp_path):
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "figures/coarse_to_fine.png").read_bytes()
     assert json.loads((tmp_path / "again.json").read_text())["t"] == [4, 3, 3, 2, 2, 1, 1, 0, 0]
+
+
+def test_compressed_files_come_back(trained, tmp_path):
+    files, out = tmp_path / "files", tmp_path / "out"
+    args = [f"--workdir={trained}", "--num_images=3", "--num_table_images=20"]
+    encoded = run("compress", "encode", *args, "--split=test", "--lossless", f"--out={files}")
+    assert encoded.returncode == 0, encoded.stderr
+    record = json.loads((trained / "compression_test.json").read_text())
+    assert [row["reverse_process_time"] for row in record["table"]][-1] == 4
+    sizes = [path.stat().st_size for path in sorted(files.glob("*.dtfc"))]
+    assert 8 * np.mean(sizes) / 64 == pytest.approx(record["lossless_bits_per_dim"])
+    assert (trained / "compression_test.png").read_bytes().startswith(b"\x89PNG")
+
+    whole = (files / "image_00001.dtfc").read_bytes()
+    (files / "cut.dtfc").write_bytes(whole[:-1])
+    decoded = run("compress", "decode", f"--workdir={trained}", f"--source={files}", f"--out={out}")
+    assert decoded.returncode == 0, decoded.stderr
+    for i, image in enumerate(load_digits("test")[:3]):  # exact, so this process predicted what the encoder's did
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"image_{i:05d}.png")), image[..., 0])
+    assert Image.open(out / "cut.png").size == (8, 8)
+
+    for sealed, message in ((True, "other.dtfc was made by another model"), (False, "other.dtfc is damaged")):
+        damaged = bytearray(whole)
+        damaged[6] ^= 1  # of the digest
+        header = bytes(damaged[:35])
+        checksum = zlib.crc32(header).to_bytes(4, "big") if sealed else bytes(damaged[35:39])
+        (tmp_path / "other.dtfc").write_bytes(header + checksum + bytes(damaged[39:]))
+        refused = run("compress", "decode", f"--workdir={trained}", f"--source={tmp_path}/other.dtfc", f"--out={out}")
+        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(
