@@ -1,63 +1,108 @@
-"""Checkpoints: one safetensors file each, complete or absent, with a digest of what it holds.
+"""Checkpoints: one safetensors file each, complete or absent, with a manifest of what it holds.
 
-`checkpoints/step_00001000.safetensors` holds the arrays by name, and in its header a SHA-256 over all of them. A file
-is written beside and renamed, so that a reader never sees half of one.
+`checkpoints/step_00001000.safetensors` holds the arrays by name. Its header states their sizes, and as `manifest` the
+format, the step, a SHA-256 over the arrays and the rest of the manifest, the versions of the packages that wrote it,
+and what else the run wants to know. A file is written beside, synced and renamed, so that a reader never sees half of
+one. Files of format 1, whose header holds the SHA-256 alone, are read too.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import keras
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tensorflow as tf
+from absl import logging
 
-from diffusion_tf.errors import InputError
-from diffusion_tf.files import first_line, read_file, write_file
+from diffusion_tf import __version__
+from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
+from diffusion_tf.files import copy_file, first_line, read_file, write_file
 
+FORMAT = 2
+PACKAGES = {
+    "diffusion_tf": __version__,
+    "keras": keras.__version__,
+    "numpy": np.__version__,
+    "tensorflow": tf.__version__,
+}
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
+_MAX_HEADER_BYTES = 2**24  # a network of a thousand variables takes 2**19
+_ADVICE = "remove it, or name another"
 
 
-def save(folder: str, step: int, arrays: Mapping[str, np.ndarray]) -> str:
-    """Writes the checkpoint of `step` and returns its path."""
+def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any] | None = None) -> str:
+    """Writes the checkpoint of `step` and returns its path.
+
+    Args:
+      folder: where checkpoints lie.
+      step: training steps taken.
+      arrays: by name.
+      manifest: what else to state in the manifest, as JSON can hold it.
+
+    Raises:
+      InputError: it cannot be written.
+      DivergedError: a value is not finite, and nothing was written.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise DivergedError(f"the checkpoint of step {step} was not written: {name} is not finite")
+    size = sum(array.nbytes for array in arrays.values())
+    manifest = {**(manifest or {}), "format": FORMAT, "step": step, "num_bytes": size, "packages": PACKAGES}
+    manifest["sha256"] = _digest(arrays, manifest)
     path = checkpoint_path(folder, step)
-    write_file(path, safetensors.numpy.save(dict(arrays), {"sha256": _digest(arrays)}))
+    # One entry, as the library writes several in no certain order.
+    write_file(path, safetensors.numpy.save(dict(arrays), {"manifest": json.dumps(manifest, sort_keys=True)}))
     return path
 
 
-def load(path: str) -> dict[str, np.ndarray]:
+def load(path: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, verified against its digest.
 
+    Args:
+      path: the file.
+      max_bytes: what the arrays may take, where the reader knows; it is checked before they are read.
+
     Raises:
-      InputError: the file is missing, is no checkpoint, or is damaged.
+      InputError: the file is missing, its arrays are larger, or its format is newer than this version.
+      DamagedFileError: it is no checkpoint, or is damaged.
     """
-    data = read_file(path)
-    advice = "remove it to go on from the one before"
+    manifest, file_bytes, array_bytes = _read_header(path)
+    if max_bytes is not None and array_bytes > max_bytes:
+        raise InputError(f"{path} is of another network: its arrays take {array_bytes:,} bytes, not {max_bytes:,}")
     try:
-        arrays = safetensors.numpy.load(data)
-        metadata = _metadata(data)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is no checkpoint, or is damaged ({error}): {advice}") from error
-    if metadata.get("sha256") != _digest(arrays):
-        raise InputError(f"{path} is damaged, its contents do not match their SHA-256: {advice}")
+        arrays = safetensors.numpy.load(read_file(path, file_bytes))
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise DamagedFileError(f"{path} is no checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
+    if manifest.get("sha256") != _digest(arrays, manifest):
+        raise DamagedFileError(f"{path} is damaged, its contents do not match their SHA-256: {_ADVICE}")
+    if manifest.get("format", 1) not in (1, FORMAT):
+        raise InputError(f"{path} is of format {manifest['format']}, and this version reads up to {FORMAT}: update it")
     return arrays
 
 
-def load_digest(path: str) -> str:
-    """The SHA-256 of the arrays that the checkpoint at `path` holds, as its header states it: its identity.
+def load_manifest(path: str) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`, as its header states it; `load` is what verifies it.
 
     Raises:
-      InputError: the file is missing, or is no checkpoint.
+      InputError: the file is missing.
+      DamagedFileError: it is no checkpoint, or is damaged.
     """
-    try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            header_size = file.read(8)
-            return _metadata(header_size + file.read(int.from_bytes(header_size, "little")))["sha256"]
-    except (tf.errors.OpError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the checkpoint {path} ({first_line(error)})") from error
+    return _read_header(path)[0]
+
+
+def load_digest(path: str) -> str:
+    """The SHA-256 of the checkpoint at `path`, as its header states it: its identity.
+
+    Raises:
+      InputError: as `load_manifest`.
+    """
+    return str(load_manifest(path).get("sha256"))
 
 
 def checkpoint_path(folder: str, step: int) -> str:
@@ -86,30 +131,84 @@ def find(folder: str, step: int | None = None) -> tuple[int, str]:
     return step, paths[step]
 
 
+def restore_newest(folder: str, restore: Callable[[str], None]) -> str | None:
+    """Calls `restore` with the path of the newest sound checkpoint, and returns that; None where there is none at all.
+
+    Damaged ones are named in a warning, and stay where they are.
+
+    Raises:
+      InputError: all are damaged, or `restore` raises it.
+    """
+    steps = all_steps(folder)
+    for step in reversed(steps):
+        path = checkpoint_path(folder, step)
+        try:
+            restore(path)
+        except DamagedFileError as error:
+            logging.warning("going back to an older checkpoint: %s", error)
+        else:
+            return path
+    if steps:
+        raise InputError(f"{folder} holds no sound checkpoint, and damaged ones of the steps {steps}: remove them")
+    return None
+
+
 def copy_into(folder: str, path: str) -> str:
     """Copies the checkpoint at `path` to `folder`, in place of those there, and returns the copy's path.
 
     Raises:
-      InputError: it cannot be read, or the copy not written.
+      InputError: it cannot be read, or the copy not written; those there stay.
     """
     before = all_steps(folder)
     copy = os.path.join(folder, os.path.basename(path))
-    write_file(copy, read_file(path))
+    copy_file(path, copy)
+    load(copy)
     for step in before:
         if checkpoint_path(folder, step) != copy:
             tf.io.gfile.remove(checkpoint_path(folder, step))
     return copy
 
 
-def remove_old(folder: str, *, keep: int, keep_every: int) -> None:
-    """Removes all but the newest `keep` checkpoints and, with `keep_every` > 0, those at its multiples."""
-    for step in all_steps(folder)[:-keep]:
-        if not keep_every or step % keep_every:
+def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | None = None) -> None:
+    """Removes all but the newest `keep` sound checkpoints and, with `keep_every` > 0, those at its multiples.
+
+    Args:
+      folder: where they lie.
+      keep: how many sound ones; whatever is newer than the oldest of them stays, damaged or not.
+      keep_every: multiples of this step stay for ever.
+      sound: steps whose checkpoints were verified before; it learns those that are verified now.
+    """
+    sound = set() if sound is None else sound
+    count = 0
+    for step in reversed(all_steps(folder)):
+        if count < keep:
+            if step in sound or _is_sound(checkpoint_path(folder, step)):
+                sound.add(step)
+                count += 1
+        elif not keep_every or step % keep_every:
             tf.io.gfile.remove(checkpoint_path(folder, step))
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def remove_unfinished(folder: str) -> None:
+    """Removes what a process left half written; only the run's own process may call this."""
+    for path in tf.io.gfile.glob(os.path.join(folder, "step_*.safetensors.tmp")):
+        tf.io.gfile.remove(path)
+
+
+def _is_sound(path: str) -> bool:
+    try:
+        load(path)
+    except DamagedFileError as error:
+        logging.warning("%s", error)
+        return False
+    return True
+
+
+def _digest(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
+    stated = {name: value for name, value in manifest.items() if name != "sha256"}
+    if stated:  # format 1 has nothing else
+        digest.update(json.dumps(stated, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -117,6 +216,25 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    header_size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
+def _read_header(path: str) -> tuple[dict[str, Any], int, int]:
+    """The manifest, the file's size, and the bytes of its arrays, once the header's own sizes agree with the file's."""
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            file_bytes = file.size()
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if not header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+                raise ValueError("no room for its header")
+            header = json.loads(file.read(header_bytes))
+        metadata = header.pop("__metadata__", {})
+        manifest = dict(json.loads(metadata["manifest"]) if "manifest" in metadata else metadata)
+        array_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + header_bytes + array_bytes != file_bytes:
+            raise ValueError(
+                f"it has {file_bytes:,} bytes, and its header speaks of {8 + header_bytes + array_bytes:,}"
+            )
+    except (tf.errors.OpError, OSError) as error:
+        raise InputError(f"cannot read the checkpoint {path} ({first_line(error)})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is no checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
+    return manifest, file_bytes, array_bytes

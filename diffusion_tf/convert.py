@@ -5,6 +5,7 @@ are compared with the network's before memory for them is taken.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -228,8 +229,9 @@ def _read_safetensors(path: str, wanted: Mapping[str, tuple[int, ...]]) -> Array
     for key, dtype in dtypes.items():
         if dtype != "F32":
             raise InputError(f"{path}: {key} is {dtype}, not F32: take the folder's float32 weights")
+    size = 8 + _MAX_HEADER + 4 * sum(math.prod(shape) for shape in wanted.values())
     try:
-        return {_new_key(key): array for key, array in safetensors.numpy.load(read_file(path)).items()}
+        return {_new_key(key): array for key, array in safetensors.numpy.load(read_file(path, size)).items()}
     except (safetensors.SafetensorError, ValueError) as error:
         raise InputError(f"{path} is damaged, or not all there ({first_line(error)})") from error
 

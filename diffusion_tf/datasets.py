@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class ImageSource:
         tensor, or in their order where it is None.
       decode: one encoded image to uint8 [H, W, C].
       image_shape: (H, W, C).
+      find_bad: names the first record that cannot be read, and why; None where all can. It reads them all.
+      bad_records: how many records cannot be read, and have others in their place.
     """
 
     name: str
@@ -48,10 +50,21 @@ class ImageSource:
     records: Callable[[tf.Tensor | None], tf.data.Dataset]
     decode: Callable[[tf.Tensor], tf.Tensor]
     image_shape: tuple[int, int, int]
+    find_bad: Callable[[], str | None] = lambda: None
+    bad_records: int = 0
+
+    def read_error(self, error: Exception) -> InputError:
+        """What to tell of one of READ_ERRORS: the file and the record."""
+        return InputError(f"{self.name} cannot be read: {self.find_bad() or first_line(error)}")
 
 
 def open_source(
-    preset: Preset, split: str = "train", *, data_dir: str | None = None, tfrecord: str | None = None
+    preset: Preset,
+    split: str = "train",
+    *,
+    data_dir: str | None = None,
+    tfrecord: str | None = None,
+    skip_bad_records: int = 0,
 ) -> ImageSource:
     """The images of `preset`, from `tfrecord` (a StyleGAN file or glob) where given, else its own place.
 
@@ -60,12 +73,16 @@ def open_source(
       split: train or test. StyleGAN TFRecords know no splits: the files are the split.
       data_dir: the folder of prepared TFDS datasets; default ~/tensorflow_datasets.
       tfrecord: a StyleGAN TFRecord file, or a glob of them.
+      skip_bad_records: so many of its records may be bad, and are replaced by the ones before them. To know them, all
+        are read now.
 
     Raises:
       InputError: the data is missing, damaged, or of another shape; the message names the flag and the file.
     """
     if tfrecord:
-        return _tfrecord_source(tfrecord, preset.image_shape)
+        return _tfrecord_source(tfrecord, preset.image_shape, skip_bad_records)
+    if skip_bad_records:
+        raise InputError(f"--skip_bad_records={skip_bad_records} goes with --tfrecord")
     if preset.dataset == "digits":
         return _digits_source(split, preset.image_shape)
     if preset.dataset in TFDS_NAMES:
@@ -126,7 +143,7 @@ class ImageReader:
         try:
             images = list(itertools.islice(self._images, count))
         except READ_ERRORS as error:
-            raise InputError(f"{self._source.name} cannot be read: {first_line(error)}") from error
+            raise self._source.read_error(error) from error
         if len(images) < count:
             raise InputError(f"{self._source.name} ends after {first + len(images)} images, and promised more")
         self._position = first + count
@@ -208,6 +225,8 @@ def _tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple
         builder = tfds.builder_from_directory(versions[-1])
     except (OSError, ValueError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:
         raise InputError(f"--data_dir: {versions[-1]} is no complete TFDS dataset ({first_line(error)})") from error
+    if "image" not in (builder.info.features or ()):
+        raise InputError(f"--data_dir: {versions[-1]} has no images: this version of {name} is not for this program")
     _require_shape(versions[-1], builder.info.features["image"].shape, image_shape)
     if split not in builder.info.splits:
         raise InputError(f"--split={split}: {versions[-1]} has only {', '.join(builder.info.splits)}")
@@ -227,7 +246,14 @@ def _tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple
         image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
         return tf.ensure_shape(image, image_shape)
 
-    return ImageSource(f"{name}/{os.path.basename(versions[-1])}, {split}", num_examples, records, decode, image_shape)
+    def find_bad():
+        skip = {"image": tfds.decode.SkipDecoding()}
+        check = lambda record: decode(builder.info.features.deserialize_example(record, decoders=skip)["image"])
+        bad = (_bad_records(file, check, at_most=1) for file in builder.info.splits[split].filepaths)
+        return next((text for texts in bad for text in texts.values()), None)
+
+    label = f"{name}/{os.path.basename(versions[-1])}, {split}"
+    return ImageSource(label, num_examples, records, decode, image_shape, find_bad)
 
 
 def _version(folder: str) -> tuple[int, ...]:
@@ -240,33 +266,156 @@ _TFRECORD_FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.
 _TFRECORD_OVERHEAD = 16  # length (8), its CRC (4), the record's CRC (4)
 
 
-def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int]) -> ImageSource:
+def _tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_records: int) -> ImageSource:
     files = sorted(tf.io.gfile.glob(os.path.expanduser(pattern)))
     if not files:
         raise InputError(f"--tfrecord={pattern} matches no file")
-    num_examples = sum(_count_records(file, image_shape) for file in files)
-    buffer = _shuffle_buffer(num_examples, image_shape)
     height, width, channels = image_shape
+
+    def decode(record):
+        example = tf.io.parse_single_example(record, _TFRECORD_FEATURES)
+        wanted = tf.constant([channels, height, width], tf.int64)
+        with tf.control_dependencies([tf.debugging.assert_equal(example["shape"], wanted, "its shape is another")]):
+            image = tf.reshape(tf.io.decode_raw(example["data"], tf.uint8), [channels, height, width])
+        return tf.transpose(image, [1, 2, 0])
+
+    counts = [_count_records(file, image_shape) for file in files]
+    bad = _tolerated(files, counts, decode, skip_bad_records)
+    num_examples = sum(count + (rest > 0) for count, _, rest in counts)
+    buffer = _shuffle_buffer(num_examples, image_shape)
+    runs = [
+        (file, begin * record_bytes, count)
+        for file, (num_records, record_bytes, rest), there in zip(files, counts, bad, strict=True)
+        for begin, count in _runs(num_records + (rest > 0), there)
+    ]
 
     def records(epoch_seed):
         shuffled_files = _shuffled(tf.data.Dataset.from_tensor_slices(files), len(files), epoch_seed)
-        return _shuffled(tf.data.TFRecordDataset(shuffled_files), buffer, epoch_seed)
+        if not any(bad):
+            return _shuffled(tf.data.TFRecordDataset(shuffled_files), buffer, epoch_seed)
+        all_runs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*runs, strict=True))))
+        in_order = shuffled_files.flat_map(lambda file: _read_runs(all_runs.filter(lambda of, *_: of == file)))
+        return _shuffled(in_order, buffer, epoch_seed)
 
-    def decode(record):
-        data = tf.io.parse_single_example(record, _TFRECORD_FEATURES)["data"]
-        image = tf.reshape(tf.io.decode_raw(data, tf.uint8), [channels, height, width])
-        return tf.transpose(image, [1, 2, 0])
+    def find_bad():
+        texts = (text for file in files for text in _bad_records(file, decode, at_most=1).values())
+        text = next(texts, None)
+        return text and f"{text}: mend the file, or read another record in its place by --skip_bad_records=N"
 
-    return ImageSource(pattern, num_examples, records, decode, image_shape)
+    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(len(there) for there in bad))
 
 
-def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
-    """Records in `file`, after a look at the first: all are of one length, so that the file's size tells the rest."""
+def _tolerated(files, counts, decode, skip_bad_records: int) -> list[dict[int, str]]:
+    """The bad records of each file by index, with what is wrong; none are looked for where none are tolerated.
+
+    Raises:
+      InputError: there are more than `skip_bad_records`.
+    """
+    if not skip_bad_records:
+        for file, (count, record_bytes, rest) in zip(files, counts, strict=True):
+            if rest:
+                raise InputError(
+                    f"--tfrecord={file} is truncated: record {count} has {rest} of the {record_bytes} bytes of record 0"
+                )
+        return [{} for _ in files]
+    bad = [
+        _bad_records(
+            file,
+            decode,
+            at_most=skip_bad_records + 1,
+            record_bytes=record_bytes,
+            num_records=num_records + (rest > 0),
+        )
+        for file, (num_records, record_bytes, rest) in zip(files, counts, strict=True)
+    ]
+    texts = [text for there in bad for text in there.values()]
+    if len(texts) > skip_bad_records:
+        raise InputError(f"--skip_bad_records={skip_bad_records}: there are more bad records: {'; '.join(texts[:5])}")
+    return bad
+
+
+def _read_runs(runs: tf.data.Dataset) -> tf.data.Dataset:
+    """The records of (file, offset, count): `count` of a TFRecord file from a byte on; -1 is all that follow."""
+
+    def read(file, offset, count):
+        # tf.data.TFRecordDataset has no offset.
+        variant = tf.raw_ops.TFRecordDatasetV2(
+            filenames=[file], compression_type="", buffer_size=2**18, byte_offsets=[tf.cast(offset, tf.int64)]
+        )
+        records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
+        return records.take(tf.cast(count, tf.int64))
+
+    return runs.flat_map(read)
+
+
+def _bad_records(
+    file: str, decode: Callable, *, at_most: int, record_bytes: int | None = None, num_records: int = 0
+) -> dict[int, str]:
+    """What is wrong with the records of a file, by their index: the first `at_most`, or one where lengths differ.
+
+    Args:
+      file: a TFRecord file.
+      decode: makes a picture of a record, or raises one of READ_ERRORS.
+      at_most: how many to look for.
+      record_bytes: of each record in the file, if all have as many; it is what leads past a bad one.
+      num_records: how many there should be: TensorFlow ends at a last one of a few bytes without a word.
+    """
+    bad: dict[int, str] = {}
+    index = 0
+    while len(bad) < at_most:
+        rest = tf.data.Dataset.from_tensors((file, index * (record_bytes or 0), -1))
+        images = _read_runs(rest).map(decode, tf.data.AUTOTUNE).as_numpy_iterator()
+        try:
+            for _ in images:
+                index += 1
+            if index >= num_records:
+                return bad
+            bad[index] = f"{file}: record {index} (it is cut off)"
+        except READ_ERRORS as error:
+            bad[index] = f"{file}: record {index} ({_reason(error)})"
+        if record_bytes is None:
+            return bad
+        index += 1
+    return bad
+
+
+def _reason(error: Exception) -> str:
+    """What a reading error says, without TensorFlow's own places in it."""
+    if isinstance(error, tf.errors.DataLossError):
+        return "its bytes do not match their CRC, or are cut off"
+    return "no picture of the wanted shape can be made of it"
+
+
+def _runs(num_records: int, bad: Mapping[int, str]) -> Iterator[tuple[int, int]]:
+    """(first, count) of consecutive records to read, so that a bad one has the last good one before it in its place."""
+    sound = next((i for i in range(num_records) if i not in bad), 0)
+    begin = 0
+    for index in sorted(bad):
+        if index > begin:
+            yield begin, index - begin
+            sound = index - 1
+        yield sound, 1
+        begin = index + 1
+    if begin < num_records:
+        yield begin, num_records - begin
+
+
+def _count_records(file: str, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """How many whole records are in `file`, of how many bytes, and how many bytes are left over.
+
+    It looks at the first: all are of one length, so that the file's size tells the rest.
+    """
     if tf.io.gfile.isdir(file):
         raise InputError(
             f"--tfrecord={file} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it"
         )
     try:
+        size = tf.io.gfile.stat(file).length
+        with tf.io.gfile.GFile(file, "rb") as start:
+            stated = int.from_bytes(start.read(8), "little")
+        # TensorFlow takes memory for what a record claims to be before it reads it.
+        if size and stated + _TFRECORD_OVERHEAD > size:
+            raise tf.errors.DataLossError(None, None, "longer than its file")
         first = next(iter(tf.data.TFRecordDataset(file).take(1)), None)
         if first is None:
             raise InputError(f"--tfrecord={file} holds no records")
@@ -281,9 +430,5 @@ def _count_records(file: str, image_shape: tuple[int, int, int]) -> int:
         raise InputError(f"--tfrecord={file}: record 0 holds {len(example['data'].numpy())} bytes, not uint8 pixels")
 
     record_bytes = len(first.numpy()) + _TFRECORD_OVERHEAD
-    count, rest = divmod(tf.io.gfile.stat(file).length, record_bytes)
-    if rest:
-        raise InputError(
-            f"--tfrecord={file} is truncated: record {count} has {rest} of the {record_bytes} bytes of record 0"
-        )
-    return count
+    count, rest = divmod(size, record_bytes)
+    return count, record_bytes, rest

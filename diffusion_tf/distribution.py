@@ -1,14 +1,15 @@
 """Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
 from diffusion_tf import tpu_attached
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import InputError, PreemptedError
 from diffusion_tf.files import first_line
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
@@ -158,6 +159,37 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
     if "chief" in resolver.cluster_spec().jobs:
         return resolver.task_type == "chief"
     return resolver.task_id == 0
+
+
+@contextlib.contextmanager
+def several_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Where processes meet: what TensorFlow raises when another one is gone becomes one line.
+
+    Raises:
+      PreemptedError: it is gone.
+    """
+    try:
+        yield
+    except (
+        tf.errors.UnavailableError,
+        tf.errors.AbortedError,
+        tf.errors.CancelledError,
+        tf.errors.InternalError,
+    ) as error:
+        if not is_multi_worker(strategy):
+            raise
+        raise PreemptedError(f"another process is gone ({first_line(error)}): start all of them again") from error
+
+
+def any_worker(strategy: tf.distribute.Strategy, flag: bool) -> bool:
+    """Whether `flag` is set in any process; each must call this, and none returns before all have."""
+    if not is_multi_worker(strategy):
+        return flag
+
+    def count():
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(float(flag)))
+
+    return bool(strategy.experimental_local_results(strategy.run(count))[0] > 0)
 
 
 def per_replica_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> int:

@@ -18,9 +18,9 @@ from diffusion_tf import checkpoints, metrics
 from diffusion_tf.datasets import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import x_to_pixels
 from diffusion_tf.distribution import over_replicas
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.feature_networks import FeatureNetwork
-from diffusion_tf.files import read_file, read_npz, write_json, write_npz
+from diffusion_tf.files import read_json, read_npz, write_json, write_npz
 from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.sampler_tables import SamplerSettings
@@ -173,7 +173,10 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
     description = extractor.describe(images)
     if tf.io.gfile.exists(path):
         arrays = read_npz(path)
-        there = json.loads(str(arrays.pop("description", "{}")))
+        try:
+            there = dict(json.loads(str(arrays.pop("description", "{}"))))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is no reference, or is damaged: remove it") from error
         differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
         if differing:
             name = differing[0]
@@ -258,7 +261,7 @@ def record_evaluation(
 
     folder = os.path.join(workdir.checkpoints, "best")
     record = os.path.join(folder, "evaluation.json")
-    best = workdir.complete(json.loads(read_file(record))) if tf.io.gfile.exists(record) else None
+    best = workdir.complete(read_json(record)) if tf.io.gfile.exists(record) else None
     if best and not (is_alike(best, result) and best["best_by"] == best_by):
         print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
         return

@@ -1,4 +1,7 @@
-"""Files that are whole or absent, on disk or gs://, with errors that name them."""
+"""Files that are whole or absent, on disk or gs://, with errors that name them.
+
+What is read may come from anyone: sizes are checked before memory is taken, and nothing in a file is ever run.
+"""
 
 import contextlib
 import io
@@ -6,25 +9,60 @@ import json
 import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import DamagedFileError, InputError
+
+MAX_BYTES = 2**30  # of a file that is read at once, unless its reader knows better
+MAX_ARRAY_BYTES = 2**34  # of all arrays of an .npz: 50,000 pictures of 256x256 take 10 GB
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Writes a file so that it is there with all of `data`, or not at all; makes its folder.
+    """Writes a file so that it is there with all of `data` or not at all, also after a power failure; makes its folder.
+
+    It is written beside, synced and renamed. On an object store the rename is a copy, which appears when it is whole.
 
     Raises:
-      InputError: the path cannot be written.
+      InputError: the path cannot be written; what was there still is.
     """
     path = os.path.expanduser(path)
     _write_temporary(path, data)
-    tf.io.gfile.rename(_temporary(path), path, overwrite=True)
+    _rename_temporary(path)
+
+
+def copy_file(source: str, path: str) -> None:
+    """Copies a file, of any size, so that the copy is whole or absent.
+
+    Raises:
+      InputError: the source cannot be read, or the copy not written.
+    """
+    try:
+        tf.io.gfile.makedirs(os.path.dirname(path))
+        tf.io.gfile.copy(source, _temporary(path), overwrite=True)
+        sync(_temporary(path))
+    except (tf.errors.OpError, OSError) as error:
+        _remove_temporary(path)
+        raise InputError(f"cannot copy {source} to {path} ({first_line(error)})") from error
+    _rename_temporary(path)
+
+
+def is_local(path: str) -> bool:
+    """Whether `path` lies in this machine's file system, and not in an object store."""
+    return "://" not in path
+
+
+def sync(path: str) -> None:
+    """Has a file or folder on the disk itself, where a power failure leaves it."""
+    if is_local(path):
+        descriptor = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_writable(path: str) -> None:
@@ -69,17 +107,32 @@ def _remove_folder(path: str) -> None:
         tf.io.gfile.rmtree(path)
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
     """The contents of a file.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: it cannot be read, or is larger than `max_bytes`.
     """
     try:
         with tf.io.gfile.GFile(os.path.expanduser(path), "rb") as file:
+            if file.size() > max_bytes:
+                raise InputError(f"{path} holds {file.size():,} bytes, and may hold {max_bytes:,} at most")
             return file.read()
     except (tf.errors.OpError, OSError) as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
+
+
+def read_json(path: str, max_bytes: int = MAX_BYTES) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+      InputError: it cannot be read, is too large, or is no JSON.
+    """
+    data = read_file(path, max_bytes)
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is no JSON, or is damaged ({first_line(error)})") from error
 
 
 def write_json(path: str, value: Any) -> None:
@@ -100,17 +153,34 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_npz(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file.
+def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; never an object that pickle would have to make.
 
     Raises:
-      InputError: the file cannot be read, or is no .npz.
+      InputError: the file cannot be read, is no .npz, or holds arrays of more than `max_bytes` together.
     """
+    data = read_file(path, max_bytes)
     try:
-        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as archive:
-            return dict(archive)
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz of arrays, or is damaged ({error})") from error
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            total = sum(_array_bytes(archive, member) for member in archive.infolist())
+        if total > max_bytes:
+            raise ValueError(f"its arrays take {total:,} bytes, and may take {max_bytes:,} at most")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds
+        raise DamagedFileError(f"{path} is no .npz of arrays, or is damaged ({first_line(error)})") from error
+
+
+def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """How much memory an array of an .npz takes, which must be no more than the archive has for it."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](file)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or not 0 <= size <= member.file_size:
+        raise ValueError(f"{member.filename} claims to be {dtype} {shape}, and has {member.file_size:,} bytes")
+    return size
 
 
 def append_line(path: str, line: str) -> None:
@@ -141,5 +211,22 @@ def _write_temporary(path: str, data: bytes) -> None:
             tf.io.gfile.makedirs(os.path.dirname(path))
         with tf.io.gfile.GFile(_temporary(path), "wb") as file:
             file.write(data)
+        sync(_temporary(path))
     except (tf.errors.OpError, OSError) as error:
+        _remove_temporary(path)
         raise InputError(f"cannot write {path} ({first_line(error)})") from error
+
+
+def _rename_temporary(path: str) -> None:
+    try:
+        tf.io.gfile.rename(_temporary(path), path, overwrite=True)
+        sync(os.path.dirname(path))
+    except (tf.errors.OpError, OSError) as error:
+        _remove_temporary(path)
+        raise InputError(f"cannot write {path} ({first_line(error)})") from error
+
+
+def _remove_temporary(path: str) -> None:
+    """Gives back the room of what could not be written whole."""
+    with contextlib.suppress(tf.errors.OpError, OSError):
+        tf.io.gfile.remove(_temporary(path))

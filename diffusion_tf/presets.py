@@ -5,6 +5,8 @@ write it to `config.json`.
 """
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 from diffusion_tf.errors import InputError
@@ -69,13 +71,25 @@ class Preset:
         "Also keep for ever the checkpoints at multiples of this step; 0: none.", 100_000, recipe=False
     )
     sample_every: int = _field("Steps between grids of EMA samples; 0: none.", 20_000, recipe=False)
+    max_skipped_steps: int = _field(
+        "Steps in a row without finite loss and gradient, at which the run goes back to its last checkpoint, once.",
+        20,
+        recipe=False,
+    )
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         positive = ("image_size", "channels", "ch", "num_res_blocks", "learning_rate", "batch_size", "num_steps")
-        for name in (*positive, "grad_clip", "steps_per_loop", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            *positive,
+            "grad_clip",
+            "steps_per_loop",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "max_skipped_steps",
+        ):
             _require(self, name, lambda v: 0 < v < float("inf"), "must be greater than 0")
         for name in ("warmup_steps", "keep_every", "sample_every"):
             _require(self, name, lambda v: v >= 0, "must be 0 or more")
@@ -101,6 +115,13 @@ class Preset:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return (self.image_size, self.image_size, self.channels)
+
+    def recipe_sha256(self) -> str:
+        """A digest of the fields that a resumed run must share with the run it resumes."""
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["recipe"]
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def recipe_differences(self, other: "Preset") -> list[str]:
         """The fields that a resumed run must share with the run it resumes, and does not, as `name: ours != theirs`."""

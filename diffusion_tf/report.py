@@ -5,7 +5,6 @@ All of it is read from the files that training and the measurements left in the 
 
 import dataclasses
 import io
-import json
 import os
 import textwrap
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusion_tf import paper
-from diffusion_tf.files import read_file
+from diffusion_tf.files import read_file, read_json
 from diffusion_tf.sampler_tables import default_spacing
 from diffusion_tf.workdir import Workdir
 
@@ -50,7 +49,7 @@ def read_run(workdir: Workdir) -> RunRecord:
 
     def by_split(name: str) -> dict[str, dict[str, Any]]:
         paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
-        return {split: json.loads(read_file(path)) for split, path in paths.items() if tf.io.gfile.exists(path)}
+        return {split: read_json(path) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
     grids = sorted(tf.io.gfile.glob(os.path.join(workdir.samples, "step_*.png")))
     strips = sorted(tf.io.gfile.glob(os.path.join(workdir.path, "compression_*.png")))

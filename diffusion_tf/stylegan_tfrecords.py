@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -31,8 +30,8 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.datasets import ImageReader, open_source
-from diffusion_tf.errors import InputError
-from diffusion_tf.files import check_writable, first_line, read_file, write_json
+from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.files import check_writable, first_line, read_file, read_json, write_json
 from diffusion_tf.presets import get_preset
 
 _EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -285,9 +284,9 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
     if tf.io.gfile.exists(path):
         known = {shard.path for shard in shards}
         try:
-            manifest = json.loads(read_file(path))
+            manifest = read_json(path)
             there = {key: manifest[key] for key in (*settings, "shards")}
-        except (ValueError, TypeError, KeyError) as error:
+        except (DamagedFileError, TypeError, KeyError) as error:
             raise InputError(f"{path} is no manifest of this program: choose another --out or --name") from error
         differences = [f"{key}: {value} != {there[key]}" for key, value in settings.items() if value != there[key]]
         if differences:

@@ -78,7 +78,9 @@ class TrainState:
         Raises:
           InputError: the file is damaged, or its names, shapes or dtypes are not this state's.
         """
-        _assign(self._named_variables(), checkpoints.load(path), path)
+        variables = self._named_variables()
+        size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
+        _assign(variables, checkpoints.load(path, size), path)
 
     def tensors(self) -> StateTensors:
         """The state as a step in replica context reads it."""
@@ -103,7 +105,9 @@ def load_ema(model: UNet, path: str) -> None:
       InputError: the file is damaged, or is of another network.
     """
     variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
-    arrays = {name: array for name, array in checkpoints.load(path).items() if name.startswith("ema/")}
+    # A checkpoint holds three more of the kind, and the step.
+    size = 4 * sum(v.shape.num_elements() * v.dtype.size for v in variables.values()) + 8
+    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
     _assign(variables, arrays, path)
 
 

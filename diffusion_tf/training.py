@@ -1,5 +1,7 @@
 """Training: the step of Algorithm 1 (its optimiser is in train_state.py), and the loop around it."""
 
+import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -10,13 +12,22 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
 from diffusion_tf import checkpoints, figures
 from diffusion_tf.datasets import READ_ERRORS, ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x, x_to_images
-from diffusion_tf.distribution import is_chief, is_multi_worker, per_replica_batch_size, replica_function
-from diffusion_tf.errors import InputError
-from diffusion_tf.files import first_line, write_file
+from diffusion_tf.distribution import (
+    any_worker,
+    is_chief,
+    is_multi_worker,
+    per_replica_batch_size,
+    replica_function,
+    several_workers,
+)
+from diffusion_tf.errors import DamagedFileError, DivergedError, InputError, PreemptedError
+from diffusion_tf.files import write_file
+from diffusion_tf.preemption import PreemptionNotice
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import Sampler
@@ -26,6 +37,8 @@ from diffusion_tf.unet import UNet
 from diffusion_tf.workdir import Workdir
 
 _NUM_GRID_SAMPLES = 64
+_NEXT_ORDER = 0x9E3779B9  # far from the seeds that people choose
+_SECONDS_UNSEEN = 4.0  # on the device, at most: Compute Engine takes a machine 30 seconds after its notice
 
 
 def loss_and_gradients(
@@ -69,6 +82,8 @@ def train_step(
 ) -> tuple[StateTensors, tf.Tensor, tf.Tensor]:
     """One step of a replica as a pure function: (the next state, loss, gradient norm), equal on all replicas.
 
+    Where loss or gradient is not finite, only the number of steps moves.
+
     Args:
       model: the network.
       preset: the recipe.
@@ -82,7 +97,25 @@ def train_step(
     # Differs from the authors, who clip each replica's gradient before the average: the result then depends on the
     # number of replicas.
     grads, grad_norm = tf.clip_by_global_norm(grads, preset.grad_clip)
-    return apply_gradients(state, grads, preset), loss, grad_norm
+    after = apply_gradients(state, grads, preset)
+    finite = is_finite_step(loss, grad_norm)
+    kept = tf.nest.map_structure(lambda new, old: tf.where(finite, new, old), after, state)
+    return kept._replace(step=after.step), loss, grad_norm
+
+
+def is_finite_step(loss: tf.Tensor, grad_norm: tf.Tensor) -> tf.Tensor:
+    """Whether a step's weights may be used."""
+    return tf.math.is_finite(loss) & tf.math.is_finite(grad_norm)
+
+
+def zero_sums() -> dict[str, tf.Tensor]:
+    """What `Trainer.run_steps` adds up, before the first step: float32 scalars.
+
+    `loss` and `grad_norm` over `finite_steps`; `skipped_steps`, how many of them in a row to the end and at most; and,
+    no sum, `param_norm` after the last step.
+    """
+    names = "loss", "grad_norm", "finite_steps", "skipped_steps", "skipped_in_row", "most_in_row", "param_norm"
+    return {name: tf.constant(0.0) for name in names}
 
 
 class Trainer:
@@ -116,27 +149,37 @@ class Trainer:
         return loss, grad_norm
 
     @tf.function
-    def run_steps(self, iterator, num_steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Takes `num_steps` steps on the device: their mean `loss` and `grad_norm`, and `param_norm` after the last."""
-        loss_sum, grad_norm_sum = tf.constant(0.0), tf.constant(0.0)
+    def run_steps(self, iterator, num_steps: tf.Tensor, sums: dict[str, tf.Tensor] | None = None):
+        """Takes `num_steps` steps on the device, and adds what they were to `sums`, which begin as `zero_sums()`."""
+        sums = sums or zero_sums()
         for _ in tf.range(num_steps):
             loss, grad_norm = self.strategy.run(self._replica_step, args=(next(iterator),))
             # Equal on all replicas, so any one will do.
-            loss_sum += self.strategy.experimental_local_results(loss)[0]
-            grad_norm_sum += self.strategy.experimental_local_results(grad_norm)[0]
-        count = tf.cast(num_steps, tf.float32)
+            loss = self.strategy.experimental_local_results(loss)[0]
+            grad_norm = self.strategy.experimental_local_results(grad_norm)[0]
+            finite = is_finite_step(loss, grad_norm)
+            skipped_in_row = tf.where(finite, 0.0, sums["skipped_in_row"] + 1.0)
+            sums = {
+                "loss": sums["loss"] + tf.where(finite, loss, 0.0),
+                "grad_norm": sums["grad_norm"] + tf.where(finite, grad_norm, 0.0),
+                "finite_steps": sums["finite_steps"] + tf.where(finite, 1.0, 0.0),
+                "skipped_steps": sums["skipped_steps"] + tf.where(finite, 0.0, 1.0),
+                "skipped_in_row": skipped_in_row,
+                "most_in_row": tf.maximum(sums["most_in_row"], skipped_in_row),
+                "param_norm": sums["param_norm"],
+            }
         param_norm = tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
-        return {"loss": loss_sum / count, "grad_norm": grad_norm_sum / count, "param_norm": param_norm}
+        return {**sums, "param_norm": param_norm}
 
-    def batches(self, source: ImageSource):
-        """An iterator over the training batches from the state's step on."""
+    def batches(self, source: ImageSource, data_order: int = 0):
+        """An iterator over the training batches from the state's step on, in one of several orders."""
 
         def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
             return training_batches(
                 source,
                 batch_size=self.preset.batch_size,
                 per_replica=self.per_replica,
-                seed=self.preset.seed,
+                seed=(self.preset.seed + data_order * _NEXT_ORDER) % 2**32,
                 start_step=int(self.state.step.numpy()),
                 worker=context.input_pipeline_id,
                 workers=context.num_input_pipelines,
@@ -145,52 +188,162 @@ class Trainer:
         return iter(self.strategy.distribute_datasets_from_function(worker_batches))
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run is beside its state: what a checkpoint's manifest holds, so that a resumed run is the run.
+
+    Attributes:
+      data_order: which order of the data; the second once the run has gone back.
+      sums: of the steps since the last line of metrics, as `Trainer.run_steps` has them.
+    """
+
+    data_order: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(zero_sums(), 0.0))
+
+    @classmethod
+    def of_checkpoint(cls, path: str) -> "Progress":
+        """As the manifest at `path` states it; one of format 1 states nothing."""
+        stated = checkpoints.load_manifest(path).get("progress")
+        try:
+            return (
+                cls(int(stated["data_order"]), {k: float(stated["sums"][k]) for k in zero_sums()}) if stated else cls()
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(f"{path} does not tell the run's progress: remove it") from error
+
+    def take_metrics(self) -> dict[str, float]:
+        """The means since the last line of metrics; the sums begin again."""
+        sums, count = self.sums, self.sums["finite_steps"]
+        means = {name: sums[name] / count if count else math.nan for name in ("loss", "grad_norm")}
+        self.sums = {**dict.fromkeys(sums, 0.0), "skipped_in_row": sums["skipped_in_row"]}
+        return {**means, "param_norm": sums["param_norm"], "skipped_steps": int(sums["skipped_steps"])}
+
+    def has_diverged(self, max_skipped_steps: int) -> bool:
+        """Whether to stop: too many steps in a row were skipped, or the weights themselves are not finite."""
+        return self.sums["most_in_row"] >= max_skipped_steps or not math.isfinite(self.sums["param_norm"])
+
+
 def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
-    """Trains up to `num_steps`, from the newest checkpoint of `workdir` where there is one.
+    """Trains up to `num_steps`, from the newest sound checkpoint of `workdir` where there is one.
 
     Raises:
-      InputError: the checkpoint does not fit, the data cannot be read, or the run has diverged.
+      InputError: the checkpoint does not fit, the data cannot be read, or a file cannot be written.
+      DivergedError: too many steps in a row were skipped, also after going back once.
+      PreemptedError: the machine is wanted back; the run is saved.
     """
-    preset, state = trainer.preset, trainer.state
-    steps = checkpoints.all_steps(workdir.checkpoints)
-    if steps:
-        state.restore(checkpoints.checkpoint_path(workdir.checkpoints, steps[-1]))
-    step = int(state.step.numpy())
-    batches = trainer.batches(source)
-    reporter = _Reporter(trainer, workdir, step) if is_chief(trainer.strategy) else None
-    try:
+    preset, strategy = trainer.preset, trainer.strategy
+    progress = _restore(trainer, workdir) or Progress()
+    step = int(trainer.state.step.numpy())
+    batches = trainer.batches(source, progress.data_order)
+    reporter = _Reporter(trainer, workdir, step) if is_chief(strategy) else None
+    # Several processes must take the same steps between their meetings, however long those last.
+    pace = preset.steps_per_loop if is_multi_worker(strategy) else 1
+    closing = contextlib.closing(reporter) if reporter else contextlib.nullcontext()
+    with PreemptionNotice() as notice, several_workers(strategy), closing:
         while step < preset.num_steps:
-            num_steps = min(preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
             start = time.monotonic()
-            metrics = _run_steps(trainer, batches, num_steps)
+            num_steps = min(pace, preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
+            progress.sums = _run_steps(trainer, batches, num_steps, progress.sums, source)
             step += num_steps
-            # The norm of the new weights too: what has diverged must not be saved.
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise InputError(
-                    f"the run diverged between steps {step - num_steps} and {step} ({metrics}): start again in another"
-                    f" --workdir with a learning rate below {preset.learning_rate}"
-                )
-            if reporter:
-                reporter.report(step, metrics, num_steps * preset.batch_size / (time.monotonic() - start))
-    finally:
-        if reporter:
-            reporter.close()
+            if progress.has_diverged(preset.max_skipped_steps):
+                progress = _go_back(trainer, workdir, reporter, progress)
+                step = int(trainer.state.step.numpy())
+                batches = trainer.batches(source, progress.data_order)
+                continue
+            if not is_multi_worker(strategy):
+                pace = _next_pace(pace, time.monotonic() - start)
+            if step % preset.steps_per_loop == 0 or step == preset.num_steps:
+                metrics = progress.take_metrics()
+                if source.bad_records:
+                    metrics["bad_records"] = source.bad_records
+                if reporter:
+                    reporter.report(step, metrics, progress)
+            if any_worker(strategy, notice.reason is not None) and step < preset.num_steps:
+                if reporter:
+                    reporter.save(step, progress)
+                    reporter.finish_saving()
+                any_worker(strategy, True)  # none leaves before the file is whole
+                raise PreemptedError(f"{notice.reason or 'another process'}: saved step {step}, run it again to go on")
 
 
-def _run_steps(trainer: Trainer, batches, num_steps: int) -> dict[str, float]:
+def _next_pace(pace: int, seconds: float) -> int:
+    """How many steps to take unseen, after `pace` took so long. It changes when one looks, and no value."""
+    if seconds > _SECONDS_UNSEEN:
+        return max(1, pace // 2)
+    return 2 * pace if seconds < _SECONDS_UNSEEN / 2 else pace
+
+
+def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
+    """Takes over the newest sound checkpoint; None where there is none."""
+    path = checkpoints.restore_newest(workdir.checkpoints, trainer.state.restore)
+    if path is None:
+        return None
+    manifest, ours = checkpoints.load_manifest(path), trainer.preset.recipe_sha256()
+    if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
+        logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
+    if manifest.get("config_sha256", ours) != ours:
+        logging.warning("%s is of another recipe than config.json, or of another version", path)
+    return Progress.of_checkpoint(path)
+
+
+def _go_back(trainer: Trainer, workdir: Workdir, reporter: "_Reporter | None", progress: Progress) -> Progress:
+    """Takes the run back to its last checkpoint, from where it goes on with the data in another order.
+
+    Raises:
+      DivergedError: it has gone back before, or there is no checkpoint.
+    """
+    preset, step = trainer.preset, int(trainer.state.step.numpy())
+    first = (step - 1) // preset.steps_per_loop * preset.steps_per_loop
+    what = f"the run diverged between steps {first} and {step}"
+    if reporter:
+        reporter.finish_saving()
+        norms = {
+            name: float(np.linalg.norm(array.astype(np.float64))) for name, array in trainer.state.to_arrays().items()
+        }
+        evidence = {
+            "step": step,
+            **dataclasses.asdict(progress),
+            "norms": norms,
+            "metrics": workdir.read_metrics()[-10:],
+        }
+        what += f" (see {workdir.write_divergence(step, evidence)})"
+    any_worker(trainer.strategy, True)  # the last checkpoint is whole
+    restored = None if progress.data_order else _restore(trainer, workdir)
+    if restored is None:
+        raise DivergedError(
+            f"{what}: start again in another --workdir with a learning rate below {preset.learning_rate}"
+        )
+    step = int(trainer.state.step.numpy())
+    logging.warning("%s: going back to step %d, with the data in another order", what, step)
+    if reporter:
+        workdir.rewind_metrics(step)
+        reporter.start(step)
+    return dataclasses.replace(restored, data_order=1)
+
+
+def _run_steps(
+    trainer: Trainer, batches, num_steps: int, sums: dict[str, float], source: ImageSource
+) -> dict[str, float]:
+    before = {name: tf.constant(value) for name, value in sums.items()}
     try:
-        return {name: float(value) for name, value in trainer.run_steps(batches, tf.constant(num_steps)).items()}
+        after = trainer.run_steps(batches, tf.constant(num_steps), before)
+        return {name: float(value) for name, value in after.items()}
     except READ_ERRORS as error:
-        raise InputError(f"the training data cannot be read: {first_line(error)}") from error
+        raise source.read_error(error) from error
     except tf.errors.ResourceExhaustedError as error:
         raise InputError("out of memory: a smaller --batch_size, or more replicas, may fit") from error
+
+
+def samples_path(workdir: Workdir, step: int) -> str:
+    """Where the grid of EMA samples of `step` lies."""
+    return os.path.join(workdir.samples, f"step_{step:08d}.png")
 
 
 def report_samples(workdir: Workdir, writer: tf.summary.SummaryWriter, step: int, samples: np.ndarray) -> None:
     """Shows EMA samples uint8 [N, H, W, C] of `step` in TensorBoard and as `samples/step_*.png`."""
     grid = figures.square_grid(samples)
     picture = figures.captioned_grids({f"EMA samples at step {step}": grid})
-    write_file(os.path.join(workdir.samples, f"step_{step:08d}.png"), picture)
+    write_file(samples_path(workdir, step), picture)
     with writer.as_default(step=step):
         tf.summary.image("ema_samples", grid[np.newaxis])
     writer.flush()
@@ -202,15 +355,28 @@ class _Reporter:
     def __init__(self, trainer: Trainer, workdir: Workdir, step: int):
         self.trainer, self.workdir, self.preset = trainer, workdir, trainer.preset
         workdir.rewind_metrics(step)
+        checkpoints.remove_unfinished(workdir.checkpoints)
         self.bar = tqdm.tqdm(initial=step, total=self.preset.num_steps, unit="step", desc=self.preset.dataset)
         self.writer = tf.summary.create_file_writer(workdir.tensorboard)
         self.sampler: Sampler | None = None
         # Digesting and writing a checkpoint takes seconds, in which the device can train on.
         self.executor = ThreadPoolExecutor(1)
         self.saving: Future[None] | None = None
+        self.sound: set[int] = set()  # steps of checkpoints that this process has verified
+        self.start(step)
 
-    def report(self, step: int, metrics: dict[str, float], images_per_sec: float) -> None:
+    def start(self, step: int) -> None:
+        """Begins, or begins again, with the checkpoint of `step`."""
+        self.saved_step = step
+        self.bar.update(step - self.bar.n)
+        # A process may have died between the checkpoint and its samples.
+        if step and self._is_time_to_sample(step) and not tf.io.gfile.exists(samples_path(self.workdir, step)):
+            self._write_samples(step)
+        self.last_report = step, time.monotonic()
+
+    def report(self, step: int, metrics: dict[str, float], progress: Progress) -> None:
         """Reports the loop that ended at `step`, and saves and samples where it is time."""
+        last_step, last_time = self.last_report
         metrics = {
             "step": step,
             **metrics,
@@ -218,19 +384,20 @@ class _Reporter:
             "learning_rate": float(
                 warmed_up_learning_rate(self.preset.learning_rate, self.preset.warmup_steps, tf.constant(step - 1))
             ),
-            "images_per_sec": images_per_sec,
+            "images_per_sec": (step - last_step) * self.preset.batch_size / (time.monotonic() - last_time),
         }
         self.workdir.append_metrics(metrics)
         with self.writer.as_default(step=step):
             for name, value in metrics.items():
                 if name != "step":
                     tf.summary.scalar(name, value)
-        self.bar.set_postfix_str(f"loss={metrics['loss']:.4f}, {images_per_sec:.0f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss={metrics['loss']:.4f}, {metrics['images_per_sec']:.0f} images/s", refresh=False)
         self.bar.update(step - self.bar.n)
         if step % self.preset.checkpoint_every == 0 or step == self.preset.num_steps:
-            self._save(step)
-        if self.preset.sample_every and step % self.preset.sample_every == 0:
+            self.save(step, progress)
+        if self._is_time_to_sample(step):
             self._write_samples(step)
+        self.last_report = step, time.monotonic()
 
     def close(self) -> None:
         """Ends the bar and the event file, and waits for the last checkpoint.
@@ -241,23 +408,41 @@ class _Reporter:
         self.bar.close()
         self.writer.close()
         with self.executor:
-            self._finish_saving()
+            self.finish_saving()
 
-    def _save(self, step: int) -> None:
-        self._finish_saving()
-        self.saving = self.executor.submit(self._write_checkpoint, step, self.trainer.state.to_arrays())
+    def save(self, step: int, progress: Progress) -> None:
+        """Has a checkpoint written while training goes on, unless there is one of this step."""
+        if step == self.saved_step:
+            return
+        self.finish_saving()
+        manifest = {"config_sha256": self.preset.recipe_sha256(), "progress": dataclasses.asdict(progress)}
+        self.saving = self.executor.submit(self._write_checkpoint, step, self.trainer.state.to_arrays(), manifest)
+        self.saved_step = step
         self.writer.flush()
 
-    def _write_checkpoint(self, step: int, arrays: dict[str, np.ndarray]) -> None:
-        checkpoints.save(self.workdir.checkpoints, step, arrays)
-        checkpoints.remove_old(
-            self.workdir.checkpoints, keep=self.preset.keep_checkpoints, keep_every=self.preset.keep_every
-        )
+    def finish_saving(self) -> None:
+        """Waits for the last checkpoint.
 
-    def _finish_saving(self) -> None:
+        Raises:
+          InputError: it could not be written.
+        """
         saving, self.saving = self.saving, None
         if saving:
             saving.result()
+
+    def _write_checkpoint(self, step: int, arrays: dict[str, np.ndarray], manifest: dict[str, Any]) -> None:
+        self.workdir.sync_metrics()
+        checkpoints.save(self.workdir.checkpoints, step, arrays, manifest)
+        self.sound.discard(step)  # a new file is verified before an old one goes
+        checkpoints.remove_old(
+            self.workdir.checkpoints,
+            keep=self.preset.keep_checkpoints,
+            keep_every=self.preset.keep_every,
+            sound=self.sound,
+        )
+
+    def _is_time_to_sample(self, step: int) -> bool:
+        return self.preset.sample_every > 0 and step % self.preset.sample_every == 0
 
     def _write_samples(self, step: int) -> None:
         trainer = self.trainer

@@ -1,14 +1,27 @@
 """A run's folder: its configuration, its metrics, and where everything else lies. Paths may be gs://."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.errors import InputError
-from diffusion_tf.files import append_line, read_file, to_json, write_file
+from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.files import (
+    append_line,
+    first_line,
+    is_local,
+    read_file,
+    read_json,
+    sync,
+    to_json,
+    write_file,
+    write_json,
+)
 from diffusion_tf.presets import Preset
 
 
@@ -30,7 +43,39 @@ class Workdir:
         self._evaluations = os.path.join(self.path, "evaluations.jsonl")
         self._metrics = os.path.join(self.path, "metrics.jsonl")
 
-    def refuse_other_run(self, preset: Preset, num_examples: int) -> None:
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Makes the folder and holds it against other processes that train in it; a dead process holds nothing.
+
+        On gs:// there is no lock, and two processes in one folder undo each other's metrics.
+
+        Raises:
+          InputError: another process holds it, or the folder cannot be written.
+        """
+        if not is_local(self.path):
+            yield
+            return
+        path = os.path.join(self.path, "lock")
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            file = open(path, "a+")  # noqa: SIM115 (closed below, with the lock)
+        except OSError as error:
+            raise InputError(f"cannot write {path} ({first_line(error)})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                raise InputError(
+                    f"--workdir={self.path} is in use by process {file.read(20).strip() or '?'}: wait for its end, or"
+                    " choose another workdir"
+                ) from error
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+
+    def refuse_other_run(self, preset: Preset, num_examples: int | None) -> None:
         """Looks whether this folder is new, or holds a run of this recipe on as many training images.
 
         Raises:
@@ -52,8 +97,9 @@ class Workdir:
         """Makes the folder and records the configuration, the size of the training set (if known) and the flags.
 
         Raises:
-          InputError: the folder cannot be written.
+          InputError: it holds another run, or cannot be written.
         """
+        self.refuse_other_run(preset, num_examples)
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
         write_file(self._config, (json.dumps(config, indent=2) + "\n").encode())
         write_file(self._flags, flags.encode())
@@ -70,7 +116,7 @@ class Workdir:
 
     def _read_config(self) -> tuple[Preset, int | None]:
         try:
-            fields: dict[str, Any] = json.loads(read_file(self._config))
+            fields: dict[str, Any] = read_json(self._config)
             num_examples = fields.pop("num_examples")
             fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
             return Preset(**fields), num_examples
@@ -81,9 +127,19 @@ class Workdir:
         """Drops the metrics that a run wrote after the checkpoint of `step`, which it will now write again."""
         if not tf.io.gfile.exists(self._metrics):
             return
-        lines = read_file(self._metrics).splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        kept = [line for line, metrics in _parse_lines(self._metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
+
+    def sync_metrics(self) -> None:
+        """Has the lines of metrics on the disk before a checkpoint that relies on them."""
+        if tf.io.gfile.exists(self._metrics):
+            sync(self._metrics)
+
+    def write_divergence(self, step: int, evidence: dict[str, Any]) -> str:
+        """Writes what was found when a run diverged before `step` to `divergence_*.json`, and returns its path."""
+        path = os.path.join(self.path, f"divergence_{step:08d}.json")
+        write_json(path, evidence)
+        return path
 
     def read_metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.jsonl`."""
@@ -105,11 +161,26 @@ class Workdir:
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
         """Adds one line to `metrics.jsonl`."""
-        append_line(self._metrics, json.dumps(metrics))
+        append_line(self._metrics, to_json(metrics))
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; none where there is no file."""
-    if not tf.io.gfile.exists(path):
-        return []
-    return [json.loads(line) for line in read_file(path).splitlines(keepends=True) if line.endswith(b"\n")]
+    return [value for _, value in _parse_lines(path)] if tf.io.gfile.exists(path) else []
+
+
+def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line and what it says, but for a last one that a process died over.
+
+    Raises:
+      DamagedFileError: a line is no JSON object with a step.
+    """
+    for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            value = json.loads(line)
+            value["step"] + 0
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is damaged: line {number} is no JSON object with a step") from error
+        yield line, value

@@ -14,7 +14,7 @@ from PIL import Image
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import STRATEGIES, make_strategy
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import InputError, PreemptedError
 from diffusion_tf.evaluation import Images, source_images
 from diffusion_tf.feature_networks import (
     DIGITS_SHAPE,
@@ -196,9 +196,11 @@ class Run:
         """(step, path) of --checkpoint, or of the newest.
 
         Raises:
-          InputError: there is none.
+          InputError: there is none, or it is no checkpoint.
         """
-        return checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
+        step, path = checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
+        checkpoints.load_manifest(path)  # before the work, not after it
+        return step, path
 
 
 def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tuple[Bound, dict[str, Any]]:
@@ -264,7 +266,7 @@ def split_images(run: Run, split: str, at_most: int) -> Images:
 
 
 def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
-    """Runs a program: parses flags, calls `main()`, and tells an `InputError` in one line on stderr (exit code 1).
+    """Runs a program: parses flags, calls `main()`, and tells what ended it in one line on stderr, by its exit code.
 
     Where there are `commands`, the first argument is one of them, and is given to `main`.
     """
@@ -280,8 +282,9 @@ def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
             if unknown := arguments[len(command) :]:
                 raise InputError(f"unknown argument {unknown[0]}: flags start with --")
             main(*command)
-        except InputError as error:
-            sys.exit(f"{_program()}: {error}")
+        except (InputError, PreemptedError) as error:
+            print(f"{_program()}: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)
         except tf.errors.ResourceExhaustedError:
             sys.exit(f"{_program()}: out of memory: a smaller --batch_size, or more replicas, may fit")
         except KeyboardInterrupt:

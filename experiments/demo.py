@@ -56,8 +56,9 @@ def main() -> None:
     source = open_source(preset)
     workdir.refuse_other_run(preset, source.num_examples)
     trainer = Trainer(preset, strategy)
-    workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
-    train(trainer, workdir, source)
+    with workdir.lock():
+        workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
+        train(trainer, workdir, source)
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples

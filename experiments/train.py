@@ -6,6 +6,7 @@
 The same command again goes on from the newest checkpoint. A folder that holds a run of another recipe is refused.
 """
 
+import contextlib
 import dataclasses
 import json
 
@@ -24,6 +25,9 @@ common.define_workdir_flag()
 common.define_strategy_flags()
 common.define_preset_flags()
 common.define_data_flags()
+flags.DEFINE_integer(
+    "skip_bad_records", 0, "So many records of --tfrecord may be bad: each has another in its place.", lower_bound=0
+)
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and stop.")
 
 
@@ -37,13 +41,16 @@ def main() -> None:
     common.require_flags("workdir")
     # Before anything else touches TensorFlow, as several hosts need.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
-    source = open_source(preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
+    source = open_source(
+        preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord, skip_bad_records=FLAGS.skip_bad_records
+    )
     workdir = Workdir(FLAGS.workdir)
     workdir.refuse_other_run(preset, source.num_examples)
     trainer = Trainer(preset, strategy)
-    if is_chief(strategy):
-        workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
-    train(trainer, workdir, source)
+    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
+        if is_chief(strategy):
+            workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
+        train(trainer, workdir, source)
 
 
 if __name__ == "__main__":

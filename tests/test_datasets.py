@@ -187,6 +187,32 @@ def test_wrong_tfrecords_name_the_file(tmp_path, images):
         open_source(SMALL_IMAGES, tfrecord=str(tmp_path))
 
 
+def test_bad_records_are_named_and_replaced(tmp_path, images):
+    sound, bad = tmp_path / "sound.tfrecords", tmp_path / "bad.tfrecords"
+    write_tfrecord(sound, images)
+    content = bytearray(sound.read_bytes())
+    record = len(content) // 10
+    for index in (3, 4):
+        content[index * record + 100] ^= 1
+    content[7 * record] ^= 1  # its length
+    bad.write_bytes(content[: 9 * record + 5])  # and the last one is cut off
+
+    with pytest.raises(InputError, match="--skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
+        open_source(SMALL_IMAGES, tfrecord=str(bad), skip_bad_records=3)
+    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=4)
+    assert source.bad_records == 4 and source.num_examples == 20
+    replaced = images[[0, 1, 2, 2, 2, 5, 6, 6, 8, 8]]
+    np.testing.assert_array_equal(ImageReader(source)(0, 20), np.concatenate([replaced, images]))
+    whole = batches(source, 10)
+    assert rows(whole[:5]) == rows(np.concatenate([replaced, images]))
+    np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
+
+    bad.write_bytes(content[: 9 * record])
+    source = open_source(SMALL_IMAGES, tfrecord=str(bad))
+    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: mend the file, or"):
+        ImageReader(source)(0, 9)
+
+
 def test_records_are_shuffled_within_bounded_memory():
     assert datasets._shuffle_buffer(50_000, (32, 32, 3)) == 50_000
     assert datasets._shuffle_buffer(3_000_000, (256, 256, 3)) * 256 * 256 * 3 <= 2**30

@@ -1,5 +1,6 @@
 """Two real processes on loopback train one model."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,11 +8,14 @@ import socket
 import subprocess
 import sys
 
+import killed_runs
 import numpy as np
+import pytest
 
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import make_strategy
+from diffusion_tf.errors import PreemptedError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.training import Trainer, train
 from diffusion_tf.workdir import Workdir
@@ -33,7 +37,9 @@ def free_ports(count):
     return ports
 
 
-def train_in_two_processes(tmp_path, args):
+@contextlib.contextmanager
+def two_processes(tmp_path, args):
+    """Two workers that train, and their logs."""
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     logs, processes = [tmp_path / f"worker{index}.log" for index in range(2)], []
     try:
@@ -43,12 +49,17 @@ def train_in_two_processes(tmp_path, args):
             env = {**os.environ, "TF_CONFIG": json.dumps(config), "CUDA_VISIBLE_DEVICES": ""}
             with log.open("w") as file:
                 processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file))
-        for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=300) == 0, log.read_text()
+        yield processes, logs
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def train_in_two_processes(tmp_path, args):
+    with two_processes(tmp_path, args) as (processes, logs):
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=300) == 0, log.read_text()
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
@@ -62,3 +73,25 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     for name, array in trainer.state.to_arrays().items():
         if name.startswith(("params/", "ema/")):
             np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_and_both_go_on(tmp_path):
+    recipe = [f"--{k}={v}" for k, v in {**RECIPE, "num_steps": 400, "sample_every": 0}.items()]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train_in_two_processes(tmp_path, [f"--workdir={straight}", *recipe])
+    for victim in (0, 1):
+        with two_processes(tmp_path, [f"--workdir={killed}", *recipe]) as (processes, logs):
+            lines = len(killed_runs.metrics(killed))
+            killed_runs.wait_for(lambda lines=lines: len(killed_runs.metrics(killed)) >= lines + 5)
+            processes[victim].kill()
+            assert processes[1 - victim].wait(timeout=120) != 0, "it goes on alone"
+            assert "another process is gone" in logs[1 - victim].read_text().splitlines()[-1]
+    assert len(killed_runs.metrics(killed)) < 200
+    with two_processes(tmp_path, [f"--workdir={killed}", *recipe]) as (processes, logs):
+        lines = len(killed_runs.metrics(killed))
+        killed_runs.wait_for(lambda: len(killed_runs.metrics(killed)) >= lines + 5)
+        processes[1].terminate()
+        assert [process.wait(timeout=120) for process in processes] == [PreemptedError.exit_code] * 2
+    train_in_two_processes(tmp_path, [f"--workdir={killed}", *recipe])
+    killed_runs.assert_same_run(straight, killed)

@@ -50,7 +50,7 @@ def run(program, *args):
         ("train", ["--workdir=w", "--atn_resolutions=4"], "atn_resolutions"),
         ("train", ["--workdir=w", "--attn_resolutions=5"], "--attn_resolutions=5 never occurs"),
         ("train", [], "--workdir is required"),
-        ("train", ["--workdir=/proc/nothing/here"], "cannot write /proc/nothing/here/config.json"),
+        ("train", ["--workdir=/proc/nothing/here"], "cannot write /proc/nothing/here/lock"),
         ("sample", ["--workdir=w", "--out=samples.npz"], "--workdir=w holds no run"),
         ("sample", ["--workdir=w"], "--out is required"),
         ("likelihood", ["--workdir=w"], "--workdir=w holds no run"),
@@ -87,7 +87,7 @@ def test_every_flag_reaches_the_configuration():
         "beta_end": 0.3, "model_mean_type": "xstart", "model_var_type": "learned", "loss_type": "kl",
         "learning_rate": 0.5, "batch_size": 3, "num_steps": 7, "warmup_steps": 9, "grad_clip": 2.5, "ema_decay": 0.5,
         "seed": 11, "steps_per_loop": 10, "checkpoint_every": 20, "keep_checkpoints": 5, "keep_every": 40,
-        "sample_every": 30,
+        "sample_every": 30, "max_skipped_steps": 3,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Preset)} - {"dataset"}
     as_flag = lambda v: ",".join(map(str, v)) if isinstance(v, list) else v

@@ -1,9 +1,11 @@
 """Training against the authors' six steps, and what a run promises: replicas, resuming, reporting."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import threading
+import time
 
 import golden
 import numpy as np
@@ -13,7 +15,7 @@ import tensorflow as tf
 from diffusion_tf import checkpoints, training
 from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import make_strategy
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import DivergedError, InputError, PreemptedError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.train_state import TrainState, load_ema, warmed_up_learning_rate
 from diffusion_tf.training import Trainer, train
@@ -154,7 +156,7 @@ def test_a_resumed_run_is_the_run(tmp_path):
 
     assert lines("stopped") == lines("straight")
     assert [line["step"] for line in lines("straight")] == [2, 4, 6]
-    assert set(lines("straight")[0]) == {"step", "loss", "grad_norm", "learning_rate", "param_norm"}
+    assert set(lines("straight")[0]) == {"step", "loss", "grad_norm", "learning_rate", "param_norm", "skipped_steps"}
 
 
 def test_a_run_reports(tmp_path):
@@ -165,7 +167,9 @@ def test_a_run_reports(tmp_path):
     for file in os.listdir(workdir.tensorboard):
         for event in tf.compat.v1.train.summary_iterator(os.path.join(workdir.tensorboard, file)):
             tags |= {value.tag for value in event.summary.value}
-    assert tags == {"loss", "grad_norm", "param_norm", "learning_rate", "images_per_sec", "ema_samples"}
+    assert tags == {
+        "loss", "grad_norm", "param_norm", "learning_rate", "images_per_sec", "skipped_steps", "ema_samples"
+    }  # fmt: skip
     assert os.listdir(workdir.samples) == ["step_00000004.png"]
 
     model = UNet.from_preset(preset)
@@ -210,10 +214,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     workdir, trained_on = Workdir(str(tmp_path)), threading.Event()
     save, append_metrics = checkpoints.save, Workdir.append_metrics
 
-    def slow_save(folder, step, arrays):
+    def slow_save(folder, step, *args):
         if step == 2:
             assert trained_on.wait(60)
-        return save(folder, step, arrays)
+        return save(folder, step, *args)
 
     def watched(self, metrics):
         append_metrics(self, metrics)
@@ -233,3 +237,163 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoints, "save", failing_save)
     with pytest.raises(InputError, match="the disk is full"):
         run(Workdir(str(tmp_path)), TINY)
+
+
+class Poisoned:
+    """A trainer, compiled once, whose gradients are NaN in the steps from `first` up to `last`."""
+
+    def __init__(self, monkeypatch):
+        self.first, self.last = tf.Variable(0, dtype=tf.uint64), tf.Variable(0, dtype=tf.uint64)
+        original = training.loss_and_gradients
+
+        def poisoned(model, preset, params, images, rng):
+            loss, grads = original(model, preset, params, images, rng)
+            factor = tf.where((rng.step >= self.first) & (rng.step < self.last), float("nan"), 1.0)
+            return loss, [grad * factor for grad in grads]
+
+        monkeypatch.setattr(training, "loss_and_gradients", poisoned)
+        self.trainer = Trainer(dataclasses.replace(TINY, max_skipped_steps=2), make_strategy("one_device"))
+        self.initial = self.trainer.state.to_arrays()
+        self.source = open_source(TINY)
+        self.poison(0, 0)
+        self.trainer.run_steps(self.trainer.batches(self.source), tf.constant(1), training.zero_sums())  # compiles
+
+    def poison(self, first, last):
+        self.first.assign(first)
+        self.last.assign(last)
+
+    def train(self, workdir):
+        """As a new process would, without its compilation: the arrays after it."""
+        for name, variable in self.trainer.state._named_variables().items():
+            variable.assign(self.initial[name])
+        train(self.trainer, workdir, self.source)
+        return self.trainer.state.to_arrays()
+
+
+@pytest.fixture(scope="module")
+def poisoned():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Poisoned(monkeypatch)
+
+
+def metrics(workdir):
+    return [{k: v for k, v in line.items() if k != "images_per_sec"} for line in workdir.read_metrics()]
+
+
+@pytest.fixture(scope="module")
+def straight(poisoned, tmp_path_factory):
+    """The arrays and metrics of a run to which nothing happened."""
+    workdir = Workdir(str(tmp_path_factory.mktemp("straight")))
+    poisoned.poison(0, 0)
+    return poisoned.train(workdir), metrics(workdir)
+
+
+def assert_equal_arrays(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_a_step_that_is_not_finite_moves_nothing(poisoned, tmp_path):
+    poisoned.poison(3, 4)
+    workdir = Workdir(str(tmp_path))
+    states = []
+    for num_steps in (3, 4):
+        preset = dataclasses.replace(poisoned.trainer.preset, num_steps=num_steps)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(poisoned.trainer, "preset", preset)
+            states.append(poisoned.train(workdir))
+    before, after = states
+    assert before.pop("step") == 3 and after.pop("step") == 4
+    assert_equal_arrays(after, before)
+    final = poisoned.train(workdir)
+    assert not np.array_equal(final["params/conv_in/kernel"], after["params/conv_in/kernel"])
+    assert [line["skipped_steps"] for line in metrics(workdir)] == [0, 0, 1, 0]
+    assert metrics(workdir)[2]["loss"] is None  # of no step that counts
+    assert all(np.isfinite(array).all() for array in final.values())
+
+
+def test_a_diverging_run_goes_back_once_with_other_data(poisoned, straight, tmp_path, monkeypatch, caplog):
+    workdir, orders = Workdir(str(tmp_path)), []
+    poisoned.poison(4, 9)
+    batches = Trainer.batches
+
+    def spy(self, source, data_order=0):
+        orders.append((int(self.state.step.numpy()), data_order))
+        if data_order:
+            poisoned.poison(0, 0)  # it was the data's fault
+        return batches(self, source, data_order)
+
+    monkeypatch.setattr(Trainer, "batches", spy)
+    arrays = poisoned.train(workdir)
+    assert orders == [(0, 0), (4, 1)]
+    assert "diverged between steps 4 and 6" in caplog.text and "going back to step 4" in caplog.text
+    assert [line["step"] for line in metrics(workdir)] == [2, 4, 6]
+    assert metrics(workdir)[:2] == straight[1][:2] and metrics(workdir)[2] != straight[1][2]
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    progress = training.Progress.of_checkpoint(checkpoints.find(workdir.checkpoints)[1])
+    assert progress.data_order == 1  # a resumed run stays with it
+
+
+def test_a_run_that_diverges_again_stops_with_evidence(poisoned, straight, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    poisoned.poison(4, 9)
+    with pytest.raises(
+        DivergedError, match=r"between steps 4 and 6 \(see .*divergence_00000006.json\): start again in"
+    ):
+        poisoned.train(workdir)
+    assert metrics(workdir) == straight[1][:2]
+    assert checkpoints.all_steps(workdir.checkpoints) == [2, 4]
+    evidence = json.loads((tmp_path / "divergence_00000006.json").read_text())
+    assert (
+        evidence["data_order"] == 1 and evidence["sums"]["most_in_row"] == 2 and evidence["sums"]["finite_steps"] == 0
+    )
+    assert len(evidence["metrics"]) == 2 and evidence["norms"]["params/conv_in/kernel"] > 0
+
+
+def test_a_notice_within_a_loop_loses_no_step(poisoned, straight, tmp_path, monkeypatch):
+    class Notice(contextlib.nullcontext):
+        def __init__(self):
+            super().__init__(self)
+            self.looks = 0
+
+        @property
+        def reason(self):
+            self.looks += 1
+            return "SIGTERM" if self.looks >= 3 else None
+
+    poisoned.poison(0, 0)
+    monkeypatch.setattr(training, "PreemptionNotice", Notice)
+    monkeypatch.setattr(training, "_SECONDS_UNSEEN", 0.0)  # looks after each step
+    workdir = Workdir(str(tmp_path))
+    with pytest.raises(PreemptedError, match="SIGTERM: saved step 3, run it again"):
+        poisoned.train(workdir)
+    assert checkpoints.all_steps(workdir.checkpoints) == [2, 3] and len(metrics(workdir)) == 1
+    arrays = poisoned.train(workdir)
+    assert_equal_arrays(arrays, straight[0])
+    assert metrics(workdir) == straight[1]
+
+
+def test_a_clock_that_jumps_back_changes_nothing(poisoned, straight, tmp_path, monkeypatch):
+    now = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    poisoned.poison(0, 0)
+    workdir = Workdir(str(tmp_path))
+    assert_equal_arrays(poisoned.train(workdir), straight[0])
+    assert metrics(workdir) == straight[1]
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(poisoned, straight, tmp_path, caplog):
+    workdir = Workdir(str(tmp_path))
+    poisoned.poison(0, 0)
+    poisoned.train(workdir)
+    newest = checkpoints.checkpoint_path(workdir.checkpoints, 6)
+    with open(newest, "r+b") as file:
+        file.truncate(1000)
+    with open(f"{newest}.tmp", "wb") as file:
+        file.write(b"half of one")
+    assert_equal_arrays(poisoned.train(workdir), straight[0])
+    assert "step_00000006.safetensors is no checkpoint, or is damaged" in caplog.text
+    assert metrics(workdir) == straight[1]
+    checkpoints.load(newest)
+    assert not os.path.exists(f"{newest}.tmp")

@@ -1,5 +1,9 @@
 """A run's folder: its configuration and metrics."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from diffusion_tf.errors import InputError
@@ -62,3 +66,54 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')  # a process died here
     workdir.rewind_metrics(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+
+
+HOLD = """
+import fcntl, os, sys, time
+file = open(sys.argv[1] + "/lock", "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+print(os.getpid(), file=file, flush=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_processs_and_not_a_dead_ones(tmp_path):
+    workdir = Workdir(str(tmp_path / "run"))
+    with workdir.lock(), pytest.raises(InputError, match="in use by process [0-9]+: wait"), workdir.lock():
+        pass
+    process = subprocess.Popen([sys.executable, "-c", HOLD, workdir.path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"is in use by process {process.pid}: "), workdir.lock():
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with workdir.lock():
+        assert (tmp_path / "run" / "lock").read_text().strip().isdigit()
+
+
+def test_an_object_store_has_no_lock():
+    workdir = Workdir("ram://locked")
+    with workdir.lock(), workdir.lock():
+        workdir.write_config(get_preset("digits"), 100, "")
+    assert workdir.read_preset() == get_preset("digits")
+
+
+def test_a_configuration_from_before_a_flag_is_read(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 100, "")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["max_skipped_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workdir.refuse_other_run(get_preset("digits"), 100)
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
+    for use in (Workdir(tmp_path).read_metrics, lambda: Workdir(tmp_path).rewind_metrics(5)):
+        with pytest.raises(InputError, match="metrics.jsonl is damaged: line 2 is no JSON object with a step"):
+            use()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
