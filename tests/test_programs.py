@@ -132,6 +132,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_few_steps_there_and_back_by_way_of_diffusers(trained, tmp_path):
     few = ["--sampler=ddim", "--sampler_steps=2"]
     exported, imported = tmp_path / "exported", tmp_path / "imported"
@@ -272,6 +273,7 @@ def test_bad_input_of_a_figure_gets_one_line(trained, args, message):
     assert not (ROOT / "a.png").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_likelihood_goes_on(trained, tmp_path):
     args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
     command = [sys.executable, "-m", "experiments.likelihood", *args, f"--out={tmp_path}/killed.json"]
