@@ -123,9 +123,7 @@ def _encode_image(table: Table, encoded: Encoded, i: int, image: np.ndarray, str
         residual = zlib.crc32(image.tobytes()).to_bytes(4, "big")
         residual += bitstream.encode_residual(table.residual_law, difference)
     body = steps + residual
-    header = Header(
-        table.digest, table.chunk_bits, image.shape, stream, len(steps), len(body), zlib.crc32(body)
-    )  # fmt: skip
+    header = Header(table.digest, table.chunk_bits, image.shape, stream, len(steps), len(body), zlib.crc32(body))
     return bitstream.pack(header, body), measured
 
 
