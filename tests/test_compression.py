@@ -3,6 +3,7 @@
 import math
 import statistics
 import types
+import zlib
 
 import gaussian_data
 import hypothesis
@@ -107,7 +108,7 @@ STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
 
 def a_file(body=b""):
     body = body or bitstream.encode_steps(LAWS, STEPS)
-    header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), bitstream.zlib.crc32(body))
+    header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), zlib.crc32(body))
     return header, bitstream.pack(header, body)
 
 
