@@ -20,6 +20,8 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.train_state import TrainState
 from diffusion_tf.workdir import Workdir
 
+pytestmark = pytest.mark.slow  # two minutes on two cores: programs are started and end
+
 PRESET = get_preset("digits", ch_mult=(1,), num_timesteps=4, batch_size=8, num_steps=8)
 RECORDS = (killed_runs.ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
 RECORD = len(RECORDS) // 24
@@ -278,7 +280,7 @@ def test_a_fault_ends_in_its_line(tmp_path, programs, sound_run, program, fault,
     before = digests(tmp_path)
     programs.start(program, "--workdir=run", *args, folder=tmp_path)
     code, printed = programs.wait()
-    *others, last = [text for text in printed.splitlines() if "%|" not in text]  # bars of progress
+    *others, last = [text for text in printed.splitlines() if text.strip() and "%|" not in text]  # bars of progress
     assert code == 1 and last.startswith(f"{program}: ") and line in last, printed
     assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", other) for other in others), printed
     after = digests(tmp_path)

@@ -115,6 +115,7 @@ def tiny(strategy, batch_size, seed=3, estimate=None):
     return likelihood.BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=estimate)
 
 
+@pytest.mark.slow
 def test_an_images_terms_depend_on_seed_and_index_alone():
     one, images = make_strategy("one_device"), load_digits()[:16]
     sixteen = tiny(one, 16)
@@ -127,6 +128,7 @@ def test_an_images_terms_depend_on_seed_and_index_alone():
     assert np.abs(other_seed.terms_bpd / reference.terms_bpd - 1).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased_and_knows_its_error():
     one, images = make_strategy("one_device"), load_digits()[:256]
     exact = tiny(one, 256)(0, images).terms_bpd
@@ -139,6 +141,7 @@ def test_the_estimate_is_unbiased_and_knows_its_error():
         assert standard_error > 0 and abs(mean) < 4 * standard_error
 
 
+@pytest.mark.slow
 def test_an_interrupted_measurement_goes_on_to_the_same_result(tmp_path, monkeypatch):
     preset = get_preset("digits", num_timesteps=4, ch_mult=(1,))
     strategy, source = make_strategy("one_device"), open_source(preset, "test")

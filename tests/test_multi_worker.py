@@ -62,6 +62,7 @@ def train_in_two_processes(tmp_path, args):
             assert process.wait(timeout=300) == 0, log.read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     train_in_two_processes(tmp_path, [f"--workdir={tmp_path}/two", *(f"--{k}={v}" for k, v in RECIPE.items())])
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2

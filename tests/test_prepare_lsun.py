@@ -146,6 +146,7 @@ def run(*args):
     return [sys.executable, "-m", "experiments.prepare_lsun", *map(str, args)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, tmp_path):
     for index in range(113):
         (folder / f"d{index:03d}.png").write_bytes(encode(picture(index, (200, 180)), "png"))

@@ -245,7 +245,8 @@ def test_compressed_files_come_back(trained, tmp_path):
     assert decoded.returncode == 0, decoded.stderr
     for i, image in enumerate(load_digits("test")[:3]):  # exact, so this process predicted what the encoder's did
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"image_{i:05d}.png")), image[..., 0])
-    assert Image.open(out / "cut.png").size == (8, 8)
+    with Image.open(out / "cut.png") as picture:
+        assert picture.size == (8, 8)
 
     for sealed, message in ((True, "other.dtfc was made by another model"), (False, "other.dtfc is damaged")):
         damaged = bytearray(whole)

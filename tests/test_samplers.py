@@ -99,6 +99,7 @@ def test_gaussian_data_is_sampled_back(mean_type, var_type):
     assert abs(variance - gaussian_data.STD**2) < (1e-3 if var_type == "learned" else 0.02) * gaussian_data.STD**2
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_and_index_alone():
     def tiny(strategy, batch_size, seed=3):
         return Sampler(golden.tiny_model(strategy), batch_size=batch_size, seed=seed)

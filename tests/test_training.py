@@ -104,6 +104,7 @@ def take_steps(strategy):
     return {name: float(value) for name, value in metrics.items()}, trainer.state.to_arrays()
 
 
+@pytest.mark.slow
 def test_eight_replicas_take_the_step_of_one_by_noise_of_their_own(monkeypatch):
     one_metrics, one = take_steps(make_strategy("one_device"))
 
@@ -140,6 +141,7 @@ def run(workdir, preset, strategy=None):
     return trainer.state.to_arrays()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run(tmp_path):
     straight = run(Workdir(tmp_path / "straight"), TINY)
     workdir = Workdir(tmp_path / "stopped")
