@@ -97,10 +97,11 @@ def assert_same_run(straight: pathlib.Path, killed: pathlib.Path) -> int:
     assert metrics(killed) == metrics(straight)
     compared = 0
     for folder in ("checkpoints", "samples"):
-        files = sorted(path.name for path in (straight / folder).iterdir())
-        assert sorted(path.name for path in (killed / folder).iterdir()) == files and files
+        files = sorted(path.name for path in (straight / folder).glob("*"))
+        assert sorted(path.name for path in (killed / folder).glob("*")) == files
         for name in files:
             data = (straight / folder / name).read_bytes()
             assert (killed / folder / name).read_bytes() == data, f"{folder}/{name} differs"
             compared += len(data)
+    assert compared
     return compared + (straight / "metrics.jsonl").stat().st_size
