@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import read_file
+from diffusion_tf.files import read_json
 from diffusion_tf.presets import Preset
 from diffusion_tf.unet import NUM_GROUPS
 
@@ -125,10 +125,7 @@ def check_scheduler(path: str, preset: Preset) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        config = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error})") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path} is no configuration: it holds no JSON object")
     return config

@@ -185,6 +185,11 @@ def _write_measurement(run, subject, table: Table, images, measured: list[_Measu
     print(f"numbers: {base}.json\npicture: {base}.png")
 
 
+def _picture(image: np.ndarray) -> Image.Image:
+    """An image uint8 [H, W, C] as Pillow has it, which knows no axis of one channel."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
 def _other_formats(images: np.ndarray) -> list[dict[str, Any]]:
     """Bits/dim and RMSE on [0, 255] of the same images as Pillow writes them, one file each."""
     settings = [(name, {"quality": quality}) for name in ("JPEG", "WEBP") for quality in _QUALITIES]
@@ -194,7 +199,7 @@ def _other_formats(images: np.ndarray) -> list[dict[str, Any]]:
         sizes, squares = [], []
         for image in images:
             buffer = io.BytesIO()
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, name, **options)
+            _picture(image).save(buffer, name, **options)
             sizes.append(buffer.tell())
             decoded = np.asarray(Image.open(buffer).convert("L" if image.shape[-1] == 1 else "RGB"))
             squares.append(np.square(decoded.reshape(image.shape).astype(float) - image).mean())
@@ -242,7 +247,7 @@ def _decode_batch(table: Table, codec: Codec, files: list[tuple[str, Header, byt
                 )
         name = os.path.splitext(os.path.basename(path))[0]
         buffer = io.BytesIO()
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        _picture(image).save(buffer, "PNG")
         write_file(os.path.join(FLAGS.out, f"{name}.png"), buffer.getvalue())
 
 

@@ -133,11 +133,6 @@ class _CheckpointEvaluation(_Evaluation):
     def __init__(self, run: common.Run, num_samples: int):
         settings = common.sampler_from_flags(run)
         super().__init__(run, num_samples)
-        self.sampling = {"seed": FLAGS.seed, **settings.describe(run.preset)}
-        self.wanted = self.result(**self.sampling)
-        # Checkpoints under evaluation are held here, where training does not remove them.
-        digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]
-        self.held = os.path.join(run.workdir.checkpoints, "evaluating", digest)
         self.samples = RunSamples(
             run.strategy,
             run.preset,
@@ -146,6 +141,10 @@ class _CheckpointEvaluation(_Evaluation):
             seed=FLAGS.seed,
             settings=settings,
         )
+        self.wanted = self.result(**self.samples.sampling)
+        # Checkpoints under evaluation are held here, where training does not remove them.
+        digest = hashlib.sha256(json.dumps(self.wanted).encode()).hexdigest()[:8]
+        self.held = os.path.join(run.workdir.checkpoints, "evaluating", digest)
 
     def done(self, step: int, path: str) -> dict[str, Any] | None:
         """The line of an earlier evaluation of this very checkpoint in this very way."""
@@ -158,7 +157,7 @@ class _CheckpointEvaluation(_Evaluation):
         """Scores a checkpoint that is held, records it and lets go of it."""
         images = self.samples.of_checkpoint(held)
         scores = self.scores(images)
-        result = self.result(step=step, checkpoint_sha256=images.description["checkpoint"], **self.sampling)
+        result = self.result(step=step, checkpoint_sha256=images.description["checkpoint"], **self.samples.sampling)
         record_evaluation(self.run.workdir, held, result, scores, self.best_by)
         self.extractor.parts(images).remove()
         tf.io.gfile.remove(held)

@@ -10,7 +10,6 @@ The picture shows the files of `experiments.compress` too, where this checkpoint
 
 import csv
 import io
-import json
 import os
 from typing import Any
 
@@ -19,7 +18,7 @@ import tensorflow as tf
 from absl import flags
 
 from diffusion_tf import figures, paper
-from diffusion_tf.files import read_file, write_file, write_json
+from diffusion_tf.files import read_json, write_file, write_json
 from diffusion_tf.likelihood import rate_distortion
 from experiments import common
 
@@ -52,7 +51,7 @@ def _csv(rows: list[dict]) -> bytes:
 def _measured_files(run: common.Run, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bits/dim and RMSE of what `experiments.compress` wrote of this split by the checkpoint of `step`."""
     path = os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json")
-    record: dict[str, Any] = json.loads(read_file(path)) if tf.io.gfile.exists(path) else {}
+    record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
         return {}
     column = lambda name: np.array([row[name] for row in record["table"]])
