@@ -62,7 +62,9 @@ def define_data_flags() -> None:
     flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords (a file, or a glob of shards) to read the images from.")
 
 
-def define_measurement_flags(*, batch_size: int, out: str = "The JSON file to write. Default: in the workdir.") -> None:
+def define_measurement_flags(
+    *, batch_size: int | None, out: str = "The JSON file to write. Default: in the workdir."
+) -> None:
     """What every look at a trained run asks: --workdir, where to run, which weights, images, seed and file."""
     define_workdir_flag()
     define_strategy_flags()

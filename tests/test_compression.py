@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from diffusion_tf.compression import bitstream, channel
 from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepLaw
-from diffusion_tf.compression.channel import NUM_CANDIDATES, SharedRandomness
-from diffusion_tf.compression.codec import Codec, Table, cheapest_path, make_table
+from diffusion_tf.compression.channel import SharedRandomness
+from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.table import Table, cheapest_path, make_table
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
@@ -34,8 +35,8 @@ def philox4x64(counter, key):
 
 
 def test_shared_normals_are_philox_words_through_a_table():
-    row = SharedRandomness(7).normals(step=3, chunk=2, part=1, first_row=5, num_rows=1, width=20)[0]
-    # Two blocks of 64 bits x 4 to a row; NumPy's counter is incremented before use.
+    row = SharedRandomness(7).row(step=3, chunk=2, part=1, row=10, width=20)
+    # Two blocks of 64 bits x 4, from the row's own on; NumPy's counter is incremented before use.
     words = [word for block in (10, 11) for word in philox4x64([block + 1, 1, 0, 0], [7, (3 << 32) | 2])]
     pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:20]
     expected = [statistics.NormalDist().inv_cdf((piece + 0.5) / 2**16) for piece in pieces]
@@ -44,13 +45,23 @@ def test_shared_normals_are_philox_words_through_a_table():
     np.testing.assert_allclose(row[:6], golden, rtol=1e-6)
 
 
-def test_shared_normals_are_standard_and_do_not_depend_on_the_rows_drawn_together():
+def test_shared_normals_are_standard_and_do_not_depend_on_what_is_drawn_with_them():
     shared = SharedRandomness(1)
-    rows = shared.normals(0, 0, 0, 0, 1000, 50)
-    assert abs(rows.mean()) < 4 / math.sqrt(rows.size) and abs(rows.var() - 1) < 4 * math.sqrt(2 / rows.size)
-    np.testing.assert_array_equal(shared.normals(0, 0, 0, 123, 7, 50), rows[123:130])
-    assert not np.array_equal(shared.normals(0, 0, 1, 0, 1, 50), rows[:1])
-    assert not np.array_equal(SharedRandomness(2).normals(0, 0, 0, 0, 1, 50), rows[:1])
+    blocks = shared.blocks(0, 0, 0, 0, 4000)
+    assert abs(blocks.mean()) < 4 / math.sqrt(blocks.size) and abs(blocks.var() - 1) < 4 * math.sqrt(2 / blocks.size)
+    np.testing.assert_array_equal(shared.blocks(0, 0, 0, 123, 7), blocks[123:130])
+    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), blocks[5:8].reshape(-1)[:40])
+    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), blocks[0])
+    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), blocks[0])
+
+
+def test_projections_are_products_with_rows():
+    shared = SharedRandomness(3)
+    for width in (5, 16, 50):  # of one block, and of several, in stretches
+        mu = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+        projections = channel._project(shared, 1, 2, 0, mu, 1 << 17)
+        for row in (0, 1, 4095, 65535, 65536, (1 << 17) - 1):
+            np.testing.assert_allclose(projections[row], shared.row(1, 2, 0, row, width) @ mu, atol=1e-4)
 
 
 def test_the_rotation_is_orthogonal_and_spreads_what_is_concentrated():
@@ -63,9 +74,27 @@ def test_the_rotation_is_orthogonal_and_spreads_what_is_concentrated():
 
 def test_a_candidate_has_one_place():
     rng = np.random.default_rng(0)
-    for index in (0, 1, 65535, 65536, 1 << 32, NUM_CANDIDATES - 1, *rng.integers(NUM_CANDIDATES, size=100)):
-        rows = channel._rows(int(index))
-        assert channel._index(*map(np.int64, rows)) == index
+    for num_rows in (1 << 16, 1 << 20):
+        last = num_rows**3 - 1
+        for index in (0, 1, 65535, 65536, 1 << 32, last, *rng.integers(last, size=100)):
+            rows = channel._rows(int(index), num_rows)
+            assert channel._index(*map(np.int64, rows), num_rows) == index
+
+
+def test_the_search_finds_the_best_of_all_candidates(monkeypatch):
+    for name, value in {"_PIECE": 64, "_FIRST_SCANNED": 2, "_ARRIVALS": 64, "_MAX_PAIRS": 200}.items():
+        monkeypatch.setattr(channel, name, value)
+    rows, index = 64, np.arange(64**3)
+    places = np.array([channel._rows(int(i), rows) for i in index]).T
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        parts = (rng.standard_normal((3, rows)) * rng.uniform(0.5, 3.0, (3, 1))).astype(np.float32)
+        monkeypatch.setattr(channel, "_project", lambda shared, step, chunk, part, *_: parts[part])  # noqa: B023
+        times = index.astype(float)
+        times[:64] = np.cumsum(np.random.default_rng(seed).standard_exponential(64))
+        expected = parts[0][places[0]] + parts[1][places[1]] + parts[2][places[2]] - np.log(times)
+        found = channel.select(None, 0, 0, np.zeros(6), rows, np.random.default_rng(seed))
+        assert expected[found] == pytest.approx(expected.max(), abs=1e-5)
 
 
 def test_pairs_above_a_threshold():
@@ -79,7 +108,7 @@ def test_pairs_above_a_threshold():
 
 
 def test_samples_are_of_q_and_cost_what_theory_says():
-    bits, num_dims, count = 12.0, 48, 150
+    bits, num_dims, count, rows = 12.0, 48, 200, channel.rows_for(12)
     length = math.sqrt(2.0 * math.log(2.0) * bits)
     rng = np.random.default_rng(0)
     along, across, indices = [], [], []
@@ -87,8 +116,8 @@ def test_samples_are_of_q_and_cost_what_theory_says():
         mu, other = rng.standard_normal((2, num_dims))
         mu *= length / np.linalg.norm(mu)
         other -= mu * (other @ mu) / length**2
-        index = channel.select(SharedRandomness(stream), 2, 0, mu, rng)
-        z = channel.draw(SharedRandomness(stream), 2, 0, num_dims, index)
+        index = channel.select(SharedRandomness(stream), 2, 0, mu, rows, rng)
+        z = channel.draw(SharedRandomness(stream), 2, 0, num_dims, index, rows)
         along.append(z @ mu / length - length)
         across.append(z @ other / np.linalg.norm(other))
         indices.append(index)
@@ -102,7 +131,7 @@ def test_samples_are_of_q_and_cost_what_theory_says():
 
 # --- The bytes ---------------------------------------------------------------------------------------------
 
-LAWS = [StepLaw([1, 40, 9, 2], [30 + 3 * i for i in range(20)]) for _ in range(6)]
+LAWS = [StepLaw([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
 STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
 
 
@@ -113,28 +142,29 @@ def a_file(body=b""):
 
 
 def test_the_bytes_of_this_version():
-    assert bitstream.encode_steps(LAWS, STEPS).hex() == "13c0751404e756ab54c40406aa930d09"
+    assert bitstream.encode_steps(LAWS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba524b"
 
 
 @hypothesis.given(
-    st.lists(st.lists(st.integers(0, NUM_CANDIDATES - 1) | st.integers(0, 5000), max_size=5), min_size=6, max_size=6)
+    st.lists(st.lists(st.integers(0, 2**60 - 1) | st.integers(0, 5000), max_size=5), min_size=6, max_size=6)
 )
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_every_prefix_says_its_whole_steps(steps):
     data = bitstream.encode_steps(LAWS, steps)
-    sizes = bitstream.prefix_sizes(LAWS, data, len(steps))
-    assert sizes[-1] == len(data)
-    for size in range(len(data) + 1):
-        said = bitstream.decode_steps(LAWS, data[:size])
-        assert said == steps[: len(said)] and sizes[len(said)] <= size
-        assert len(said) == len(steps) or sizes[len(said) + 1] > size
+    bits = bitstream.prefix_bits(LAWS, data, len(steps))
+    assert len(data) == -(-bits[-1] // 8)
+    for size in range(8 * len(data) + 1):
+        said = bitstream.decode_steps(LAWS, data, size)
+        assert said == steps[: len(said)] and bits[len(said)] <= size
+        assert len(said) == len(steps) or bits[len(said) + 1] > size
+        assert size % 8 or said == bitstream.decode_steps(LAWS, data[: size // 8])
 
 
 @hypothesis.given(st.binary(max_size=200))
 @hypothesis.settings(deadline=None)
 def test_random_bytes_are_read_to_their_end_or_refused(data):
     steps = bitstream.decode_steps(LAWS, data)
-    assert all(0 <= index < NUM_CANDIDATES for step in steps for index in step)
+    assert all(0 <= index < 2**61 for step in steps for index in step)
     assert bitstream.decode_residual([1] * 256, data, (8, 8, 1)).shape == (8, 8, 1)
     with pytest.raises(InputError, match="x is no compressed image|x is cut off|x is damaged"):
         bitstream.unpack(data, "x")
@@ -181,8 +211,11 @@ def test_a_residual_comes_back():
 
 
 def test_cheapest_path():
-    costs = {(0, 1): 1, (0, 2): 5, (0, 3): 9, (1, 2): 1, (1, 3): 3, (2, 3): 1.5}
-    assert cheapest_path(4, lambda i, j: costs[i, j]) == [0, 1, 2, 3]
+    costs = {(0, 1): 10, (0, 2): 50, (0, 3): 90, (1, 2): 10, (1, 3): 30, (2, 3): 15}
+    costs_into = lambda j: (np.full(j, 0.9 * 10 * j), np.array([costs[i, j] for i in range(j)], float))
+    assert cheapest_path(4, costs_into, max_overhead=9.0) == [0, 1, 2, 3]
+    few = lambda j: (np.array([0.1, 30.0, 60.0, 90.0][:j])[::-1] * (j > 1) + 2.0, costs_into(j)[1])
+    assert cheapest_path(4, few, max_overhead=0.6) == [0, 3]
 
 
 STD = 0.2
@@ -202,8 +235,8 @@ def gaussian_codec():
         )
         pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
         images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-        table = make_table(trained, "digest", images[:32], chunk_bits=20, batch_size=32, seed=0)
-        codec = Codec(trained, table, batch_size=8)
+        table = make_table(trained, "digest", images[:32], chunk_bits=12, batch_size=8, seed=0)
+        codec = Codec(trained, table)
         encoded = codec.encode(images[32:], range(8))
         yield diffusion, codec, table, images[32:], encoded
 
@@ -228,12 +261,13 @@ def test_decoding_is_what_the_encoder_saw(gaussian_codec):
     _, codec, table, _, encoded = gaussian_codec
     assert Table.from_json(table.to_json(), "t") == table
     laws = table.step_laws()
-    lengths = [len(laws), 0, 1, 5, 3, 2, 4, len(laws)]
+    lengths = [len(laws), 0, 1, 2, 3, 2, 1, len(laws)]
     prefixes = []
     for steps, length in zip(encoded.steps, lengths, strict=True):
         data = bitstream.encode_steps(laws, steps)
-        prefixes.append(bitstream.decode_steps(laws, data[: bitstream.prefix_sizes(laws, data, length)[-1]]))
-    assert [len(prefix) for prefix in prefixes] == lengths
+        said = bitstream.decode_steps(laws, data, bitstream.prefix_bits(laws, data, length)[-1])
+        assert len(said) >= length  # a step without chunks may come for nothing
+        prefixes.append(said[:length])
     decoded = codec.decode(prefixes, range(8))
     np.testing.assert_allclose(decoded, encoded.pred_xstart[lengths, range(8)], atol=1e-5)
     with pytest.raises(InputError, match="t is no table of this version"):

@@ -30,7 +30,6 @@ from collections.abc import Sequence
 import numpy as np
 from constriction import stream
 
-from diffusion_tf.compression.channel import NUM_CANDIDATES
 from diffusion_tf.errors import InputError
 
 MAGIC = b"DTFC"
@@ -38,9 +37,8 @@ VERSION = 1
 _FIELDS = struct.Struct(">4sB8sBHHBIIII")
 _CRC = struct.Struct(">I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
-_INDEX_BITS = NUM_CANDIDATES.bit_length()
+INDEX_LENGTHS = 61  # 0 ... 60 bits of an index's successor after its first
 _MANTISSA_BITS = 16  # of an index that are coded at once
-_MAX_SYMBOLS = 1 << 10  # more chunks than a step can have
 
 # The indices of each step's chunks.
 Steps = list[list[int]]
@@ -99,11 +97,12 @@ class StepLaw:
     Args:
       chunks: whole numbers in proportion to the probabilities of 0, 1, ... chunks; more are possible, and unlikely.
       indices: the same of the bits that index + 1 has after its first.
+      max_chunks: more than this are impossible.
     """
 
-    def __init__(self, chunks: Sequence[int], indices: Sequence[int]):
-        self._chunks = _categorical(chunks, _MAX_SYMBOLS)
-        self._indices = _categorical(indices, _INDEX_BITS)
+    def __init__(self, chunks: Sequence[int], indices: Sequence[int], max_chunks: int):
+        self._chunks = _categorical(chunks[: max_chunks + 1], max_chunks + 1)
+        self._indices = _categorical(indices, INDEX_LENGTHS)
 
     def encode(self, encoder: stream.queue.RangeEncoder, indices: Sequence[int]) -> None:
         """Adds a step's chunks."""
@@ -123,7 +122,7 @@ class StepLaw:
         value = 1
         for _, width in _pieces(bits):
             value = (value << width) | reader.read(_uniform(width))
-        return min(value - 1, NUM_CANDIDATES - 1)
+        return value - 1
 
 
 def encode_steps(laws: Sequence[StepLaw], steps: Steps) -> bytes:
@@ -132,12 +131,12 @@ def encode_steps(laws: Sequence[StepLaw], steps: Steps) -> bytes:
     for law, indices in zip(laws, steps, strict=True):
         law.encode(encoder, indices)
     data = _to_bytes(encoder)
-    return data[: prefix_sizes(laws, data, len(steps))[-1]]
+    return data[: -(-prefix_bits(laws, data, len(steps))[-1] // 8)]
 
 
-def decode_steps(laws: Sequence[StepLaw], data: bytes) -> Steps:
-    """The steps that `data`, a prefix of what `encode_steps` gives, says whole."""
-    reader = _PrefixReader(data)
+def decode_steps(laws: Sequence[StepLaw], data: bytes, num_bits: int | None = None) -> Steps:
+    """The steps that `data`, a prefix of what `encode_steps` gives, says whole; or its first bits."""
+    reader = _PrefixReader(data, 8 * len(data) if num_bits is None else num_bits)
     steps: Steps = []
     try:
         for law in laws:
@@ -147,10 +146,10 @@ def decode_steps(laws: Sequence[StepLaw], data: bytes) -> Steps:
     return steps
 
 
-def prefix_sizes(laws: Sequence[StepLaw], data: bytes, num_steps: int) -> list[int]:
-    """How many bytes say the first 0, 1, ..., num_steps steps."""
-    says = functools.cache(lambda size: len(decode_steps(laws, data[:size])))
-    return [bisect.bisect_left(range(len(data)), count, key=says) for count in range(num_steps + 1)]
+def prefix_bits(laws: Sequence[StepLaw], data: bytes, num_steps: int) -> list[int]:
+    """How many bits say the first 0, 1, ..., num_steps steps."""
+    says = functools.cache(lambda num_bits: len(decode_steps(laws, data, num_bits)))
+    return [bisect.bisect_left(range(8 * len(data)), count, key=says) for count in range(num_steps + 1)]
 
 
 def encode_residual(law: Sequence[int], residual: np.ndarray) -> bytes:
@@ -174,10 +173,16 @@ class _Undetermined(Exception):  # noqa: N818 - nothing is wrong: a file was cut
 
 
 class _PrefixReader:
-    """Reads symbols as far as they do not depend on what may have followed `data`."""
+    """Reads symbols as far as they do not depend on what may have followed the first bits of `data`."""
 
-    def __init__(self, data: bytes):
-        self._decoders = [stream.queue.RangeDecoder(_to_words(data, byte)) for byte in (b"\0", b"\xff")]
+    def __init__(self, data: bytes, num_bits: int):
+        kept = int.from_bytes(data) >> (8 * len(data) - num_bits)
+        lowest = kept << (-num_bits % 8)
+        highest = lowest | ((1 << (-num_bits % 8)) - 1)
+        paddings = ((lowest, b"\0"), (highest, b"\xff"))
+        self._decoders = [
+            stream.queue.RangeDecoder(_to_words(value.to_bytes(-(-num_bits // 8)), byte)) for value, byte in paddings
+        ]
 
     def read(self, symbol_model: stream.model.Model) -> int:
         try:

@@ -6,10 +6,11 @@ and q is N(mu, I), and a candidate z has the weight r(z) = exp(<mu, z> - |mu|^2 
 times T_0 < T_1 < ... of a Poisson process, the one with the least T / r is a sample of q. Early ones win more often, so
 that naming its place costs about I + 3.5 bits, I = |mu|^2 / (2 ln 2).
 
-Since log r has a standard deviation of |mu|, an honest sample of 12 bits takes some 2^25 candidates. They are triples:
-the dimensions have three parts, each with 2^16 rows of normal numbers, and a candidate is one row of each. So the
-weights of 2^48 candidates are sums of three terms, and those which can still win are found by sorting. All dimensions
-of a step are mixed first by a random rotation, so that the parts have equal shares of mu.
+Since log r has a standard deviation of |mu|, an honest sample of 12 bits takes some 2^25 candidates, and one of 20 bits
+2^48. They are triples: the dimensions have three parts, each with R rows of normal numbers, and a candidate is one row
+of each. So the weights of R^3 candidates are sums of three terms, and those which can still win are found by sorting.
+All dimensions of a step are mixed first by a random rotation, so that the parts have equal shares of mu. The weights of
+a part's rows have a relative variance of exp(|mu|^2 / 3) / R, which is to be far below 1: see `rows_for`.
 """
 
 import functools
@@ -20,14 +21,21 @@ from collections.abc import Sequence
 import numpy as np
 
 _PARTS = 3
-_ROWS = 1 << 16
-NUM_CANDIDATES = _ROWS**_PARTS
-_MULTIPLIER = 40503  # odd, and no simple fraction of 2^16
-_SCANNED = 256  # stretches of 2^16 candidates that are looked at one by one
+_FIRST_SCANNED = 16  # times R candidates are looked at one by one
+_MAX_SCANNED = 1 << 30
+_PIECE = 1 << 15  # candidates looked at together
+_ARRIVALS = 1 << 16
 _MAX_PAIRS = 1 << 22
-_NORMALS_AT_ONCE = 1 << 20
-_WORDS_PER_BLOCK = 16  # 16-bit words to one step of the Philox counter
+_BLOCK = 16  # normal numbers to one step of the Philox counter, four words of 64 bits
 _SIGNS, _PRIOR = 2**32 - 1, 2**32 - 2  # in place of a chunk's number
+
+
+def rows_for(chunk_bits: int) -> int:
+    """R for chunks of so many bits at most: a relative variance of 0.4%, 0.6%, 1% (20 bits) or 6% (24) for the largest.
+
+    A sample's projection on mu is then short by 0.02 of its standard deviation, or 0.06 for 24 bits, and less for less.
+    """
+    return 1 << (16 if chunk_bits <= 12 else 18 if chunk_bits <= 16 else 20)
 
 
 class SharedRandomness:
@@ -42,15 +50,22 @@ class SharedRandomness:
     def __init__(self, stream: int):
         self.stream = stream
 
-    def normals(self, step: int, chunk: int, part: int, first_row: int, num_rows: int, width: int) -> np.ndarray:
-        """Rows first_row ... of one part of a chunk's dimensions, float32 [num_rows, width]."""
-        blocks = -(-width // _WORDS_PER_BLOCK)
-        words = self._words(step, chunk, first_row * blocks, part, num_rows * blocks * _WORDS_PER_BLOCK // 4)
-        return _quantiles().take(words.view("<u2"), mode="clip").reshape(num_rows, -1)[:, :width]
+    def blocks(self, step: int, chunk: int, part: int, first: int, count: int) -> np.ndarray:
+        """Blocks first, first + 1, ... of a part of a chunk, float32 [count, 16]: row r starts with block r.
+
+        A row of more than 16 dimensions shares its later blocks with the rows that follow, where they meet other
+        shares of mu: their weights have little to do with each other, and the numbers to draw do not grow with mu.
+        """
+        words = self._words(step, chunk, first, part, count * _BLOCK // 4)
+        return _quantiles().take(words.view("<u2"), mode="clip").reshape(count, _BLOCK)
+
+    def row(self, step: int, chunk: int, part: int, row: int, width: int) -> np.ndarray:
+        """A row, float32 [width]."""
+        return self.blocks(step, chunk, part, row, -(-width // _BLOCK)).reshape(-1)[:width]
 
     def prior_sample(self, shape: Sequence[int]) -> np.ndarray:
         """x_T, float32 of `shape`, from N(0, I)."""
-        return self.normals(0, _PRIOR, 0, 0, 1, math.prod(shape)).reshape(shape)
+        return self.row(0, _PRIOR, 0, 0, math.prod(shape)).reshape(shape)
 
     def rotate(self, step: int, x: np.ndarray) -> np.ndarray:
         """A random rotation of x [num_dims]: signs, and the Hartley transform, which is its own inverse."""
@@ -88,46 +103,68 @@ def kl_bits(mu: np.ndarray) -> float:
     return float(np.sum(np.square(mu, dtype=np.float64)) / (2.0 * math.log(2.0)))
 
 
-def draw(shared: SharedRandomness, step: int, chunk: int, num_dims: int, index: int) -> np.ndarray:
+def draw(shared: SharedRandomness, step: int, chunk: int, num_dims: int, index: int, num_rows: int) -> np.ndarray:
     """Candidate `index` of a chunk, float32 [num_dims]: what the decoder does."""
-    rows = _rows(index)
     widths = [len(part) for part in np.array_split(np.empty(num_dims), _PARTS)]
-    return np.concatenate(
-        [shared.normals(step, chunk, part, rows[part], 1, width)[0] for part, width in enumerate(widths)]
-    )
+    rows = _rows(index, num_rows)
+    return np.concatenate([shared.row(step, chunk, part, rows[part], width) for part, width in enumerate(widths)])
 
 
-def select(shared: SharedRandomness, step: int, chunk: int, mu: np.ndarray, arrivals: np.random.Generator) -> int:
+def select(
+    shared: SharedRandomness, step: int, chunk: int, mu: np.ndarray, num_rows: int, arrivals: np.random.Generator
+) -> int:
     """The index of a candidate that is distributed as N(mu, I): what the encoder does.
 
     Args:
       shared: the random numbers of candidates.
       step: which step of the reverse process.
       chunk: which chunk of it.
-      mu: float [num_dims]; beyond 16 bits the sample is noticeably nearer to p than q is.
+      mu: float [num_dims]; of more bits than `num_rows` is for, the sample is noticeably nearer to p than q is.
+      num_rows: R, a power of 2.
       arrivals: the encoder's own randomness, of which the decoder needs to know nothing.
     """
     parts = enumerate(np.array_split(mu.astype(np.float32), _PARTS))
-    u, v, w = (_project(shared, step, chunk, part, share) for part, share in parts)
+    u, v, w = (_project(shared, step, chunk, part, share, num_rows) for part, share in parts)
     # The first 2^16 arrive one by one. After them T_k is k to 0.4%.
-    score = u + v + w - np.log(np.cumsum(arrivals.standard_exponential(_ROWS)))
+    times = np.arange(num_rows, dtype=np.float64)
+    times[:_ARRIVALS] = np.cumsum(arrivals.standard_exponential(_ARRIVALS))
+    score = u + v + w - np.log(times)
     index = int(np.argmax(score))
     best = float(score[index])
-    v_twice, w_twice = np.concatenate([v, v]), np.concatenate([w, w])
-    for stretch in range(1, _SCANNED):
-        first = stretch * _ROWS
-        _, b, c = _rows(first)
-        weight = u + v_twice[b : b + _ROWS] + w_twice[c : c + _ROWS]
+    # The next ones are looked at in their order, until few pairs of rows are left that some third row can help to win.
+    scanned, until = num_rows, _FIRST_SCANNED * num_rows
+    while True:
+        index, best = _scan(u, v, w, range(scanned, until, _PIECE), index, best)
+        scanned, until = until, 2 * until
+        threshold = best + math.log(scanned)
+        if until > _MAX_SCANNED or _count_above(u, v, threshold - w.max()) <= _MAX_PAIRS:
+            break
+    # Of the rest, only such can win as have a weight that makes up for T. The first R^2 have each pair of rows once.
+    a, b = _pairs_above(u, v, threshold - w.max())
+    weight = u[a] + v[b] + w[_third_row(a, b, num_rows)]
+    above = weight > threshold
+    early = ((b[above] - a[above]) % num_rows) * num_rows + a[above]
+    late, late_weight = _triples_above(u, v, w, best + 2.0 * math.log(num_rows))
+    for candidates, weights in ((early, weight[above]), (late, late_weight)):
+        score = np.where(candidates >= scanned, weights - np.log(np.maximum(candidates, 1)), -np.inf)
+        if len(score) and score.max() > best:
+            best, index = float(score.max()), int(candidates[np.argmax(score)])
+    return index
+
+
+def _scan(u: np.ndarray, v: np.ndarray, w: np.ndarray, pieces: range, index: int, best: float) -> tuple[int, float]:
+    """The best candidate of pieces that begin there, or the one given, and its score."""
+    v_on, w_on = np.concatenate([v, v[:_PIECE]]), np.concatenate([w, w[:_PIECE]])
+    weight = np.empty(_PIECE, np.float32)
+    for first in pieces:
+        a, b, c = _rows(first, len(u))
+        np.add(u[a : a + _PIECE], v_on[b : b + _PIECE], out=weight)
+        np.add(weight, w_on[c : c + _PIECE], out=weight)
         if weight.max() - math.log(first) > best:
-            score = weight - np.log(np.arange(first, first + _ROWS))
+            score = weight - np.log(np.arange(first, first + _PIECE))
             if score.max() > best:
                 best, index = float(score.max()), first + int(np.argmax(score))
-    # Of the rest, only such can win as have a weight that makes up for T.
-    late, weight = _triples_above(u, v, w, best + math.log(_SCANNED * _ROWS))
-    score = np.where(late >= _SCANNED * _ROWS, weight - np.log(np.maximum(late, 1)), -np.inf)
-    if len(late) and score.max() > best:
-        index = int(late[np.argmax(score)])
-    return index
+    return index, best
 
 
 def sample_indices(bits: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -140,28 +177,43 @@ def sample_indices(bits: np.ndarray, generator: np.random.Generator) -> np.ndarr
     z = mu + generator.standard_normal(mu.shape)
     cdf = np.vectorize(statistics.NormalDist().cdf, otypes=[np.float64])
     earlier = generator.standard_exponential(mu.shape) * (np.exp(mu * z - mu**2 / 2) * cdf(z) - cdf(z - mu))
-    return np.minimum(generator.poisson(np.clip(earlier, 0.0, 1e18)), NUM_CANDIDATES - 1.0)
+    return generator.poisson(np.clip(earlier, 0.0, 1e18)).astype(np.float64)
 
 
-def _rows(index: int) -> tuple[int, int, int]:
-    """The rows of a candidate. Each 2^16 candidates in a row have each row once, beside ever others."""
-    shift, a = divmod(index, _ROWS)
-    shift_c, shift_b = divmod(shift, _ROWS)
-    return a, (a + shift_b) % _ROWS, (a + shift_b * _MULTIPLIER + shift_c) % _ROWS
+def _rows(index: int, num_rows: int) -> tuple[int, int, int]:
+    """The rows of a candidate. Each R candidates in a row have each row once, beside ever others."""
+    shift, a = divmod(index, num_rows)
+    shift_c, shift_b = divmod(shift, num_rows)
+    b = (a + shift_b) % num_rows
+    return a, b, (_third_row(a, b, num_rows) + shift_c) % num_rows
 
 
-def _index(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def _third_row(a, b, num_rows: int):
+    """That beside two others in the first R^2 candidates, each of which has a pair of them; whole numbers or arrays."""
+    return (a + (b - a) * _multiplier(num_rows)) & (num_rows - 1)
+
+
+def _index(a: np.ndarray, b: np.ndarray, c: np.ndarray, num_rows: int) -> np.ndarray:
     """The candidate of these rows, int64."""
-    shift_b = (b - a) % _ROWS
-    shift_c = (c - a - shift_b * _MULTIPLIER) % _ROWS
-    return (shift_c * _ROWS + shift_b) * _ROWS + a
+    shift_b, shift_c = (b - a) % num_rows, (c - _third_row(a, b, num_rows)) % num_rows
+    return (shift_c * num_rows + shift_b) * num_rows + a
 
 
-def _project(shared: SharedRandomness, step: int, chunk: int, part: int, mu: np.ndarray) -> np.ndarray:
-    """<mu, row> of every row of a part, float32 [2^16]; in stretches, which bounds the memory."""
-    stretch = min(_ROWS, 1 << (max(1, _NORMALS_AT_ONCE // max(1, len(mu))).bit_length() - 1))
-    rows = (shared.normals(step, chunk, part, first, stretch, len(mu)) for first in range(0, _ROWS, stretch))
-    return np.concatenate([np.einsum("ij,j->i", part_rows, mu) for part_rows in rows])
+def _multiplier(num_rows: int) -> int:
+    """Odd, and no simple fraction of R: the golden section of it."""
+    return round(num_rows * (math.sqrt(5.0) - 1.0) / 2.0) | 1
+
+
+def _project(shared: SharedRandomness, step: int, chunk: int, part: int, mu: np.ndarray, num_rows: int) -> np.ndarray:
+    """<mu, row> of every row of a part, float32 [R]; in stretches, which bounds the memory."""
+    shares = np.pad(mu, (0, -len(mu) % _BLOCK)).reshape(-1, _BLOCK)
+    stretch = min(num_rows, max(1 << 10, (1 << 18) >> (len(shares) - 1).bit_length()))
+    projections = []
+    for first in range(0, num_rows, stretch):
+        blocks = shared.blocks(step, chunk, part, first, stretch + len(shares) - 1)
+        products = shares @ blocks.T
+        projections.append(sum(products[i, i : i + stretch] for i in range(len(shares))))
+    return np.concatenate(projections)
 
 
 def _triples_above(u: np.ndarray, v: np.ndarray, w: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -169,20 +221,28 @@ def _triples_above(u: np.ndarray, v: np.ndarray, w: np.ndarray, threshold: float
     a, b = _pairs_above(u, v, threshold - w.max())
     pair, c = _pairs_above(u[a] + v[b], w, threshold)
     a, b = a[pair], b[pair]
-    return _index(a, b, c), u[a] + v[b] + w[c]
+    return _index(a, b, c, len(u)), u[a] + v[b] + w[c]
 
 
 def _pairs_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """The places (i, j) with u[i] + v[j] > threshold; the largest of the sums where they are more than 2^22."""
     top = float(u.max(initial=-np.inf)) + float(v.max())
-    while True:
-        i, j = np.flatnonzero(u > threshold - v.max()), np.flatnonzero(v > threshold - u.max(initial=-np.inf))
-        j = j[np.argsort(v[j])]
-        first = np.searchsorted(v[j], threshold - u[i], side="right")
-        counts = len(j) - first
-        total = int(counts.sum())
-        if total <= _MAX_PAIRS:
-            break
+    while _count_above(u, v, threshold) > _MAX_PAIRS:
         threshold = threshold + 0.1 * (top - threshold) + 1e-3
-    within = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+    i, j = _can_be_above(u, v, threshold)
+    j = j[np.argsort(v[j])]
+    first = np.searchsorted(v[j], threshold - u[i], side="right")
+    counts = len(j) - first
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(i, counts), j[np.repeat(first, counts) + within]
+
+
+def _count_above(u: np.ndarray, v: np.ndarray, threshold: float) -> int:
+    """How many pairs are above."""
+    i, j = _can_be_above(u, v, threshold)
+    return len(i) * len(j) - int(np.searchsorted(np.sort(v[j]), np.sort(threshold - u[i]), side="right").sum())
+
+
+def _can_be_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Places in u and v whose values are above with the other's largest."""
+    return np.flatnonzero(u > threshold - v.max()), np.flatnonzero(v > threshold - u.max(initial=-np.inf))
