@@ -35,12 +35,11 @@ from diffusion_tf.compression.table import Table, make_table
 from diffusion_tf.datasets import ImageReader, open_source
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import check_writable, read_file, read_npz, write_file, write_json
+from diffusion_tf.files import check_writable, read_npz, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 
 FLAGS = flags.FLAGS
-_MAX_TABLE_BYTES = 1 << 26
 _STRIP_IMAGES = 8
 _STRIP_COLUMNS = 12
 common.define_measurement_flags(batch_size=None, out="The folder to write into.")
@@ -75,7 +74,7 @@ class _Tables:
             table = self._make(chunk_bits)
             write_file(path, table.to_json())
             return table
-        table = Table.from_json(read_file(path, _MAX_TABLE_BYTES), path)
+        table = Table.read(path)
         if (table.checkpoint, table.precision) != (self._digest, self._run.preset.precision):
             raise InputError(f"{path} is of other weights or another --precision: remove it to make it anew")
         if FLAGS.batch_size not in (None, table.batch_size):
@@ -88,11 +87,12 @@ class _Tables:
         source = open_source(self._run.preset, "train", data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
         # An image of more dimensions has more chunks to learn from, and takes a network more time.
         num_images = FLAGS.num_table_images or int(np.clip(2**14 // num_dims, 4, 256))
-        images = ImageReader(source)(0, min(num_images, source.num_examples))
+        images = ImageReader(source)(0, min(max(256, num_images), source.num_examples))
         return make_table(
             self._trained,
             self._digest,
             images,
+            num_predicted=num_images,
             chunk_bits=chunk_bits,
             batch_size=FLAGS.batch_size or replicas * int(np.clip(6400 // num_dims, 1, 100)),
             seed=FLAGS.seed,

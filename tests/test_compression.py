@@ -16,6 +16,7 @@ from diffusion_tf.compression import bitstream, channel
 from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepLaw
 from diffusion_tf.compression.channel import SharedRandomness
 from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.image_files import Measured, Targets
 from diffusion_tf.compression.table import Table, cheapest_path, make_table
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
 from diffusion_tf.errors import InputError
@@ -107,8 +108,23 @@ def test_pairs_above_a_threshold():
     assert 1 << 18 < len(i) <= 1 << 22
 
 
+def test_rows_are_enough_for_the_chunks():
+    """Rows by their weights are as q has them: with 2^16 for 20 bits, their variance in place of 1 would be 0.82."""
+    bits, width = 20, 8
+    rng = np.random.default_rng(0)
+    variances = []
+    for stream in range(60):
+        mu = rng.standard_normal(width).astype(np.float32)
+        mu *= math.sqrt(2.0 * math.log(2.0) * bits / 3.0) / np.linalg.norm(mu)  # a third of the chunk's
+        projections = channel._project(SharedRandomness(stream), 0, 0, 0, mu, channel.rows_for(bits)).astype(float)
+        weights = np.exp(projections - projections.max())
+        mean = np.average(projections, weights=weights)
+        variances.append(np.average((projections - mean) ** 2, weights=weights) / np.sum(mu.astype(float) ** 2))
+    assert np.mean(variances) > 0.88
+
+
 def test_samples_are_of_q_and_cost_what_theory_says():
-    bits, num_dims, count, rows = 12.0, 48, 200, channel.rows_for(12)
+    bits, num_dims, count, rows = 12.0, 48, 150, channel.rows_for(12)
     length = math.sqrt(2.0 * math.log(2.0) * bits)
     rng = np.random.default_rng(0)
     along, across, indices = [], [], []
@@ -235,7 +251,7 @@ def gaussian_codec():
         )
         pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
         images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-        table = make_table(trained, "digest", images[:32], chunk_bits=12, batch_size=8, seed=0)
+        table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
         codec = Codec(trained, table)
         encoded = codec.encode(images[32:], range(8))
         yield diffusion, codec, table, images[32:], encoded
@@ -257,9 +273,10 @@ def test_rate_and_distortion_are_those_of_theory(gaussian_codec):
     assert kl_bits[-1] < bits < 1.5 * kl_bits[-1]
 
 
-def test_decoding_is_what_the_encoder_saw(gaussian_codec):
+def test_decoding_is_what_the_encoder_saw(gaussian_codec, tmp_path):
     _, codec, table, _, encoded = gaussian_codec
-    assert Table.from_json(table.to_json(), "t") == table
+    (tmp_path / "t.json").write_bytes(table.to_json())
+    assert Table.read(str(tmp_path / "t.json")) == table
     laws = table.step_laws()
     lengths = [len(laws), 0, 1, 2, 3, 2, 1, len(laws)]
     prefixes = []
@@ -270,5 +287,26 @@ def test_decoding_is_what_the_encoder_saw(gaussian_codec):
         prefixes.append(said[:length])
     decoded = codec.decode(prefixes, range(8))
     np.testing.assert_allclose(decoded, encoded.pred_xstart[lengths, range(8)], atol=1e-5)
-    with pytest.raises(InputError, match="t is no table of this version"):
-        Table.from_json(b'{"chunk_bits": 3}', "t")
+    (tmp_path / "t.json").write_bytes(b'{"chunk_bits": 3}')
+    with pytest.raises(InputError, match="t.json is no table of this version"):
+        Table.read(str(tmp_path / "t.json"))
+
+
+def test_targets():
+    bits, mse = np.array([0, 20, 41, 200]), np.array([100.0, 64.0, 36.0, 1.0]) ** 2
+    measured = Measured(bits, bits / 1.3, mse)
+    header = 8 * HEADER_BYTES
+    for targets, steps in (
+        (Targets(), 3),
+        (Targets(rmse=64.0), 1),
+        (Targets(rmse=40.0), 2),
+        (Targets(rmse=0.5), 3),
+        (Targets(bits_per_dim=(header + 24) / 64), 1),
+        (Targets(bits_per_dim=(header + 47) / 64), 1),  # 41 bits are 6 bytes
+        (Targets(bits_per_dim=(header + 48) / 64), 2),
+        (Targets(rmse=40.0, bits_per_dim=header / 64), 0),
+    ):
+        assert targets.steps(measured, 64) == steps, targets
+    Targets(bits_per_dim=4.875).check(64)
+    with pytest.raises(InputError, match="--target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
+        Targets(bits_per_dim=4.8).check(64)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion_tf import checkpoints
+from diffusion_tf.compression import bitstream
+from diffusion_tf.compression.image_files import read_image_file
+from diffusion_tf.compression.table import Table
 from diffusion_tf.datasets import ImageReader, open_source
 from diffusion_tf.errors import InputError
 from diffusion_tf.files import read_json, read_npz
@@ -139,3 +143,40 @@ def test_a_record_that_claims_the_whole_memory_is_refused(tmp_path):
     (tmp_path / "x.tfrecords").write_bytes(length + crc + RECORDS)
     with pytest.raises(InputError, match="x.tfrecords is not a StyleGAN TFRecord"):
         read_pictures(str(tmp_path / "x.tfrecords"))
+
+
+TABLE = Table("", "float32", (8, 8, 1), 1, 12, (7,) * 64, (3, 1, 0), ((1, 9), (2, 5, 1)), ((3, 4, 5),) * 2, (1,) * 256)
+
+
+def read_compressed(path):
+    header, body = read_image_file(path, TABLE.image_shape)
+    steps = bitstream.decode_steps(TABLE.step_laws(), body[: header.steps_size])
+    assert all(len(step) <= 10 for step in steps)
+    bitstream.decode_residual(TABLE.residual_law, body[header.steps_size :], TABLE.image_shape)
+
+
+@QUICK
+@given(data=st.data(), numbers=st.tuples(*[st.integers(0, 2**32 - 1)] * 3), body=st.binary(max_size=64))
+def test_compressed_images(tmp_path, data, numbers, body):
+    stream, steps_size, _ = numbers
+    sizes = (steps_size, len(body), zlib.crc32(body))
+    sealed = bitstream.pack(bitstream.Header(TABLE.digest, 12, (8, 8, 1), stream, *sizes), body)
+    content = data.draw(st.one_of(st.binary(max_size=64), st.just(sealed), damaged(sealed)))
+    reads_or_refuses(read_compressed, tmp_path / "x.dtfc", content)
+
+
+def test_a_compressed_image_is_no_larger_than_one_can_be(tmp_path):
+    (tmp_path / "x.dtfc").write_bytes(b"DTFC" * 2**13)
+    with pytest.raises(InputError, match="holds 32,768 bytes, and may hold 16,423 at most"):
+        read_image_file(str(tmp_path / "x.dtfc"), TABLE.image_shape)
+
+
+@QUICK
+@given(data=st.data())
+def test_tables_of_compression(tmp_path, data):
+    fields = json.loads(TABLE.to_json())
+    changed = st.sampled_from(sorted(fields)).flatmap(
+        lambda name: json_values.map(lambda value: json.dumps({**fields, name: value}).encode())
+    )
+    content = data.draw(st.one_of(changed, damaged(TABLE.to_json()), json_values.map(lambda v: json.dumps(v).encode())))
+    reads_or_refuses(lambda path: Table.read(path), tmp_path / "x.json", content)

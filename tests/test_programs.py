@@ -7,13 +7,13 @@ import pathlib
 import subprocess
 import sys
 import time
-import zlib
 
 import inception_files
 import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_tf.compression import bitstream
 from diffusion_tf.datasets import load_digits
 from diffusion_tf.presets import Preset
 from diffusion_tf.workdir import Workdir
@@ -239,23 +239,38 @@ def test_compressed_files_come_back(trained, tmp_path):
     assert 8 * np.mean(sizes) / 64 == pytest.approx(record["lossless_bits_per_dim"])
     assert (trained / "compression_test.png").read_bytes().startswith(b"\x89PNG")
 
+    images = load_digits("test")[:3]
+    Image.fromarray(images[2][..., 0]).save(tmp_path / "digit.png")
+    np.savez(tmp_path / "digits.npz", images=images)
+    few = [f"--workdir={trained}", f"--images={tmp_path}/digits.npz", f"--out={tmp_path}/few"]
+    refused = run("compress", "encode", *few, "--target_bits_per_dim=4.8")
+    assert refused.returncode == 1 and "4.875 at least" in refused.stderr and not (tmp_path / "few").exists()
+    assert run("compress", "encode", *few, "--target_bits_per_dim=5.1").returncode == 0
+    few_sizes = [path.stat().st_size for path in sorted((tmp_path / "few").glob("*.dtfc"))]
+    assert len(few_sizes) == 3 and all(39 <= size <= 40 for size in few_sizes)
+    one = run(
+        "compress",
+        "encode",
+        f"--workdir={trained}",
+        f"--images={tmp_path}/digit.png",
+        "--target_rmse=300",
+        f"--out={files}",
+    )
+    assert one.returncode == 0 and (files / "digit.dtfc").stat().st_size == 39  # all images are as near as that
+
     whole = (files / "image_00001.dtfc").read_bytes()
     (files / "cut.dtfc").write_bytes(whole[:-1])
     decoded = run("compress", "decode", f"--workdir={trained}", f"--source={files}", f"--out={out}")
     assert decoded.returncode == 0, decoded.stderr
-    for i, image in enumerate(load_digits("test")[:3]):  # exact, so this process predicted what the encoder's did
+    for i, image in enumerate(images):  # exact, so this process predicted what the encoder's did
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"image_{i:05d}.png")), image[..., 0])
-    with Image.open(out / "cut.png") as picture:
-        assert picture.size == (8, 8)
+    for name in ("cut", "digit"):
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.size == (8, 8)
 
-    for sealed, message in ((True, "other.dtfc was made by another model"), (False, "other.dtfc is damaged")):
-        damaged = bytearray(whole)
-        damaged[6] ^= 1  # of the digest
-        header = bytes(damaged[:35])
-        checksum = zlib.crc32(header).to_bytes(4, "big") if sealed else bytes(damaged[35:39])
-        (tmp_path / "other.dtfc").write_bytes(header + checksum + bytes(damaged[39:]))
-        refused = run("compress", "decode", f"--workdir={trained}", f"--source={tmp_path}/other.dtfc", f"--out={out}")
-        assert refused.returncode == 1 and message in refused.stderr, refused.stderr
+    (tmp_path / "other.dtfc").write_bytes(bitstream.pack(bitstream.Header(b"8 others", 24, (8, 8, 1), 0, 0, 0, 0), b""))
+    refused = run("compress", "decode", f"--workdir={trained}", f"--source={tmp_path}/other.dtfc", f"--out={out}")
+    assert refused.returncode == 1 and "other.dtfc was made by another model" in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(

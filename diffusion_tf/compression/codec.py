@@ -7,6 +7,7 @@ whatever the run's model_var_type, and the step costs (SNR(s) - SNR(t)) |x_0 - p
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,7 +65,7 @@ class Codec:
         x_t = np.stack([random.prior_sample(x_start.shape[1:]) for random in shared])
         steps: list[Steps] = [[] for _ in images]
         kls, predictions = [], [self._predict(0, x_t)]
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             for step in range(len(self._sigma)):
                 mu = (x_start - predictions[-1]) * (self._xstart_coef[step] / self._sigma[step])
                 mu = mu.reshape(len(images), -1)

@@ -17,10 +17,14 @@ from diffusion_tf.compression.channel import rows_for, sample_indices
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.distribution import over_replicas
 from diffusion_tf.errors import InputError
+from diffusion_tf.files import first_line, read_json
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.trained_model import TrainedModel
 
+_MAX_TABLE_BYTES = 1 << 26
+_MAX_LAW = 1 << 17  # numbers
 _GRID = 150  # timesteps that a coarse schedule may consist of
+_LARGE_DIMS = 1024  # of images for whose networks each third of those timesteps is enough
 _NEGLIGIBLE_BITS = 0.01  # a step of less sends nothing
 _DIMS_PER_CHUNK = 6  # at least: two in each of a candidate's parts
 _MAX_OVERHEAD = 0.33  # of the bits that say a number of whole steps, beyond the steps' KL
@@ -62,19 +66,35 @@ class Table:
         return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
 
     @classmethod
-    def from_json(cls, data: bytes, name: str) -> "Table":
+    def read(cls, path: str) -> "Table":
         """The table of a file.
 
         Raises:
-          InputError: it is none, and is named `name`.
+          InputError: it cannot be read, or is no table.
         """
+        value = read_json(path, _MAX_TABLE_BYTES)
         try:
-            table = cls(**{key: _as_tuples(value) for key, value in json.loads(data).items()})
-            table.step_laws()
-            np.array(table.mean_image, np.uint8).reshape(table.image_shape)
+            table = cls(**{key: _as_tuples(field) for key, field in value.items()})
+            table._check()
             return table
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{name} is no table of this version ({error}): remove it to make it anew") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path} is no table of this version ({first_line(error)}): remove it to make it anew"
+            ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError where the table's numbers are not such as `make_table` gives."""
+        height, width, channels = self.image_shape
+        laws = (*self.chunk_laws, *self.index_laws, self.residual_law)
+        for numbers in (self.image_shape, self.mean_image, self.timesteps, (self.batch_size, self.chunk_bits), *laws):
+            if not all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers):
+                raise ValueError("its numbers are whole and not negative")
+        if not len(self.timesteps) - 1 == len(self.chunk_laws) == len(self.index_laws):
+            raise ValueError("it has laws of other steps")
+        if not all(0 < len(law) <= _MAX_LAW and sum(law) for law in laws) or len(self.residual_law) != 256:
+            raise ValueError("a law is missing")
+        if len(self.mean_image) != height * width * channels or max(self.mean_image) > 255 or not self.batch_size:
+            raise ValueError("its image is none")
 
     @property
     def digest(self) -> bytes:
@@ -119,16 +139,29 @@ def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, i
 
 
 def make_table(
-    trained: TrainedModel, checkpoint: str, images: np.ndarray, *, chunk_bits: int, batch_size: int, seed: int
+    trained: TrainedModel,
+    checkpoint: str,
+    images: np.ndarray,
+    *,
+    num_predicted: int,
+    chunk_bits: int,
+    batch_size: int,
+    seed: int,
 ) -> Table:
     """Chooses the coarse schedule and the laws, by what the steps would cost for training images uint8 [N, H, W, C].
 
-    At most 150 network evaluations an image.
+    The first `num_predicted` of them take at most 150 network evaluations each, or 50 where they are large; the mean
+    image is that of all.
     """
     last = trained.diffusion.num_timesteps - 1
     timesteps = np.unique(np.round(last * np.linspace(0.0, 1.0, _GRID) ** 2).astype(int))[::-1]
     mean_image = np.round(images.mean(axis=0)).astype(int)
-    errors, final = _predictions(trained, images, timesteps, batch_size, seed)
+    images = images[:num_predicted]
+    # Between neighbours errors change smoothly.
+    stride = 1 if images[0].size <= _LARGE_DIMS else 3
+    seen = np.unique([*range(0, len(timesteps), stride), len(timesteps) - 1])
+    seen_errors, final = _predictions(trained, images, timesteps[seen], batch_size, seed)
+    errors = np.stack([np.interp(np.arange(len(timesteps)), seen, column) for column in seen_errors.T], axis=1)
     errors[0] = np.square((images - mean_image) / 127.5).sum(axis=(1, 2, 3))
     abar = trained.diffusion.schedule.alphas_cumprod[timesteps]
     costs = StepCosts(errors, abar / (1.0 - abar), chunk_bits, math.prod(images.shape[1:]), seed)
