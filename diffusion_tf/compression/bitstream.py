@@ -130,6 +130,7 @@ def encode_steps(laws: Sequence[StepLaw], steps: Steps) -> bytes:
     encoder = stream.queue.RangeEncoder()
     for law, indices in zip(laws, steps, strict=True):
         law.encode(encoder, indices)
+    encoder.encode(1 << 15, _uniform(16))  # amid all that may follow: the fewest bits tell where that is
     data = _to_bytes(encoder)
     return data[: -(-prefix_bits(laws, data, len(steps))[-1] // 8)]
 
