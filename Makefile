@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/digits
 BUILDIFIER := npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test test-slow soak lint format lock clean
+.PHONY: demo test test-slow soak bench lint format lock clean
 
 demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
 	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
@@ -18,6 +18,9 @@ test-slow: $(VENV)/.installed  ## the tests that take many minutes
 
 soak: $(VENV)/.installed  ## kill a training process thirty times: the run must be the run; at most twenty minutes
 	$(BIN)/python -m pytest -m slow -s tests/test_soak.py
+
+bench: $(VENV)/.installed  ## speed beside diffusers' on this CPU: BENCH="--quick forward" for a part
+	$(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 lint: $(VENV)/.installed  ## style, types and build files
 	$(BIN)/ruff check .
@@ -36,7 +39,7 @@ lock: $(VENV)/.installed  ## choose new locked versions within setup.py's ranges
 	  --no-emit-find-links --extra=cpu --extra=dev --extra=inception setup.py --output-file=requirements.lock
 
 clean:  ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build/bench .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: requirements.lock
 	@python=; for p in python3.11 python3.12 python3; do \

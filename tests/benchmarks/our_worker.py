@@ -1,0 +1,116 @@
+"""The project's own denoiser, training step, sampling loop and input pipeline on this CPU, as the programs run them."""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import PIL.Image
+import tensorflow as tf
+import tensorflow_datasets as tfds
+import timing
+
+from diffusion_tf.datasets import open_source, training_batches
+from diffusion_tf.distribution import make_strategy, over_replicas
+from diffusion_tf.presets import PRESETS, Preset, get_preset
+from diffusion_tf.samplers import reverse_steps, sample_noise
+from diffusion_tf.stylegan_tfrecords import find_images, prepare
+from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.training import Trainer
+
+_TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call: a loop, as in training
+_SAMPLE_STEPS = 10
+_INPUT_BATCHES = 20
+_RECORDS = {32: 5000, 256: 500}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--what", choices=["forward", "train", "sample", "input", "data"])
+    parser.add_argument("--preset", choices=list(PRESETS))
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--data")
+    args = parser.parse_args()
+    if args.what == "data":
+        _write_tfds(args.data)
+        _write_tfrecords(args.data)
+        return
+    preset = get_preset(args.preset, batch_size=args.batch, precision=args.precision)
+    if args.what == "input":
+        call, steps = _input(preset, args.data)
+    else:
+        call, steps = {"forward": _forward, "train": _train, "sample": _sample}[args.what](preset)
+    timing.serve(call, steps_per_call=steps, version=tf.__version__)
+
+
+def _forward(preset: Preset):
+    trained = TrainedModel(preset, make_strategy())
+    denoise = over_replicas(lambda _, x, t: trained.denoise_fn()(x, t), trained.strategy, preset.batch_size)
+    x, t = tf.random.normal((preset.batch_size, *preset.image_shape)), tf.range(preset.batch_size)
+    return lambda: denoise(0, x, t).numpy(), 1
+
+
+def _train(preset: Preset):
+    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS[preset.dataset]
+    images = np.random.RandomState(0).randint(256, size=(preset.batch_size, *preset.image_shape)).astype(np.uint8)
+    batches = iter(tf.data.Dataset.from_tensors(images).repeat())
+    return lambda: float(trainer.run_steps(batches, tf.constant(steps))["loss"]), steps
+
+
+def _sample(preset: Preset):
+    """The first steps of what `Sampler` runs: its own calls to the device are of 50 of the 1000 steps."""
+    trained = TrainedModel(preset, make_strategy())
+    shape = (preset.batch_size, *preset.image_shape)
+
+    def steps(first_image, x_t, start, stop):
+        noise_fn = sample_noise(0, first_image, shape)
+        return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
+
+    run = over_replicas(steps, trained.strategy, preset.batch_size)
+    x_t = tf.random.normal(shape)
+    bounds = [tf.fill([preset.batch_size], preset.num_timesteps - steps_done) for steps_done in (0, _SAMPLE_STEPS)]
+    return lambda: run(0, x_t, *bounds).numpy(), _SAMPLE_STEPS
+
+
+def _input(preset: Preset, data: str):
+    """Seconds are of one image."""
+    tfrecord = os.path.join(data, "bench-r08-*.tfrecords") if preset.image_size == 256 else None
+    source = open_source(preset, data_dir=data, tfrecord=tfrecord)
+    batch = preset.batch_size
+    batches = iter(training_batches(source, batch_size=batch, per_replica=batch, seed=0, start_step=0))
+
+    def call():
+        for _ in range(_INPUT_BATCHES):
+            next(batches)
+
+    return call, _INPUT_BATCHES * batch
+
+
+def _images(size: int):
+    """Smooth colours and a little noise, whose PNG is about as long as a photograph's."""
+    random = np.random.RandomState(0)
+    for _ in range(_RECORDS[size]):
+        coarse = PIL.Image.fromarray(random.randint(256, size=(8, 8, 3)).astype(np.uint8))
+        smooth = np.asarray(coarse.resize((size, size), PIL.Image.Resampling.BICUBIC), np.float32)
+        yield np.clip(smooth + random.normal(scale=4, size=smooth.shape), 0, 255).astype(np.uint8)
+
+
+def _write_tfds(data: str) -> None:
+    builder = tfds.builder("cifar10", data_dir=data)
+    examples = ((f"{i}", {"id": f"{i}", "image": image, "label": i % 10}) for i, image in enumerate(_images(32)))
+    builder._split_generators = lambda *_, **__: {"train": examples}
+    builder.download_and_prepare()
+
+
+def _write_tfrecords(data: str) -> None:
+    source = os.path.join(data, "images")
+    os.makedirs(source)
+    for i, image in enumerate(_images(256)):
+        PIL.Image.fromarray(image).save(os.path.join(source, f"{i:05d}.png"))
+    prepare(find_images(source), data, name="bench", resolution=256, num_shards=4, num_workers=1, skip_bad_images=0)
+
+
+if __name__ == "__main__":
+    main()
