@@ -166,7 +166,8 @@ def measure(case: Case, reps: int) -> dict:
     peers = {mode: summary["median"] for mode, summary in row["modes"].items() if mode != "ours"}
     if peers:
         row["best_mode"] = min(peers, key=peers.get)
-        row["ratio"] = row["modes"]["ours"]["median"] / peers[row["best_mode"]]
+        quiet = all(summary["quiet"] for summary in row["modes"].values())
+        row["ratio"] = row["modes"]["ours"]["median"] / peers[row["best_mode"]] if quiet else None
     return row
 
 
@@ -189,7 +190,7 @@ def _summary(answers: list[dict]) -> dict:
 
 
 def table_line(row: dict) -> str:
-    """A row of the table; `!` marks numbers of a machine that was never quiet."""
+    """A row of the table; `!` marks numbers of a machine that was never quiet, of which no ratio is made."""
 
     def cells(summary):
         values = [summary[key] for key in ("median", "min", "max")]
@@ -205,7 +206,8 @@ def table_line(row: dict) -> str:
 
     best = row.get("best_mode")
     theirs = cells(row["modes"][best]) if best else ("", "", "")
-    words = (row["name"], *cells(row["modes"]["ours"]), *theirs, best or "", f"{row['ratio']:.2f}" if best else "")
+    ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
+    words = (row["name"], *cells(row["modes"]["ours"]), *theirs, best or "", ratio)
     return _format(words)
 
 
