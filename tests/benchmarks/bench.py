@@ -92,8 +92,10 @@ def make_peer() -> str:
     python = str(folder / "bin" / "python")
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        wheels = "--extra-index-url=https://download.pytorch.org/whl/cpu"
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--prefer-binary", wheels, *_PEER], check=True)
+        # PyPI's own torch for Linux brings CUDA; without this index pip goes on with what it has.
+        wheels = ["--extra-index-url=https://download.pytorch.org/whl/cpu", "--retries=1"]
+        for packages in ([*wheels, _PEER[0]], _PEER[1:]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         done.touch()
     return python
 
