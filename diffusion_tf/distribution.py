@@ -11,6 +11,9 @@ import tensorflow as tf
 from diffusion_tf import tpu_attached
 from diffusion_tf.errors import InputError, PreemptedError
 from diffusion_tf.files import first_line
+from diffusion_tf.regions import cpu_graph
+
+_LEAST_SIZE_IN_REGIONS = 16
 
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
 
@@ -99,27 +102,37 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     return tf.distribute.TPUStrategy(resolver)
 
 
-def replica_function(function: Callable, strategy: tf.distribute.Strategy) -> Callable:
+def replica_function(function: Callable, strategy: tf.distribute.Strategy, image_size: int = 0) -> Callable:
     """`function`, to be given to `strategy.run` inside a tf.function; one XLA program where that is ours to ask for.
 
     A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Off the TPU, replicas that
     meet in an all-reduce cannot be one program, nor may they meet inside a nested tf.function. On a CPU, tensorflow-tpu
-    has no XLA.
+    has no XLA; elsewhere there, a graph with compiled regions (`regions.py`) is the fastest for a network of images of
+    16x16 pixels or more. Below, starting the regions costs more than they save.
     """
     if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return function
     on_cpu = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type == "CPU"
     if on_cpu and "tensorflow-tpu" in _tensorflow_packages():
         return function
+    if on_cpu and image_size >= _LEAST_SIZE_IN_REGIONS:
+
+        def graph(*args):
+            with cpu_graph():
+                return function(*args)
+
+        return graph
     return tf.function(function, jit_compile=True)
 
 
-def over_replicas(function: Callable, strategy: tf.distribute.Strategy, batch_size: int) -> Callable:
+def over_replicas(
+    function: Callable, strategy: tf.distribute.Strategy, batch_size: int, image_size: int = 0
+) -> Callable:
     """`function(first, *arrays)` of consecutive examples, as a compiled function of a batch shared out over replicas.
 
     Each replica calls it with the index of its first example and its share [batch_size / replicas, ...] of each array;
     the tensors that it returns, in any structure, are joined along their first axis. Arrays of fewer than `batch_size`
-    examples are filled up with zeros, and the results cut to their length.
+    examples are filled up with zeros, and the results cut to their length. `image_size` is as in `replica_function`.
 
     Raises:
       InputError: the batch size is not divisible by the replicas.
@@ -131,7 +144,7 @@ def over_replicas(function: Callable, strategy: tf.distribute.Strategy, batch_si
         shares = [tf.slice(a, [offset] + [0] * (len(a.shape) - 1), [per_replica, *a.shape[1:]]) for a in arrays]
         return function(first + tf.cast(offset, tf.int64), *shares)
 
-    replica_call = replica_function(replica_call, strategy)
+    replica_call = replica_function(replica_call, strategy, image_size)
 
     @tf.function
     def batch_call(first, *arrays):

@@ -101,7 +101,7 @@ class BoundEvaluator:
                 trained.diffusion, trained.denoise_fn(), images_to_x(images), noise_fn, timesteps_fn, num_terms
             )
 
-        self._evaluate = over_replicas(evaluate, trained.strategy, batch_size)
+        self._evaluate = over_replicas(evaluate, trained.strategy, batch_size, trained.preset.image_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
         """The terms of images uint8 [n <= batch_size, H, W, C], of which the first has index `first_image`."""

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from diffusion_tf.regions import region
+
 _PHILOX = 1  # tf.random.Algorithm.PHILOX, as the raw operation wants it
 _WORDS_PER_BLOCK = 4  # uint32 words to one step of the Philox counter
 
@@ -40,28 +42,11 @@ class CounterRng:
 
     def normal(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
         """Standard normal float32 of static `shape` [B, H, ...], by the Box-Muller transform of hashed numbers."""
-        u = _to_uniform(self._hashed(stream, (shape[0], 2, -(-shape[1] // 2), *shape[2:])))
-        radius = tf.sqrt(-2.0 * tf.math.log(1.0 - u[:, 0]))  # 1 - u is in (0, 1]
-        angle = (2.0 * math.pi) * u[:, 1]
-        return tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)[:, : shape[1]]
+        return _normal(self._words(stream, shape[0], 2), shape=tuple(shape))
 
     def keep(self, stream: str, shape: Sequence[int], rate: float) -> tf.Tensor:
         """A mask of static `shape` [B, ...], False with probability `rate`, for dropout."""
-        return self._hashed(stream, shape) >= tf.constant(round(rate * 2**32), tf.uint32)
-
-    def _hashed(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
-        """uint32 of static `shape` [B, ...]: a hash of each position under a key that Philox gives the example.
-
-        A compiler can work it out wherever it is read. Philox itself took a third of a training step's time on a TPU
-        for dropout, and 4% of a sampling step's.
-        """
-        ones = [1] * (len(shape) - 1)
-        key0, key1 = (tf.reshape(word, [-1, *ones]) for word in tf.unstack(self._words(stream, shape[0], 2), axis=1))
-        words = key0
-        for axis, size in enumerate(shape[1:]):
-            place = tf.range(size) * math.prod(shape[axis + 2 :])
-            words += tf.cast(tf.reshape(place, [-1, *ones[axis + 1 :]]), tf.uint32)
-        return _mix(_mix(words) ^ key1)
+        return _keep(self._words(stream, shape[0], 2), shape=tuple(shape), rate=rate)
 
     def _words(self, stream: str, rows: int, size: int) -> tf.Tensor:
         """Philox' uint32 words [rows, size]; row j belongs to example first_example + j."""
@@ -72,6 +57,34 @@ class CounterRng:
             shape=[rows, blocks * _WORDS_PER_BLOCK], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
         )
         return words[:, :size]
+
+
+@region
+def _normal(keys: tf.Tensor, *, shape: tuple[int, ...]) -> tf.Tensor:
+    u = _to_uniform(_hashed(keys, (shape[0], 2, -(-shape[1] // 2), *shape[2:])))
+    radius = tf.sqrt(-2.0 * tf.math.log(1.0 - u[:, 0]))  # 1 - u is in (0, 1]
+    angle = (2.0 * math.pi) * u[:, 1]
+    return tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], axis=1)[:, : shape[1]]
+
+
+@region
+def _keep(keys: tf.Tensor, *, shape: tuple[int, ...], rate: float) -> tf.Tensor:
+    return _hashed(keys, shape) >= tf.constant(round(rate * 2**32), tf.uint32)
+
+
+def _hashed(keys: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """uint32 of static `shape` [B, ...]: a hash of each position under the example's keys [B, 2], which Philox gives.
+
+    A compiler can work it out wherever it is read. Philox itself took a third of a training step's time on a TPU
+    for dropout, and 4% of a sampling step's.
+    """
+    ones = [1] * (len(shape) - 1)
+    key0, key1 = (tf.reshape(word, [-1, *ones]) for word in tf.unstack(keys, axis=1))
+    words = key0
+    for axis, size in enumerate(shape[1:]):
+        place = tf.range(size) * math.prod(shape[axis + 2 :])
+        words += tf.cast(tf.reshape(place, [-1, *ones[axis + 1 :]]), tf.uint32)
+    return _mix(_mix(words) ^ key1)
 
 
 def _to_uniform(words: tf.Tensor) -> tf.Tensor:

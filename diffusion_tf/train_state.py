@@ -9,6 +9,7 @@ import tensorflow as tf
 from diffusion_tf import checkpoints
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
+from diffusion_tf.regions import region
 from diffusion_tf.unet import UNet
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
@@ -31,22 +32,30 @@ class StateTensors(NamedTuple):
     step: tf.Tensor
 
 
-def apply_gradients(state: StateTensors, grads: Sequence[tf.Tensor], preset: Preset) -> StateTensors:
-    """Adam and EMA, each in float32."""
+def apply_gradients(state: StateTensors, grads: Sequence[tf.Tensor], usable: tf.Tensor, preset: Preset) -> StateTensors:
+    """Adam and EMA, each in float32. Unless the gradients are `usable`, a boolean, only the step moves."""
     learning_rate = warmed_up_learning_rate(preset.learning_rate, preset.warmup_steps, state.step)
     k = tf.cast(state.step + 1, tf.float32)
     step_size = learning_rate * tf.sqrt(1.0 - ADAM_BETA2**k) / (1.0 - ADAM_BETA1**k)
 
-    def update_one(w, ema, m, v, grad):
-        m = ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * grad
-        v = ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * tf.square(grad)
-        w = w - step_size * m / (tf.sqrt(v) + ADAM_EPSILON)
-        # In float32 even the constant, as the authors' graph has it: 1 - 0.9999 is 1.00017e-4.
-        return w, ema - (ema - w) * (1.0 - tf.constant(preset.ema_decay, tf.float32)), m, v
-
-    updated = [update_one(*tensors) for tensors in zip(*state[:4], grads, strict=True)]
+    updated = [
+        _update_one(list(before), grad, step_size, usable, ema_decay=preset.ema_decay)
+        for *before, grad in zip(*state[:4], grads, strict=True)
+    ]
     params, ema, adam_m, adam_v = (list(group) for group in zip(*updated, strict=True))
     return StateTensors(params, ema, adam_m, adam_v, state.step + 1)
+
+
+@region
+def _update_one(before, grad, step_size, usable, *, ema_decay: float) -> list[tf.Tensor]:
+    """A variable, its EMA and its moments after the step."""
+    w, ema, m, v = before
+    m = ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * grad
+    v = ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * tf.square(grad)
+    w = w - step_size * m / (tf.sqrt(v) + ADAM_EPSILON)
+    # In float32 even the constant, as the authors' graph has it: 1 - 0.9999 is 1.00017e-4.
+    ema = ema - (ema - w) * (1.0 - tf.constant(ema_decay, tf.float32))
+    return [tf.where(usable, new, old) for new, old in zip((w, ema, m, v), before, strict=True)]
 
 
 class TrainState:

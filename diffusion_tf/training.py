@@ -97,10 +97,7 @@ def train_step(
     # Differs from the authors, who clip each replica's gradient before the average: the result then depends on the
     # number of replicas.
     grads, grad_norm = tf.clip_by_global_norm(grads, preset.grad_clip)
-    after = apply_gradients(state, grads, preset)
-    finite = is_finite_step(loss, grad_norm)
-    kept = tf.nest.map_structure(lambda new, old: tf.where(finite, new, old), after, state)
-    return kept._replace(step=after.step), loss, grad_norm
+    return apply_gradients(state, grads, is_finite_step(loss, grad_norm), preset), loss, grad_norm
 
 
 def is_finite_step(loss: tf.Tensor, grad_norm: tf.Tensor) -> tf.Tensor:
@@ -131,7 +128,7 @@ class Trainer:
         self.per_replica = per_replica_batch_size(preset.batch_size, strategy)
         GaussianDiffusion.from_preset(preset)  # refuses what cannot be trained
         self.state = TrainState(preset, strategy)
-        self._replica_step = replica_function(self._train_step, strategy)
+        self._replica_step = replica_function(self._train_step, strategy, preset.image_size)
 
     def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """One step in replica context: (loss, gradient norm), both of the global batch."""

@@ -8,7 +8,7 @@ repeats up, and every feature map of the way down concatenated on the way up.
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +16,9 @@ import tensorflow as tf
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
+from diffusion_tf.regions import in_cpu_graph, region, sum_of_rows
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.winograd import conv3x3
 
 NUM_GROUPS = 32
 
@@ -51,9 +53,9 @@ class _Layers:
         self._init = _Initializers(seed)
         self._policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
 
-    def conv(self, channels: int, path: str, kind=keras.layers.Conv2D, **kwargs) -> keras.layers.Layer:
+    def conv(self, channels: int, path: str, kind=None, **kwargs) -> keras.layers.Layer:
         """A 3x3 convolution."""
-        return kind(channels, 3, padding="same", **self._arguments(path, **kwargs))
+        return (kind or Conv)(channels, 3, padding="same", **self._arguments(path, **kwargs))
 
     def dense(self, channels: int, path: str, kind=keras.layers.Dense, **kwargs) -> keras.layers.Layer:
         """A matrix product along the channels."""
@@ -72,8 +74,9 @@ class GroupNorm(keras.layers.Layer):
     those of the way down.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, swish: bool = False):
         super().__init__(name=name, dtype="float32", autocast=False)
+        self.swish = swish
 
     def build(self, shapes):
         """Makes the variables for parts of these shapes."""
@@ -81,32 +84,87 @@ class GroupNorm(keras.layers.Layer):
         self.gamma = self.add_weight(name="gamma", shape=(channels,), initializer="ones")
         self.beta = self.add_weight(name="beta", shape=(channels,), initializer="zeros")
 
-    def call(self, parts, offset=None):
-        """Normalises the channels of all parts together, in their dtype; `offset` [B, C] is added to them before.
+    def call(self, parts, offset=None, keep=None, rate=0.0):
+        """Normalises the channels of all parts together, in their dtype.
 
-        The offset only moves the channels' means, and its gradient is one of the sums that are taken anyway; added to
-        the map, it would ask for one more sum over the map's gradient.
+        `offset` [B, C] is added to them before. It only moves the channels' means, and its gradient is one of the sums
+        that are taken anyway; added to the map, it would ask for one more sum over the map's gradient. Swish may
+        follow, and dropout by a mask of what to keep.
         """
-        floats = [tf.cast(part, tf.float32) for part in parts]
-        mean = tf.concat([tf.reduce_mean(x, axis=[1, 2]) for x in floats], axis=-1)
-        mean_square = tf.concat([tf.reduce_mean(tf.square(x), axis=[1, 2]) for x in floats], axis=-1)
-        offset = 0.0 if offset is None else tf.cast(offset, tf.float32)
-        mean_square = self._over_groups(mean_square + offset * (2.0 * mean + offset))
-        mean = self._over_groups(mean + offset)
-        variance = tf.maximum(mean_square - tf.square(mean), 0.0)
-        scale = self.gamma * tf.math.rsqrt(variance + 1e-6)  # Keras' own epsilon is 1e-3
-        shift = self.beta + (offset - mean) * scale
-        y = tf.concat(floats, axis=-1) * scale[:, None, None] + shift[:, None, None]
-        return tf.cast(y, parts[0].dtype)
-
-    def _over_groups(self, moments: tf.Tensor) -> tf.Tensor:
-        """Moments [B, C] of each channel to those of its whole group."""
-        size = self.gamma.shape[0] // NUM_GROUPS
-        groups = tf.reshape(moments, [-1, NUM_GROUPS, size])
-        return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
+        weights = [tf.convert_to_tensor(w) for w in (self.gamma, self.beta)]
+        more = [tensor for tensor in (offset, keep) if tensor is not None]
+        return group_norm(list(parts), *weights, *more, swish=self.swish, rate=rate)
 
 
-class _ConvAndBias(keras.layers.Conv2D):
+@region
+def group_norm(
+    parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, *more: tf.Tensor, swish: bool, rate: float
+) -> tf.Tensor:
+    """What `GroupNorm` computes; `more` is nothing, the offset, or the offset and the mask."""
+    floats = [tf.cast(part, tf.float32) for part in parts]
+    mean = tf.concat([_spatial_mean(x) for x in floats], axis=-1)
+    mean_square = tf.concat([_spatial_mean(tf.square(x)) for x in floats], axis=-1)
+    offset = tf.cast(more[0], tf.float32) if more else 0.0
+    mean_square = _over_groups(mean_square + offset * (2.0 * mean + offset))
+    mean = _over_groups(mean + offset)
+    variance = tf.maximum(mean_square - tf.square(mean), 0.0)
+    scale = gamma * tf.math.rsqrt(variance + 1e-6)  # Keras' own epsilon is 1e-3
+    shift = beta + (offset - mean) * scale
+    y = tf.cast(_scale_and_shift(tf.concat(floats, axis=-1), scale, shift), parts[0].dtype)
+    if swish:
+        y = tf.nn.silu(y)
+    return tf.where(more[1], y / (1.0 - rate), 0.0) if len(more) > 1 else y
+
+
+def _over_groups(moments: tf.Tensor) -> tf.Tensor:
+    """Moments [B, C] of each channel to those of its whole group."""
+    size = moments.shape[-1] // NUM_GROUPS
+    groups = tf.reshape(moments, [-1, NUM_GROUPS, size])
+    return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
+
+
+def _spatial_mean(x: tf.Tensor) -> tf.Tensor:
+    """Means [B, C] of the channels of a map [B, H, W, C]."""
+    if in_cpu_graph():
+        return _spatial_sum(x) / (x.shape[1] * x.shape[2])
+    return tf.reduce_mean(x, axis=[1, 2])
+
+
+def _spatial_sum(x: tf.Tensor) -> tf.Tensor:
+    return sum_of_rows(tf.reshape(x, [-1, x.shape[1] * x.shape[2], x.shape[3]]))
+
+
+def _scale_and_shift(x: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
+    """The sum x scale + shift, of a map [B, H, W, C] and [B, C]."""
+
+    @tf.custom_gradient
+    def with_quick_sums(x, scale, shift):
+        def grad(grad_y):
+            return grad_y * scale[:, None, None], _spatial_sum(grad_y * x), _spatial_sum(grad_y)
+
+        return x * scale[:, None, None] + shift[:, None, None], grad
+
+    if in_cpu_graph():
+        return with_quick_sums(x, scale, shift)
+    return x * scale[:, None, None] + shift[:, None, None]
+
+
+_FEW_PIXELS = 512  # of a batch; below, the sums of taps cost more than they save
+
+
+class Conv(keras.layers.Conv2D):
+    """Keras' convolution, in graphs for a CPU by what is fastest there."""
+
+    def convolution_op(self, inputs, kernel):
+        """Without the bias."""
+        batch, height, width, channels = inputs.shape
+        plain = not in_cpu_graph() or inputs.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
+        if plain or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS:
+            return super().convolution_op(inputs, kernel)
+        return conv3x3(inputs, tf.convert_to_tensor(kernel))
+
+
+class _ConvAndBias(Conv):
     """A convolution whose bias [channels] is returned beside the feature map, for what follows to add."""
 
     def call(self, x):
@@ -156,10 +214,10 @@ class ResnetBlock(keras.layers.Layer):
     def __init__(self, in_channels: int, channels: int, dropout: float, layers: _Layers, name: str):
         super().__init__(name=name, autocast=False)
         self.dropout = dropout
-        self.norm1 = GroupNorm("norm1")
+        self.norm1 = GroupNorm("norm1", swish=True)
         self.conv1 = layers.conv(channels, f"{name}/conv1", kind=_ConvAndBias)
         self.temb_proj = layers.dense(channels, f"{name}/temb_proj")
-        self.norm2 = GroupNorm("norm2")
+        self.norm2 = GroupNorm("norm2", swish=True)
         self.conv2 = layers.conv(channels, f"{name}/conv2", scale=_NEAR_ZERO)
         self.nin_shortcut = None
         if in_channels != channels:
@@ -167,12 +225,12 @@ class ResnetBlock(keras.layers.Layer):
 
     def call(self, parts, temb, rng: CounterRng | None = None):
         """Maps parts [B, H, W, C_i] of `in` channels and temb [B, 4 ch]; dropout acts where `rng` is given."""
-        h, bias = self.conv1(tf.nn.silu(self.norm1(parts)))
-        h = tf.nn.silu(self.norm2([h], offset=self.temb_proj(tf.nn.silu(temb)) + bias))
+        h, bias = self.conv1(self.norm1(parts))
+        keep = None
         if rng is not None and self.dropout > 0.0:
             keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout)
-            h = tf.where(keep, h / (1.0 - self.dropout), 0.0)
-        h = self.conv2(h)
+        offset = self.temb_proj(tf.nn.silu(temb)) + bias
+        h = self.conv2(self.norm2([h], offset=offset, keep=keep, rate=self.dropout))
         return h + (tf.concat(parts, axis=-1) if self.nin_shortcut is None else self.nin_shortcut(parts))
 
 
@@ -200,6 +258,8 @@ class AttentionBlock(keras.layers.Layer):
 # m - 1 and m, or m and m + 1.
 _PHASE_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
+_PHASES = tuple(itertools.product(range(2), repeat=2))
+
 # Along one axis: which of the three taps fall on pixel m of the small map, for the outputs 2m - 1 ... 2m + 2.
 _TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
@@ -217,24 +277,11 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
     Of x [B, H, W, C] the outputs [B, 2 H, 2 W, channels] at even and at odd places read 2x2 pixels, by sums of the
     kernel's taps; a pixel of x reaches 4x4 pixels of the output, which its gradient reads as a convolution of stride 2.
     """
-    batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-    _, height, width, _ = x.shape
-    channels = kernel.shape[-1]
-    # Each phase goes into its place as it is worked out. Side by side along batch and width, the phases lie as a TPU
-    # keeps the upsampled map, (H, W, B, C) from the slowest axis to the fastest: the transposition moves nothing there.
-    y = tf.zeros([2 * batch, height, 2 * width, channels], x.dtype)
-    for a, b in itertools.product(range(2), repeat=2):
+
+    def phase(a, b):
         padding = [[0, 0], [1 - a, a], [1 - b, b], [0, 0]]
         kernel2 = _taps_on_pixels(_PHASE_TAPS[a], _PHASE_TAPS[b], kernel)
-        y = tf.raw_ops.TensorStridedSliceUpdate(
-            input=y,
-            begin=[b * batch, 0, a * width, 0],
-            end=[(b + 1) * batch, height, (a + 1) * width, channels],
-            strides=[1] * 4,
-            value=tf.nn.bias_add(tf.nn.conv2d(x, kernel2, strides=1, padding=padding), bias),
-        )
-    y = tf.transpose(tf.reshape(y, [2, batch, height, 2, width, channels]), [1, 2, 3, 4, 0, 5])
-    y = tf.reshape(y, [batch, 2 * height, 2 * width, channels])
+        return tf.nn.bias_add(tf.nn.conv2d(x, kernel2, strides=1, padding=padding), bias)
 
     def grad(grad_y):
         kernel4 = tf.transpose(_taps_on_pixels(_TAPS, _TAPS, kernel), [0, 1, 3, 2])
@@ -246,7 +293,38 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
         grad_kernel = tf.einsum("ak,bl,aboi->klio", taps, taps, grad_kernel4)
         return grad_x, grad_kernel, tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
 
-    return y, grad
+    if in_cpu_graph():
+        return _interleaved([phase(a, b) for a, b in _PHASES]), grad
+    return _phases_in_place(phase, x, kernel.shape[-1]), grad
+
+
+@region
+def _interleaved(phases: list[tf.Tensor]) -> tf.Tensor:
+    """Four maps [B, H, W, C] as the even and odd rows and columns of one [B, 2 H, 2 W, C]."""
+    _, height, width, channels = phases[0].shape
+    rows = [tf.stack(phases[2 * a : 2 * a + 2], axis=3) for a in range(2)]
+    return tf.reshape(tf.stack(rows, axis=2), [-1, 2 * height, 2 * width, channels])
+
+
+def _phases_in_place(phase: Callable[[int, int], tf.Tensor], x: tf.Tensor, channels: int) -> tf.Tensor:
+    """What `_interleaved` gives, as a TPU does it.
+
+    Each phase goes into its place as it is worked out. Side by side along batch and width, the phases lie as a TPU
+    keeps the upsampled map, (H, W, B, C) from the slowest axis to the fastest: the transposition moves nothing there.
+    """
+    batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+    _, height, width, _ = x.shape
+    y = tf.zeros([2 * batch, height, 2 * width, channels], x.dtype)
+    for a, b in _PHASES:
+        y = tf.raw_ops.TensorStridedSliceUpdate(
+            input=y,
+            begin=[b * batch, 0, a * width, 0],
+            end=[(b + 1) * batch, height, (a + 1) * width, channels],
+            strides=[1] * 4,
+            value=phase(a, b),
+        )
+    y = tf.transpose(tf.reshape(y, [2, batch, height, 2, width, channels]), [1, 2, 3, 4, 0, 5])
+    return tf.reshape(y, [batch, 2 * height, 2 * width, channels])
 
 
 class UpsampleConv(keras.layers.Conv2D):
@@ -333,7 +411,7 @@ class UNet(keras.Model):
             if level != 0:
                 self.upsample.append(layers.conv(channels, f"up_{level}_upsample_conv", kind=UpsampleConv))
 
-        self.norm_out = GroupNorm("norm_out")
+        self.norm_out = GroupNorm("norm_out", swish=True)
         # Its output is the model's, which stays float32 all the way.
         self.conv_out = layers.conv(out_channels, "conv_out", scale=_NEAR_ZERO, dtype="float32")
         # One symbolic call creates the variables, so that the model is complete from here on.
@@ -394,4 +472,4 @@ class UNet(keras.Model):
             if level < len(self.upsample):
                 h = self.upsample[level](h)
 
-        return self.conv_out(tf.nn.silu(self.norm_out([h])))
+        return self.conv_out(self.norm_out([h]))

@@ -22,6 +22,7 @@ from diffusion_tf.distribution import (
     replica_function,
 )
 from diffusion_tf.errors import InputError
+from diffusion_tf.regions import in_cpu_graph
 
 # TensorFlow sees it, so that nothing here can hide it.
 no_tpu_here = pytest.mark.skipif(bool(tf.config.list_physical_devices("TPU")), reason="a TPU is attached")
@@ -129,6 +130,12 @@ def test_xla_where_there_is_one(monkeypatch):
         function = replica_function(tf.identity, strategy)
         assert (function is not tf.identity) == compiled
         assert not compiled or function._jit_compile
+
+    pretend(monkeypatch, attached=False, packages="tensorflow")
+    for image_size, in_regions in [(32, True), (16, True), (8, False)]:
+        call = over_replicas(lambda _: tf.fill([2], in_cpu_graph()), cpu, 2, image_size)
+        assert bool(call(0).numpy().all()) == in_regions
+    assert replica_function(tf.identity, gpu, image_size=32)._jit_compile
 
     pretend(monkeypatch, attached=False, packages="tensorflow-tpu")
     call = over_replicas(lambda first, x: x + 1, cpu, 2)

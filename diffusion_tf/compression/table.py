@@ -134,7 +134,7 @@ def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, i
         denoise_fn = trained.denoise_fn()
         return trained.diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=True).pred_xstart
 
-    call = over_replicas(predict, trained.strategy, batch_size)
+    call = over_replicas(predict, trained.strategy, batch_size, trained.preset.image_size)
     return lambda x_t, t: call(0, x_t, np.full(len(x_t), t, np.int32)).numpy()
 
 

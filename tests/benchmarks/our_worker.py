@@ -47,7 +47,8 @@ def main() -> None:
 
 def _forward(preset: Preset):
     trained = TrainedModel(preset, make_strategy())
-    denoise = over_replicas(lambda _, x, t: trained.denoise_fn()(x, t), trained.strategy, preset.batch_size)
+    call = lambda _, x, t: trained.denoise_fn()(x, t)
+    denoise = over_replicas(call, trained.strategy, preset.batch_size, preset.image_size)
     x, t = tf.random.normal((preset.batch_size, *preset.image_shape)), tf.range(preset.batch_size)
     return lambda: denoise(0, x, t).numpy(), 1
 
@@ -68,7 +69,7 @@ def _sample(preset: Preset):
         noise_fn = sample_noise(0, first_image, shape)
         return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
 
-    run = over_replicas(steps, trained.strategy, preset.batch_size)
+    run = over_replicas(steps, trained.strategy, preset.batch_size, preset.image_size)
     x_t = tf.random.normal(shape)
     bounds = [tf.fill([preset.batch_size], preset.num_timesteps - steps_done) for steps_done in (0, _SAMPLE_STEPS)]
     return lambda: run(0, x_t, *bounds).numpy(), _SAMPLE_STEPS

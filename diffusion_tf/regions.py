@@ -1,0 +1,80 @@
+"""Stretches of a TensorFlow graph as XLA programs of their own: how a CPU is served best.
+
+There the fastest products in bfloat16 are oneDNN's, which TensorFlow's graph calls and XLA does not; and the fastest
+work between them is XLA's, which writes once what TensorFlow writes once for each operation. So on a CPU a program is a
+graph (`distribution.replica_function`), in which every function marked by `region` is compiled, once for all calls of
+the same shapes. Where all is one XLA program, as on a TPU, the mark does nothing.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
+
+_in_cpu_graph = contextvars.ContextVar("in_cpu_graph", default=False)
+
+
+@contextlib.contextmanager
+def cpu_graph() -> Iterator[None]:
+    """What is traced herein is a graph for a CPU, with compiled regions."""
+    token = _in_cpu_graph.set(True)
+    try:
+        yield
+    finally:
+        _in_cpu_graph.reset(token)
+
+
+def in_cpu_graph() -> bool:
+    """Whether a graph for a CPU, or a region of it, is being traced."""
+    return _in_cpu_graph.get()
+
+
+def region(function: Callable) -> Callable:
+    """Marks `function(*tensors, **static)`, of tensors and lists of them to one tensor or a list.
+
+    The static arguments are hashable. The gradient is one more program, which works the region out anew from its
+    arguments: reading them again costs less than keeping what is in between.
+    """
+
+    @functools.cache
+    def programs(static):
+        call = functools.partial(function, **dict(static))
+
+        def gradient(grad_ys, arguments):
+            floats = [x for x in tf.nest.flatten(arguments) if x.dtype.is_floating]
+            with tf.GradientTape() as tape:
+                tape.watch(floats)
+                ys = call(*arguments)
+            return tape.gradient(ys, floats, grad_ys, unconnected_gradients="zero")
+
+        return tf.function(call, jit_compile=True), tf.function(gradient, jit_compile=True)
+
+    @functools.wraps(function)
+    def wrapped(*arguments, **static):
+        if not in_cpu_graph():
+            return function(*arguments, **static)
+        forward, backward = programs(tuple(sorted(static.items())))
+
+        @tf.custom_gradient
+        def run(*tensors):
+            packed = tf.nest.pack_sequence_as(arguments, tensors)
+
+            def grad(*grad_ys):
+                grads = iter(backward(list(grad_ys) if len(grad_ys) > 1 else grad_ys[0], packed))
+                return [next(grads) if x.dtype.is_floating else None for x in tensors]
+
+            return forward(*packed), grad
+
+        return run(*tf.nest.flatten(arguments))
+
+    return wrapped
+
+
+def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
+    """[..., N, C] to float32 [..., C]: in a region as a product with ones, since XLA is slow at sums on a CPU."""
+    rows = tf.cast(rows, tf.float32)
+    if not in_cpu_graph():
+        return tf.reduce_sum(rows, axis=-2)
+    return tf.squeeze(tf.matmul(tf.ones([*rows.shape[:-2], 1, rows.shape[-2]]), rows), axis=-2)

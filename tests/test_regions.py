@@ -1,0 +1,51 @@
+"""Compiled regions of a graph against the same functions without."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from diffusion_tf.regions import cpu_graph, in_cpu_graph, region, sum_of_rows
+
+
+@region
+def scaled(parts: list[tf.Tensor], keep: tf.Tensor, weight: tf.Tensor, *, power: int) -> list[tf.Tensor]:
+    scaled.traced_in_graph = in_cpu_graph()
+    first, second = parts
+    return [tf.where(keep, first**power * weight, 0.0), tf.sin(second)]
+
+
+def outputs_and_gradients():
+    random = np.random.RandomState(0)
+    parts = [tf.constant(random.standard_normal((4, 3)), tf.float32) for _ in range(2)]
+    keep, weight = tf.constant(random.uniform(size=(4, 3)) < 0.5), tf.constant(1.5)
+    with tf.GradientTape() as tape:
+        tape.watch([*parts, weight])
+        a, b = scaled(parts, keep, weight, power=3)
+        loss = tf.reduce_sum(a) + 2.0 * tf.reduce_sum(b)
+    return [a, b, *tape.gradient(loss, [*parts, weight])]
+
+
+def test_outputs_and_gradients_are_the_functions_own():
+    @tf.function
+    def in_regions():
+        with cpu_graph():
+            return outputs_and_gradients()
+
+    found = in_regions()
+    assert scaled.traced_in_graph and not in_cpu_graph()
+    calls = [node for node in in_regions.get_concrete_function().graph.as_graph_def().node if "Call" in node.op]
+    assert len(calls) == 2  # forward and backward
+    for ours, expected in zip(found, outputs_and_gradients(), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
+    assert not scaled.traced_in_graph
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 7, 4)])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
+def test_sums_of_rows(shape, dtype):
+    rows = tf.cast(tf.random.stateless_normal(shape, seed=[1, 2]), dtype)
+    with cpu_graph():
+        found = sum_of_rows(rows)
+    assert found.dtype == tf.float32
+    np.testing.assert_allclose(found, tf.cast(rows, tf.float64).numpy().sum(axis=-2), atol=1e-5)
+    np.testing.assert_allclose(sum_of_rows(rows), found, atol=1e-5)
