@@ -54,7 +54,7 @@ def _forward(preset: Preset):
 
 
 def _train(preset: Preset):
-    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS[preset.dataset]
+    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS.get(preset.dataset, 1)
     images = np.random.RandomState(0).randint(256, size=(preset.batch_size, *preset.image_shape)).astype(np.uint8)
     batches = iter(tf.data.Dataset.from_tensors(images).repeat())
     return lambda: float(trainer.run_steps(batches, tf.constant(steps))["loss"]), steps
