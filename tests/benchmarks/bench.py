@@ -47,7 +47,7 @@ class Case:
 
 _CASES = [
     *(Case("forward", "cifar10", batch, p) for p in ("float32", "bfloat16") for batch in (8, 1, 32)),
-    *(Case(what, "cifar10", 8, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
+    *(Case(what, "cifar10", 8, p) for what in ("train", "gradients", "sample") for p in ("float32", "bfloat16")),
     *(Case(what, "digits", 64, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
     Case("input", "cifar10", 128),
     Case("input", "lsun_church", 64),
@@ -118,7 +118,7 @@ def start_workers(case: Case) -> dict[str, Worker]:
     flags = [f"--what={case.what}", f"--batch={case.batch}", f"--precision={case.precision}"]
     ours = [sys.executable, str(_HERE / "our_worker.py"), f"--preset={case.preset}", *flags]
     workers = {"ours": Worker(*ours, *([f"--data={make_data()}"] if case.what == "input" else []))}
-    if case.preset == "cifar10" and case.what != "input":
+    if case.preset == "cifar10" and case.what in ("forward", "train", "sample"):
         theirs = [make_peer(), str(_HERE / "diffusers_worker.py"), *flags]
         workers |= {"eager": Worker(*theirs), "torch.compile": Worker(*theirs, "--compile")}
     return workers

@@ -12,12 +12,13 @@ import tensorflow_datasets as tfds
 import timing
 
 from diffusion_tf.datasets import open_source, training_batches
-from diffusion_tf.distribution import make_strategy, over_replicas
+from diffusion_tf.distribution import make_strategy, over_replicas, replica_function
 from diffusion_tf.presets import PRESETS, Preset, get_preset
+from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import reverse_steps, sample_noise
 from diffusion_tf.stylegan_tfrecords import find_images, prepare
 from diffusion_tf.trained_model import TrainedModel
-from diffusion_tf.training import Trainer
+from diffusion_tf.training import Trainer, loss_and_gradients
 
 _TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call: a loop, as in training
 _SAMPLE_STEPS = 10
@@ -27,7 +28,7 @@ _RECORDS = {32: 5000, 256: 500}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=["forward", "train", "sample", "input", "data"])
+    parser.add_argument("--what", choices=["forward", "gradients", "train", "sample", "input", "data"])
     parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -41,7 +42,8 @@ def main() -> None:
     if args.what == "input":
         call, steps = _input(preset, args.data)
     else:
-        call, steps = {"forward": _forward, "train": _train, "sample": _sample}[args.what](preset)
+        makers = {"forward": _forward, "gradients": _gradients, "train": _train, "sample": _sample}
+        call, steps = makers[args.what](preset)
     timing.serve(call, steps_per_call=steps, version=tf.__version__)
 
 
@@ -53,8 +55,21 @@ def _forward(preset: Preset):
     return lambda: denoise(0, x, t).numpy(), 1
 
 
+def _gradients(preset: Preset):
+    """What a training step is made of, without clipping, Adam and EMA."""
+    trainer = Trainer(preset, make_strategy())
+
+    def gradients(images):
+        params = [tf.convert_to_tensor(w) for w in trainer.state.params]
+        return loss_and_gradients(trainer.state.model, preset, params, images, CounterRng(preset.seed, 0, 0))
+
+    run = tf.function(replica_function(gradients, trainer.strategy, preset.image_size))
+    images = tf.zeros((preset.batch_size, *preset.image_shape), tf.uint8)
+    return lambda: run(images)[0].numpy(), 1
+
+
 def _train(preset: Preset):
-    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS.get(preset.dataset, 1)
+    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS[preset.dataset]
     images = np.random.RandomState(0).randint(256, size=(preset.batch_size, *preset.image_shape)).astype(np.uint8)
     batches = iter(tf.data.Dataset.from_tensors(images).repeat())
     return lambda: float(trainer.run_steps(batches, tf.constant(steps))["loss"]), steps
