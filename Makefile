@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/digits
 BUILDIFIER := npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test test-slow soak bench lint format lock clean
+.PHONY: demo test test-slow soak bench scaling lint format lock clean
 
 demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
 	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
@@ -21,6 +21,9 @@ soak: $(VENV)/.installed  ## kill a training process thirty times: the run must 
 
 bench: $(VENV)/.installed  ## speed beside diffusers' on this CPU: BENCH="--quick forward" for a part
 	$(BIN)/python tests/benchmarks/bench.py $(BENCH)
+
+scaling: $(VENV)/.installed  ## how time grows with batch, resolution, images, T and samples: a picture in build/bench
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/scaling.py
 
 lint: $(VENV)/.installed  ## style, types and build files
 	$(BIN)/ruff check .

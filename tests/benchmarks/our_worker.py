@@ -20,7 +20,7 @@ from diffusion_tf.stylegan_tfrecords import find_images, prepare
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training import Trainer, loss_and_gradients
 
-_TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call: a loop, as in training
+_TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call
 _SAMPLE_STEPS = 10
 _INPUT_BATCHES = 20
 _RECORDS = {32: 5000, 256: 500}
@@ -68,11 +68,16 @@ def _gradients(preset: Preset):
     return lambda: run(images)[0].numpy(), 1
 
 
-def _train(preset: Preset):
-    trainer, steps = Trainer(preset, make_strategy()), _TRAIN_STEPS[preset.dataset]
+def train(preset: Preset, steps: int):
+    """A call that takes so many steps, and how many: a loop, as in training."""
+    trainer = Trainer(preset, make_strategy())
     images = np.random.RandomState(0).randint(256, size=(preset.batch_size, *preset.image_shape)).astype(np.uint8)
     batches = iter(tf.data.Dataset.from_tensors(images).repeat())
     return lambda: float(trainer.run_steps(batches, tf.constant(steps))["loss"]), steps
+
+
+def _train(preset: Preset):
+    return train(preset, _TRAIN_STEPS[preset.dataset])
 
 
 def _sample(preset: Preset):

@@ -1,0 +1,119 @@
+"""How time grows with what is asked for, on this device: `make scaling` draws it and writes JSON beside it.
+
+The network is the digits preset's, at other sizes where the curve says so. Each point is the least of three timings,
+and each curve is fitted by fixed + x slope, relative errors weighing the same everywhere.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import our_worker
+
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.likelihood import BoundEvaluator
+from diffusion_tf.metrics import frechet_distance
+from diffusion_tf.presets import get_preset
+from diffusion_tf.samplers import Sampler
+from diffusion_tf.trained_model import TrainedModel
+
+_FOLDER = pathlib.Path(__file__).parent.parent.parent / "build" / "bench"
+_FEATURES = 2048  # Inception's
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of a call that has been compiled; the least of three timings, each of at least a fifth of a second."""
+    call()
+    times = []
+    for _ in range(3):
+        start, count = time.perf_counter(), 0
+        while not count or time.perf_counter() - start < 0.2:
+            call()
+            count += 1
+        times.append((time.perf_counter() - start) / count)
+    return min(times)
+
+
+def training(**fields) -> float:
+    """Seconds of a training step."""
+    call, steps = our_worker.train(get_preset("digits", **fields), steps=4)
+    return seconds(call) / steps
+
+
+def sampling(sampler: Sampler, images: int) -> float:
+    """Seconds of so many images, 64 at a time."""
+    return seconds(lambda: [sampler(first).numpy() for first in range(0, images, 64)])
+
+
+def likelihood(num_timesteps: int) -> float:
+    """Seconds of the bound of 64 images."""
+    trained = TrainedModel(get_preset("digits", num_timesteps=num_timesteps), make_strategy())
+    evaluator = BoundEvaluator(trained, batch_size=64, seed=0)
+    return seconds(lambda: evaluator(0, np.zeros((64, 8, 8, 1), np.uint8)))
+
+
+def evaluation(num_samples: int) -> float:
+    """Seconds of the Frechet distance between so many features and as many others."""
+    random = np.random.RandomState(0)
+    real, generated = (random.standard_normal((num_samples, _FEATURES)).astype(np.float32) for _ in range(2))
+    return seconds(lambda: frechet_distance(real, generated))
+
+
+def curves() -> Iterable[tuple[str, str, list[int], Callable[[int], float]]]:
+    """Title, what x is, the places, and the measurement of each curve."""
+    sampler = Sampler(TrainedModel(get_preset("digits", num_timesteps=100), make_strategy()), batch_size=64, seed=0)
+    batches, sizes = [1, 2, 4, 8, 16, 32, 64], [8, 16, 32, 64, 128, 256]
+    yield "training step, 32x32", "batch", batches, lambda batch: training(image_size=32, batch_size=batch)
+    yield (
+        "training step, batch 1",
+        "pixels",
+        [size**2 for size in sizes],
+        lambda pixels: training(image_size=round(pixels**0.5), batch_size=1),
+    )
+    yield "sampling, T = 100", "images", [64, 128, 256, 512], lambda images: sampling(sampler, images)
+    yield "likelihood of 64 images", "T", [50, 100, 200, 400, 800], likelihood
+    yield "Frechet distance, 2048 features", "samples", [2500, 5000, 10000, 20000], evaluation
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """(fixed, slope) of the line nearest to y in relative terms."""
+    columns = np.stack([np.ones_like(x), x], axis=1) / y[:, None]
+    fixed, slope = np.linalg.lstsq(columns, np.ones_like(x), rcond=None)[0]
+    return float(fixed), float(slope)
+
+
+def main() -> None:
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    records = []
+    for title, what, places, measure in curves():
+        y = [measure(place) for place in places]
+        fixed, slope = fit(np.array(places, float), np.array(y))
+        records.append({"curve": title, "x": what, "places": places, "seconds": y, "fixed": fixed, "slope": slope})
+        off = max(abs(fixed + slope * place - value) / value for place, value in zip(places, y, strict=True))
+        print(
+            f"{title}: {1e3 * fixed:.2f} ms + {1e3 * slope:.4g} ms a unit of {what}, off by {off:.0%} at most",
+            flush=True,
+        )
+    (_FOLDER / "scaling.json").write_text(json.dumps(records, indent=2) + "\n")
+    figure, axes = plt.subplots(1, len(records), figsize=(4 * len(records), 3.5), layout="constrained")
+    for axis, record in zip(axes, records, strict=True):
+        x = np.array(record["places"], float)
+        axis.loglog(x, record["seconds"], "o", x, record["fixed"] + record["slope"] * x, "-")
+        axis.set(title=record["curve"], xlabel=record["x"], ylabel="seconds")
+    figure.savefig(_FOLDER / "scaling.png", dpi=120)
+    print(_FOLDER / "scaling.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
