@@ -106,10 +106,8 @@ def _images(run: common.Run) -> tuple[list[str], np.ndarray, str]:
     shape = run.preset.image_shape
     if FLAGS.split:
         source = open_source(run.preset, FLAGS.split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
-        images, name = (
-            ImageReader(source)(0, min(FLAGS.num_images or source.num_examples, source.num_examples)),
-            source.name,
-        )
+        count = min(FLAGS.num_images or source.num_examples, source.num_examples)
+        images, name = ImageReader(source)(0, count), source.name
     elif FLAGS.images.endswith(".npz"):
         arrays = list(read_npz(FLAGS.images).values())
         if len(arrays) != 1 or arrays[0].dtype != np.uint8 or arrays[0].shape[1:] != shape or not len(arrays[0]):
