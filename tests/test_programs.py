@@ -230,7 +230,8 @@ def test_every_figure(trained, tmp_path):
 
 def test_compressed_files_come_back(trained, tmp_path):
     files, out = tmp_path / "files", tmp_path / "out"
-    args = [f"--workdir={trained}", "--num_images=3", "--num_table_images=20"]
+    trained_run = [f"--workdir={trained}", "--chunk_bits=12"]  # whose indices are found sooner
+    args = [*trained_run, "--num_images=3", "--num_table_images=20"]
     encoded = run("compress", "encode", *args, "--split=test", "--lossless", f"--out={files}")
     assert encoded.returncode == 0, encoded.stderr
     record = json.loads((trained / "compression_test.json").read_text())
@@ -242,20 +243,14 @@ def test_compressed_files_come_back(trained, tmp_path):
     images = load_digits("test")[:3]
     Image.fromarray(images[2][..., 0]).save(tmp_path / "digit.png")
     np.savez(tmp_path / "digits.npz", images=images)
-    few = [f"--workdir={trained}", f"--images={tmp_path}/digits.npz", f"--out={tmp_path}/few"]
+    few = [*trained_run, f"--images={tmp_path}/digits.npz", f"--out={tmp_path}/few"]
     refused = run("compress", "encode", *few, "--target_bits_per_dim=4.8")
     assert refused.returncode == 1 and "4.875 at least" in refused.stderr and not (tmp_path / "few").exists()
     assert run("compress", "encode", *few, "--target_bits_per_dim=5.1").returncode == 0
     few_sizes = [path.stat().st_size for path in sorted((tmp_path / "few").glob("*.dtfc"))]
     assert len(few_sizes) == 3 and all(39 <= size <= 40 for size in few_sizes)
-    one = run(
-        "compress",
-        "encode",
-        f"--workdir={trained}",
-        f"--images={tmp_path}/digit.png",
-        "--target_rmse=300",
-        f"--out={files}",
-    )
+    args = [*trained_run, f"--images={tmp_path}/digit.png", "--target_rmse=300", f"--out={files}"]
+    one = run("compress", "encode", *args)
     assert one.returncode == 0 and (files / "digit.dtfc").stat().st_size == 39  # all images are as near as that
 
     whole = (files / "image_00001.dtfc").read_bytes()
