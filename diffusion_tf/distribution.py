@@ -13,8 +13,6 @@ from diffusion_tf.errors import InputError, PreemptedError
 from diffusion_tf.files import first_line
 from diffusion_tf.regions import cpu_graph
 
-_LEAST_SIZE_IN_REGIONS = 16
-
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
 
 
@@ -102,37 +100,39 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     return tf.distribute.TPUStrategy(resolver)
 
 
-def replica_function(function: Callable, strategy: tf.distribute.Strategy, image_size: int = 0) -> Callable:
+def replica_function(function: Callable, strategy: tf.distribute.Strategy, in_regions: bool = False) -> Callable:
     """`function`, to be given to `strategy.run` inside a tf.function; one XLA program where that is ours to ask for.
 
     A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Off the TPU, replicas that
     meet in an all-reduce cannot be one program, nor may they meet inside a nested tf.function. On a CPU, tensorflow-tpu
-    has no XLA; elsewhere there, a graph with compiled regions (`regions.py`) is the fastest for a network of images of
-    16x16 pixels or more. Below, starting the regions costs more than they save.
+    has no XLA; elsewhere there, it is a graph with compiled regions (`regions.py`) where those are asked for.
+    AutoGraph, which would double the time to trace a network, stays out: loops are `tf.while_loop`.
     """
+    function = tf.autograph.experimental.do_not_convert(function)
     if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return function
     on_cpu = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type == "CPU"
     if on_cpu and "tensorflow-tpu" in _tensorflow_packages():
         return function
-    if on_cpu and image_size >= _LEAST_SIZE_IN_REGIONS:
+    if on_cpu and in_regions:
 
+        @tf.autograph.experimental.do_not_convert
         def graph(*args):
             with cpu_graph():
                 return function(*args)
 
         return graph
-    return tf.function(function, jit_compile=True)
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def over_replicas(
-    function: Callable, strategy: tf.distribute.Strategy, batch_size: int, image_size: int = 0
+    function: Callable, strategy: tf.distribute.Strategy, batch_size: int, in_regions: bool = False
 ) -> Callable:
     """`function(first, *arrays)` of consecutive examples, as a compiled function of a batch shared out over replicas.
 
     Each replica calls it with the index of its first example and its share [batch_size / replicas, ...] of each array;
     the tensors that it returns, in any structure, are joined along their first axis. Arrays of fewer than `batch_size`
-    examples are filled up with zeros, and the results cut to their length. `image_size` is as in `replica_function`.
+    examples are filled up with zeros, and the results cut to their length. `in_regions` is as in `replica_function`.
 
     Raises:
       InputError: the batch size is not divisible by the replicas.
@@ -144,9 +144,9 @@ def over_replicas(
         shares = [tf.slice(a, [offset] + [0] * (len(a.shape) - 1), [per_replica, *a.shape[1:]]) for a in arrays]
         return function(first + tf.cast(offset, tf.int64), *shares)
 
-    replica_call = replica_function(replica_call, strategy, image_size)
+    replica_call = replica_function(replica_call, strategy, in_regions)
 
-    @tf.function
+    @tf.function(autograph=False)
     def batch_call(first, *arrays):
         results = strategy.run(replica_call, args=(first, *arrays))
         return tf.nest.map_structure(lambda r: tf.concat(strategy.experimental_local_results(r), axis=0), results)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
-from diffusion_tf.distribution import over_replicas, per_replica_batch_size
+from diffusion_tf.distribution import per_replica_batch_size
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.resumable import Arrays, Parts
@@ -101,7 +101,7 @@ class BoundEvaluator:
                 trained.diffusion, trained.denoise_fn(), images_to_x(images), noise_fn, timesteps_fn, num_terms
             )
 
-        self._evaluate = over_replicas(evaluate, trained.strategy, batch_size, trained.preset.image_size)
+        self._evaluate = trained.over_replicas(evaluate, batch_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
         """The terms of images uint8 [n <= batch_size, H, W, C], of which the first has index `first_image`."""

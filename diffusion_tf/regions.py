@@ -4,14 +4,18 @@ There the fastest products in bfloat16 are oneDNN's, which TensorFlow's graph ca
 work between them is XLA's, which writes once what TensorFlow writes once for each operation. So on a CPU a program is a
 graph (`distribution.replica_function`), in which every function marked by `region` is compiled, once for all calls of
 the same shapes. Where all is one XLA program, as on a TPU, the mark does nothing.
+Starting a region takes as long as some work does: for small images the whole network is one program (`suit`).
 """
 
 import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
+
+_LEAST_SIZE = 16
 
 _in_cpu_graph = contextvars.ContextVar("in_cpu_graph", default=False)
 
@@ -29,6 +33,26 @@ def cpu_graph() -> Iterator[None]:
 def in_cpu_graph() -> bool:
     """Whether a graph for a CPU, or a region of it, is being traced."""
     return _in_cpu_graph.get()
+
+
+def suit(image_size: int) -> bool:
+    """Whether regions are the faster way through a network for images of so many pixels along a side."""
+    return image_size >= _LEAST_SIZE
+
+
+def one_program(function: Callable) -> Any:
+    """What `function()`, of tensors in its closure, returns: in a graph for a CPU by one XLA program."""
+    if not in_cpu_graph():
+        return function()
+
+    def without_regions():
+        token = _in_cpu_graph.set(False)
+        try:
+            return function()
+        finally:
+            _in_cpu_graph.reset(token)
+
+    return tf.function(without_regions, jit_compile=True, autograph=False)()
 
 
 def region(function: Callable) -> Callable:
@@ -49,7 +73,7 @@ def region(function: Callable) -> Callable:
                 ys = call(*arguments)
             return tape.gradient(ys, floats, grad_ys, unconnected_gradients="zero")
 
-        return tf.function(call, jit_compile=True), tf.function(gradient, jit_compile=True)
+        return tuple(tf.function(f, jit_compile=True, autograph=False) for f in (call, gradient))
 
     @functools.wraps(function)
     def wrapped(*arguments, **static):
@@ -73,8 +97,6 @@ def region(function: Callable) -> Callable:
 
 
 def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
-    """[..., N, C] to float32 [..., C]: in a region as a product with ones, since XLA is slow at sums on a CPU."""
+    """[..., N, C] to float32 [..., C] by a product with ones, for regions: XLA is slow at sums on a CPU."""
     rows = tf.cast(rows, tf.float32)
-    if not in_cpu_graph():
-        return tf.reduce_sum(rows, axis=-2)
     return tf.squeeze(tf.matmul(tf.ones([*rows.shape[:-2], 1, rows.shape[-2]]), rows), axis=-2)

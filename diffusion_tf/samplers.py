@@ -7,7 +7,7 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
-from diffusion_tf.distribution import over_replicas, per_replica_batch_size
+from diffusion_tf.distribution import per_replica_batch_size
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.sampler_tables import (
     SamplerSettings,
@@ -182,8 +182,8 @@ class Sampler:
                 return reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop), pred_xstart
             return table_steps(diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0])
 
-        self._noise = over_replicas(noise, trained.strategy, batch_size, trained.preset.image_size)
-        self._steps = over_replicas(steps, trained.strategy, batch_size, trained.preset.image_size)
+        self._noise = trained.over_replicas(noise, batch_size)
+        self._steps = trained.over_replicas(steps, batch_size)
 
     def __call__(self, first_image: int) -> tf.Tensor:
         """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
@@ -224,7 +224,7 @@ class ProgressiveSampler:
             )
             return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
 
-        self._sample = over_replicas(sample, trained.strategy, batch_size, trained.preset.image_size)
+        self._sample = trained.over_replicas(sample, batch_size)
 
     def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Images first_image ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
@@ -253,7 +253,7 @@ class ReverseProcess:
             noise_fn = sample_noise(seed, first_image, x_t.shape)
             return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
 
-        self._steps = over_replicas(steps, trained.strategy, batch_size, trained.preset.image_size)
+        self._steps = trained.over_replicas(steps, batch_size)
 
     def noise(self, count: int) -> np.ndarray:
         """x_T of images 0 .. count - 1, float32 [count, H, W, C]."""
@@ -324,7 +324,7 @@ def encode_and_decode(
             results.append(x)
         return results
 
-    call, batches = over_replicas(both_ways, trained.strategy, batch_size, trained.preset.image_size), []
+    call, batches = trained.over_replicas(both_ways, batch_size), []
     for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="encoding"):
         latents, x = call(first, images_to_x(images[first : first + batch_size]))
         batches.append((latents.numpy(), x_to_images(x).numpy()))

@@ -32,14 +32,16 @@ class StateTensors(NamedTuple):
     step: tf.Tensor
 
 
-def apply_gradients(state: StateTensors, grads: Sequence[tf.Tensor], usable: tf.Tensor, preset: Preset) -> StateTensors:
-    """Adam and EMA, each in float32. Unless the gradients are `usable`, a boolean, only the step moves."""
+def apply_gradients(
+    state: StateTensors, grads: Sequence[tf.Tensor], clip: tf.Tensor, usable: tf.Tensor, preset: Preset
+) -> StateTensors:
+    """Adam and EMA in float32, by the gradients times `clip`; unless `usable`, a boolean, only the step moves."""
     learning_rate = warmed_up_learning_rate(preset.learning_rate, preset.warmup_steps, state.step)
     k = tf.cast(state.step + 1, tf.float32)
     step_size = learning_rate * tf.sqrt(1.0 - ADAM_BETA2**k) / (1.0 - ADAM_BETA1**k)
 
     updated = [
-        _update_one(list(before), grad, step_size, usable, ema_decay=preset.ema_decay)
+        _update_one(list(before), grad, clip, step_size, usable, ema_decay=preset.ema_decay)
         for *before, grad in zip(*state[:4], grads, strict=True)
     ]
     params, ema, adam_m, adam_v = (list(group) for group in zip(*updated, strict=True))
@@ -47,9 +49,10 @@ def apply_gradients(state: StateTensors, grads: Sequence[tf.Tensor], usable: tf.
 
 
 @region
-def _update_one(before, grad, step_size, usable, *, ema_decay: float) -> list[tf.Tensor]:
+def _update_one(before, grad, clip, step_size, usable, *, ema_decay: float) -> list[tf.Tensor]:
     """A variable, its EMA and its moments after the step."""
     w, ema, m, v = before
+    grad = grad * clip
     m = ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * grad
     v = ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * tf.square(grad)
     w = w - step_size * m / (tf.sqrt(v) + ADAM_EPSILON)

@@ -1,10 +1,12 @@
 """A network with the weights to use, and its diffusion: what samples and measurements are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from diffusion_tf import regions
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
+from diffusion_tf.distribution import over_replicas
 from diffusion_tf.presets import Preset
 from diffusion_tf.train_state import load_ema
 from diffusion_tf.unet import UNet
@@ -51,3 +53,8 @@ class TrainedModel:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
         params = self.model.compute_params(self.weights)
         return lambda x_t, t: self.model.stateless_call(params, [], x_t, t)[0]
+
+    def over_replicas(self, function: Callable, batch_size: int) -> Callable:
+        """`distribution.over_replicas`, of a function that calls the network."""
+        in_regions = regions.suit(self.preset.image_size)
+        return over_replicas(function, self.strategy, batch_size, in_regions)

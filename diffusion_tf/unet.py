@@ -5,6 +5,7 @@ projection; single-head self-attention at the chosen resolutions; strided convol
 repeats up, and every feature map of the way down concatenated on the way up.
 """
 
+import functools
 import itertools
 import math
 import zlib
@@ -47,23 +48,35 @@ _NEAR_ZERO = 1e-10
 
 
 class _Layers:
-    """Makes the layers that multiply: in `precision`, of weights in float32 that their names seed."""
+    """Makes the layers that multiply: in `precision`, of weights in float32 that their names seed.
+
+    Each is built at once, in the name scope of the layer that it is part of: to build it on demand, Keras would trace
+    the network, several times over.
+    """
 
     def __init__(self, seed: int, precision: str):
         self._init = _Initializers(seed)
         self._policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
 
-    def conv(self, channels: int, path: str, kind=None, **kwargs) -> keras.layers.Layer:
+    def conv(self, in_channels: int, channels: int, path: str, kind=None, **kwargs) -> keras.layers.Layer:
         """A 3x3 convolution."""
-        return (kind or Conv)(channels, 3, padding="same", **self._arguments(path, **kwargs))
+        return _built((kind or Conv)(channels, 3, padding="same", **self._arguments(path, **kwargs)), in_channels)
 
-    def dense(self, channels: int, path: str, kind=keras.layers.Dense, **kwargs) -> keras.layers.Layer:
+    def dense(
+        self, in_channels: int, channels: int, path: str, kind=keras.layers.Dense, **kwargs
+    ) -> keras.layers.Layer:
         """A matrix product along the channels."""
-        return kind(channels, **self._arguments(path, **kwargs))
+        return _built(kind(channels, **self._arguments(path, **kwargs)), in_channels)
 
     def _arguments(self, path: str, scale: float = 1.0, **kwargs) -> dict[str, Any]:
         name = path.split("/")[-1]
         return {"kernel_initializer": self._init(path, scale), "name": name, "dtype": self._policy, **kwargs}
+
+
+def _built(layer: keras.layers.Layer, in_channels: int) -> keras.layers.Layer:
+    """The layer, its variables made for maps [B, H, W, in_channels]."""
+    layer.build((None, None, None, in_channels))
+    return layer
 
 
 class GroupNorm(keras.layers.Layer):
@@ -74,15 +87,15 @@ class GroupNorm(keras.layers.Layer):
     those of the way down.
     """
 
-    def __init__(self, name: str, swish: bool = False):
+    def __init__(self, channels: int, name: str, swish: bool = False):
         super().__init__(name=name, dtype="float32", autocast=False)
         self.swish = swish
+        _built(self, channels)
 
-    def build(self, shapes):
-        """Makes the variables for parts of these shapes."""
-        channels = sum(shape[-1] for shape in shapes)
-        self.gamma = self.add_weight(name="gamma", shape=(channels,), initializer="ones")
-        self.beta = self.add_weight(name="beta", shape=(channels,), initializer="zeros")
+    def build(self, shape):
+        """Makes the variables for parts that side by side have this shape."""
+        self.gamma = self.add_weight(name="gamma", shape=shape[-1:], initializer="ones")
+        self.beta = self.add_weight(name="beta", shape=shape[-1:], initializer="zeros")
 
     def call(self, parts, offset=None, keep=None, rate=0.0):
         """Normalises the channels of all parts together, in their dtype.
@@ -198,12 +211,9 @@ class _Shortcut(keras.layers.Layer):
         self.units = units
         self.kernel_initializer = kernel_initializer
 
-    def build(self, shapes):
-        """Makes the variables for parts of these shapes."""
-        in_channels = sum(shape[-1] for shape in shapes)
-        self.kernel = self.add_weight(
-            name="kernel", shape=(in_channels, self.units), initializer=self.kernel_initializer
-        )
+    def build(self, shape):
+        """Makes the variables for parts that side by side have this shape."""
+        self.kernel = self.add_weight(name="kernel", shape=(shape[-1], self.units), initializer=self.kernel_initializer)
         self.bias = self.add_weight(name="bias", shape=(self.units,), initializer="zeros")
 
     def call(self, parts):
@@ -215,17 +225,18 @@ class _Shortcut(keras.layers.Layer):
 class ResnetBlock(keras.layers.Layer):
     """norm, swish, conv, + temb, norm, swish, dropout, conv, + shortcut: [B, H, W, in] -> [B, H, W, channels]."""
 
-    def __init__(self, in_channels: int, channels: int, dropout: float, layers: _Layers, name: str):
+    def __init__(self, in_channels: int, channels: int, temb_channels: int, dropout: float, layers: _Layers, name: str):
         super().__init__(name=name, autocast=False)
         self.dropout = dropout
-        self.norm1 = GroupNorm("norm1", swish=True)
-        self.conv1 = layers.conv(channels, f"{name}/conv1", kind=_ConvAndBias)
-        self.temb_proj = layers.dense(channels, f"{name}/temb_proj")
-        self.norm2 = GroupNorm("norm2", swish=True)
-        self.conv2 = layers.conv(channels, f"{name}/conv2", scale=_NEAR_ZERO)
-        self.nin_shortcut = None
-        if in_channels != channels:
-            self.nin_shortcut = layers.dense(channels, f"{name}/nin_shortcut", kind=_Shortcut)
+        with keras.name_scope(name):
+            self.norm1 = GroupNorm(in_channels, "norm1", swish=True)
+            self.conv1 = layers.conv(in_channels, channels, f"{name}/conv1", kind=_ConvAndBias)
+            self.temb_proj = layers.dense(temb_channels, channels, f"{name}/temb_proj")
+            self.norm2 = GroupNorm(channels, "norm2", swish=True)
+            self.conv2 = layers.conv(channels, channels, f"{name}/conv2", scale=_NEAR_ZERO)
+            self.nin_shortcut = None
+            if in_channels != channels:
+                self.nin_shortcut = layers.dense(in_channels, channels, f"{name}/nin_shortcut", kind=_Shortcut)
 
     def call(self, parts, temb, rng: CounterRng | None = None):
         """Maps parts [B, H, W, C_i] of `in` channels and temb [B, 4 ch]; dropout acts where `rng` is given."""
@@ -244,9 +255,10 @@ class AttentionBlock(keras.layers.Layer):
     def __init__(self, channels: int, layers: _Layers, name: str):
         super().__init__(name=name, autocast=False)
         self.scale = channels**-0.5
-        self.norm = GroupNorm("norm")
-        self.q, self.k, self.v = (layers.dense(channels, f"{name}/{part}") for part in "qkv")
-        self.proj_out = layers.dense(channels, f"{name}/proj_out", scale=_NEAR_ZERO)
+        with keras.name_scope(name):
+            self.norm = GroupNorm(channels, "norm")
+            self.q, self.k, self.v = (layers.dense(channels, channels, f"{name}/{part}") for part in "qkv")
+            self.proj_out = layers.dense(channels, channels, f"{name}/proj_out", scale=_NEAR_ZERO)
 
     def call(self, x):
         """Maps x [B, H, W, C]."""
@@ -374,54 +386,58 @@ class UNet(keras.Model):
         if any(ch * mult % NUM_GROUPS for mult in ch_mult):
             raise InputError(f"--ch={ch}: every level needs a multiple of {NUM_GROUPS} channels (group normalisation)")
 
-        layers = _Layers(seed, precision)
         self.ch = ch
-        # In float32, as it costs nothing.
-        self.temb_dense0 = layers.dense(4 * ch, "temb/dense0", name="temb_dense0", dtype="float32")
-        self.temb_dense1 = layers.dense(4 * ch, "temb/dense1", name="temb_dense1", dtype="float32")
-        self.conv_in = layers.conv(ch, "conv_in")
-
-        # A list of blocks for each level, and the convolutions between the levels.
-        self.down, self.downsample, self.up, self.upsample = [], [], [], []
-        channels, skip_channels = ch, [ch]
-        for level, mult in enumerate(ch_mult):
-            blocks = []
-            for i in range(num_res_blocks):
-                blocks.append(ResnetBlock(channels, ch * mult, dropout, layers, f"down_{level}_block_{i}"))
-                if resolutions[level] in attn_resolutions:
-                    blocks.append(AttentionBlock(ch * mult, layers, f"down_{level}_attn_{i}"))
-                channels = ch * mult
-                skip_channels.append(channels)
-            self.down.append(blocks)
-            if level != levels - 1:
-                self.downsample.append(layers.conv(channels, f"down_{level}_downsample_conv", strides=2))
-                skip_channels.append(channels)
-
-        self.mid = [
-            ResnetBlock(channels, channels, dropout, layers, "mid_block_1"),
-            AttentionBlock(channels, layers, "mid_attn_1"),
-            ResnetBlock(channels, channels, dropout, layers, "mid_block_2"),
-        ]
-
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            blocks = []
-            for i in range(num_res_blocks + 1):
-                in_channels = channels + skip_channels.pop()
-                blocks.append(ResnetBlock(in_channels, ch * mult, dropout, layers, f"up_{level}_block_{i}"))
-                if resolutions[level] in attn_resolutions:
-                    blocks.append(AttentionBlock(ch * mult, layers, f"up_{level}_attn_{i}"))
-                channels = ch * mult
-            self.up.append(blocks)
-            if level != 0:
-                self.upsample.append(layers.conv(channels, f"up_{level}_upsample_conv", kind=UpsampleConv))
-
-        self.norm_out = GroupNorm("norm_out", swish=True)
-        # Its output is the model's, which stays float32 all the way.
-        self.conv_out = layers.conv(out_channels, "conv_out", scale=_NEAR_ZERO, dtype="float32")
-        # One symbolic call creates the variables, so that the model is complete from here on.
-        self(keras.Input(image_shape), keras.Input((), dtype="int32"))
+        levels = [(ch * mult, size in attn_resolutions) for mult, size in zip(ch_mult, resolutions, strict=True)]
+        layers = _Layers(seed, precision)
+        with keras.name_scope(self.name):
+            # In float32, as it costs nothing.
+            self.temb_dense0 = layers.dense(ch, 4 * ch, "temb/dense0", name="temb_dense0", dtype="float32")
+            self.temb_dense1 = layers.dense(4 * ch, 4 * ch, "temb/dense1", name="temb_dense1", dtype="float32")
+            self.conv_in = layers.conv(image_shape[-1], ch, "conv_in")
+            self._make_blocks(layers, levels, num_res_blocks, dropout)
+            self.norm_out = GroupNorm(levels[0][0], "norm_out", swish=True)
+            # Its output is the model's, which stays float32 all the way.
+            self.conv_out = layers.conv(levels[0][0], out_channels, "conv_out", scale=_NEAR_ZERO, dtype="float32")
+        self.built = True
         dtypes = {id(v): layer.compute_dtype for layer in self._flatten_layers() for v in layer._trainable_variables}
         self.compute_dtypes = [dtypes[id(v)] for v in self.trainable_variables]
+
+    def _make_blocks(self, layers: _Layers, levels: list[tuple[int, bool]], num_res_blocks: int, dropout: float):
+        """Blocks, and convolutions between levels; `levels` says of each how many channels, and whether it attends."""
+        block = functools.partial(ResnetBlock, temb_channels=4 * self.ch, dropout=dropout, layers=layers)
+        # A list of blocks for each level, and the convolutions between the levels.
+        self.down, self.downsample, self.up, self.upsample = [], [], [], []
+        channels, skip_channels = self.ch, [self.ch]
+        for level, (level_channels, attends) in enumerate(levels):
+            blocks = []
+            for i in range(num_res_blocks):
+                blocks.append(block(channels, level_channels, name=f"down_{level}_block_{i}"))
+                channels = level_channels
+                if attends:
+                    blocks.append(AttentionBlock(channels, layers, f"down_{level}_attn_{i}"))
+                skip_channels.append(channels)
+            self.down.append(blocks)
+            if level != len(levels) - 1:
+                self.downsample.append(layers.conv(channels, channels, f"down_{level}_downsample_conv", strides=2))
+                skip_channels.append(channels)
+
+        self.mid: list[Any] = [
+            block(channels, channels, name="mid_block_1"),
+            AttentionBlock(channels, layers, "mid_attn_1"),
+            block(channels, channels, name="mid_block_2"),
+        ]
+
+        for level, (level_channels, attends) in reversed(list(enumerate(levels))):
+            blocks = []
+            for i in range(num_res_blocks + 1):
+                blocks.append(block(channels + skip_channels.pop(), level_channels, name=f"up_{level}_block_{i}"))
+                channels = level_channels
+                if attends:
+                    blocks.append(AttentionBlock(channels, layers, f"up_{level}_attn_{i}"))
+            self.up.append(blocks)
+            if level != 0:
+                path = f"up_{level}_upsample_conv"
+                self.upsample.append(layers.conv(channels, channels, path, kind=UpsampleConv))
 
     @property
     def weight_names(self) -> list[str]:

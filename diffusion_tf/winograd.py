@@ -80,7 +80,13 @@ def _along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
     """The product matrix @ grid @ matrix^T, for a grid of tensors."""
 
     def combine(row, tensors):
-        return tf.add_n([tensor * factor for factor, tensor in zip(row, tensors, strict=True) if factor])
+        # In few operations, as there are thousands in a network to trace: what is subtracted comes last.
+        terms = sorted(((f, x) for f, x in zip(row, tensors, strict=True) if f), key=lambda term: term[0] < 0)
+        signed = [(f < 0, x if abs(f) == 1 else x * abs(f)) for f, x in terms]
+        total = -signed[0][1] if signed[0][0] else signed[0][1]
+        for negative, x in signed[1:]:
+            total = total - x if negative else total + x
+        return total
 
     columns = [[combine(row, column) for row in matrix] for column in zip(*grid, strict=True)]
     return [[combine(row, tensors) for row in matrix] for tensors in zip(*columns, strict=True)]

@@ -15,7 +15,6 @@ import tqdm
 from diffusion_tf.compression.bitstream import INDEX_LENGTHS, StepLaw
 from diffusion_tf.compression.channel import rows_for, sample_indices
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
-from diffusion_tf.distribution import over_replicas
 from diffusion_tf.errors import InputError
 from diffusion_tf.files import first_line, read_json
 from diffusion_tf.rng import CounterRng
@@ -134,7 +133,7 @@ def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, i
         denoise_fn = trained.denoise_fn()
         return trained.diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=True).pred_xstart
 
-    call = over_replicas(predict, trained.strategy, batch_size, trained.preset.image_size)
+    call = trained.over_replicas(predict, batch_size)
     return lambda x_t, t: call(0, x_t, np.full(len(x_t), t, np.int32)).numpy()
 
 

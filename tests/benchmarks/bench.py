@@ -7,7 +7,9 @@ A repetition during which other processes used more than 0.15 cores does not cou
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Callable, Iterator
 
 import timing
 
@@ -26,6 +29,7 @@ _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parent.parent
 _BUILD = _ROOT / "build" / "bench"
 _PEER = ["torch==2.13.*", "diffusers==0.42.*"]
+_PEER_MODES = {"eager": [], "torch.compile": ["--compile"]}
 _MAX_FOREIGN_CORES = 0.15
 _MAX_SECONDS = 180  # of the repetitions of one row
 
@@ -47,7 +51,7 @@ class Case:
 
 _CASES = [
     *(Case("forward", "cifar10", batch, p) for p in ("float32", "bfloat16") for batch in (8, 1, 32)),
-    *(Case(what, "cifar10", 8, p) for what in ("train", "gradients", "sample") for p in ("float32", "bfloat16")),
+    *(Case(what, "cifar10", 8, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
     *(Case(what, "digits", 64, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
     Case("input", "cifar10", 128),
     Case("input", "lsun_church", 64),
@@ -55,27 +59,37 @@ _CASES = [
     Case("first_step", "cifar10", 128),
 ]
 
+# What of ours a row is timed beside, to tell what the rest of it costs.
+_BARE = {"train": "gradients", "sample": "forward"}
+
 
 class Worker:
     """A process that has warmed up, and times one repetition whenever it is asked."""
 
     def __init__(self, *command: str):
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
+        # A cache of compiled programs that a killed run left half written would end the next one.
+        self._cache = tempfile.TemporaryDirectory()
+        cache = {"TORCHINDUCTOR_CACHE_DIR": self._cache.name}
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", **cache}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT
         )
         self.facts = self._read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._cache.cleanup()
 
     def __call__(self) -> dict:
         """One repetition."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self._read()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -93,7 +107,7 @@ def make_peer() -> str:
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
         # PyPI's own torch for Linux brings CUDA; without this index pip goes on with what it has.
-        wheels = ["--extra-index-url=https://download.pytorch.org/whl/cpu", "--retries=1"]
+        wheels = ["--extra-index-url=https://download.pytorch.org/whl/cpu", "--retries=0"]
         for packages in ([*wheels, _PEER[0]], _PEER[1:]):
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         done.touch()
@@ -113,15 +127,22 @@ def make_data() -> str:
     return str(folder)
 
 
-def start_workers(case: Case) -> dict[str, Worker]:
-    """{mode: worker} of a row: ours, and diffusers' where it has the network."""
+@contextlib.contextmanager
+def start_workers(case: Case) -> Iterator[dict[str, Callable[[], dict]]]:
+    """{mode: what takes a repetition} of a row: ours, and diffusers' where it has the network."""
+    if case.what == "first_step":
+        yield {"ours": functools.partial(first_step, case)}
+        return
     flags = [f"--what={case.what}", f"--batch={case.batch}", f"--precision={case.precision}"]
     ours = [sys.executable, str(_HERE / "our_worker.py"), f"--preset={case.preset}", *flags]
-    workers = {"ours": Worker(*ours, *([f"--data={make_data()}"] if case.what == "input" else []))}
+    commands = {"ours": [*ours, *([f"--data={make_data()}"] if case.what == "input" else [])]}
+    if case.what in _BARE:
+        commands["bare"] = [*ours, f"--what={_BARE[case.what]}"]
     if case.preset == "cifar10" and case.what in ("forward", "train", "sample"):
         theirs = [make_peer(), str(_HERE / "diffusers_worker.py"), *flags]
-        workers |= {"eager": Worker(*theirs), "torch.compile": Worker(*theirs, "--compile")}
-    return workers
+        commands |= {mode: [*theirs, *more] for mode, more in _PEER_MODES.items()}
+    with contextlib.ExitStack() as stack:
+        yield {mode: stack.enter_context(Worker(*command)) for mode, command in commands.items()}
 
 
 def first_step(case: Case) -> dict:
@@ -150,26 +171,25 @@ def _children_seconds() -> float:
 
 
 def measure(case: Case, reps: int) -> dict:
-    """The row of a case: for each mode its quiet repetitions, their median and spread, and the peak memory."""
-    workers = {"ours": None} if case.what == "first_step" else start_workers(case)
-    answers: dict[str, list[dict]] = {mode: [] for mode in workers}
-    start = time.monotonic()
-    for _ in range(3 * reps):
-        for mode, worker in workers.items():
-            answers[mode].append(worker() if worker else first_step(case))
-        if time.monotonic() - start > _MAX_SECONDS or all(len(_quiet(a)) >= reps for a in answers.values()):
-            break
-    for worker in workers.values():
-        if worker:
-            worker.close()
-    row = {"name": case.name, "what": case.what, "modes": {mode: _summary(a) for mode, a in answers.items()}}
-    for mode, worker in workers.items():
-        row["modes"][mode]["facts"] = worker.facts if worker else {}
-    peers = {mode: summary["median"] for mode, summary in row["modes"].items() if mode != "ours"}
-    if peers:
-        row["best_mode"] = min(peers, key=peers.get)
-        quiet = all(summary["quiet"] for summary in row["modes"].values())
-        row["ratio"] = row["modes"]["ours"]["median"] / peers[row["best_mode"]] if quiet else None
+    """The row of a case: each mode's quiet repetitions, median, spread and peak memory; overhead, ratio."""
+    with start_workers(case) as workers:
+        answers: dict[str, list[dict]] = {mode: [] for mode in workers}
+        start = time.monotonic()
+        for _ in range(3 * reps):
+            for mode, worker in workers.items():
+                answers[mode].append(worker())
+            if time.monotonic() - start > _MAX_SECONDS or all(len(_quiet(a)) >= reps for a in answers.values()):
+                break
+        facts = {mode: getattr(worker, "facts", {}) for mode, worker in workers.items()}
+    modes = {mode: {**_summary(a), "facts": facts[mode]} for mode, a in answers.items()}
+    row = {"name": case.name, "what": case.what, "modes": modes}
+    medians = {mode: summary["median"] for mode, summary in modes.items()}
+    quiet = all(summary["quiet"] for summary in modes.values())
+    if "bare" in modes:
+        row["overhead"] = medians["ours"] / medians["bare"] - 1 if quiet else None
+    if peers := [mode for mode in _PEER_MODES if mode in modes]:
+        row["best_mode"] = min(peers, key=medians.get)
+        row["ratio"] = medians["ours"] / medians[row["best_mode"]] if quiet else None
     return row
 
 
@@ -209,12 +229,12 @@ def table_line(row: dict) -> str:
     best = row.get("best_mode")
     theirs = cells(row["modes"][best]) if best else ("", "", "")
     ratio = f"{row['ratio']:.2f}" if row.get("ratio") else ""
-    words = (row["name"], *cells(row["modes"]["ours"]), *theirs, best or "", ratio)
-    return _format(words)
+    overhead = f"{row['overhead']:+.1%}" if row.get("overhead") is not None else ""
+    return _format((row["name"], *cells(row["modes"]["ours"]), overhead, *theirs, best or "", ratio))
 
 
 def _format(words) -> str:
-    return "".join(f"{word:<{width}}" for word, width in zip(words, (38, 18, 17, 6, 16, 17, 6, 15, 5), strict=True))
+    return "".join(f"{word:<{width}}" for word, width in zip(words, (38, 18, 17, 6, 10, 16, 17, 6, 15, 5), strict=True))
 
 
 def main() -> None:
@@ -227,7 +247,7 @@ def main() -> None:
     if not cases:
         raise SystemExit("bench: no such row; there are:\n" + "\n".join(case.name for case in _CASES))
     rows = []
-    headings = ("what", "ours, median", "min-max", "GiB", "diffusers", "min-max", "GiB", "mode", "ratio")
+    headings = ("what", "ours, median", "min-max", "GiB", "over bare", "diffusers", "min-max", "GiB", "mode", "ratio")
     print(_format(headings), flush=True)
     for case in cases:
         rows.append(measure(case, 3 if args.quick else 7))

@@ -11,11 +11,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 import timing
 
+from diffusion_tf import regions
 from diffusion_tf.datasets import open_source, training_batches
-from diffusion_tf.distribution import make_strategy, over_replicas, replica_function
+from diffusion_tf.distribution import make_strategy, replica_function
 from diffusion_tf.presets import PRESETS, Preset, get_preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.samplers import reverse_steps, sample_noise
+from diffusion_tf.samplers import ReverseProcess
 from diffusion_tf.stylegan_tfrecords import find_images, prepare
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training import Trainer, loss_and_gradients
@@ -50,7 +51,7 @@ def main() -> None:
 def _forward(preset: Preset):
     trained = TrainedModel(preset, make_strategy())
     call = lambda _, x, t: trained.denoise_fn()(x, t)
-    denoise = over_replicas(call, trained.strategy, preset.batch_size, preset.image_size)
+    denoise = trained.over_replicas(call, preset.batch_size)
     x, t = tf.random.normal((preset.batch_size, *preset.image_shape)), tf.range(preset.batch_size)
     return lambda: denoise(0, x, t).numpy(), 1
 
@@ -63,7 +64,7 @@ def _gradients(preset: Preset):
         params = [tf.convert_to_tensor(w) for w in trainer.state.params]
         return loss_and_gradients(trainer.state.model, preset, params, images, CounterRng(preset.seed, 0, 0))
 
-    run = tf.function(replica_function(gradients, trainer.strategy, preset.image_size))
+    run = tf.function(replica_function(gradients, trainer.strategy, regions.suit(preset.image_size)))
     images = tf.zeros((preset.batch_size, *preset.image_shape), tf.uint8)
     return lambda: run(images)[0].numpy(), 1
 
@@ -82,17 +83,10 @@ def _train(preset: Preset):
 
 def _sample(preset: Preset):
     """The first steps of what `Sampler` runs: its own calls to the device are of 50 of the 1000 steps."""
-    trained = TrainedModel(preset, make_strategy())
-    shape = (preset.batch_size, *preset.image_shape)
-
-    def steps(first_image, x_t, start, stop):
-        noise_fn = sample_noise(0, first_image, shape)
-        return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
-
-    run = over_replicas(steps, trained.strategy, preset.batch_size, preset.image_size)
-    x_t = tf.random.normal(shape)
-    bounds = [tf.fill([preset.batch_size], preset.num_timesteps - steps_done) for steps_done in (0, _SAMPLE_STEPS)]
-    return lambda: run(0, x_t, *bounds).numpy(), _SAMPLE_STEPS
+    process = ReverseProcess(TrainedModel(preset, make_strategy()), batch_size=preset.batch_size, seed=0)
+    x_t = process.noise(preset.batch_size)
+    start = preset.num_timesteps
+    return lambda: process(x_t, start, start - _SAMPLE_STEPS), _SAMPLE_STEPS
 
 
 def _input(preset: Preset, data: str):
