@@ -55,41 +55,51 @@ def one_program(function: Callable) -> Any:
     return tf.function(without_regions, jit_compile=True, autograph=False)()
 
 
-def region(function: Callable) -> Callable:
-    """Marks `function(*tensors, **static)`, of tensors and lists of them to one tensor or a list.
-
-    The static arguments are hashable. The gradient is one more program, which works the region out anew from its
-    arguments: reading them again costs less than keeping what is in between.
-    """
+def region_without_gradient(function: Callable) -> Callable:
+    """Marks `function(*tensors, **static)`, of tensors and lists of them to the like; static arguments are hashable."""
 
     @functools.cache
-    def programs(static):
-        call = functools.partial(function, **dict(static))
-
-        def gradient(grad_ys, arguments):
-            floats = [x for x in tf.nest.flatten(arguments) if x.dtype.is_floating]
-            with tf.GradientTape() as tape:
-                tape.watch(floats)
-                ys = call(*arguments)
-            return tape.gradient(ys, floats, grad_ys, unconnected_gradients="zero")
-
-        return tuple(tf.function(f, jit_compile=True, autograph=False) for f in (call, gradient))
+    def program(static):
+        return tf.function(functools.partial(function, **dict(static)), jit_compile=True, autograph=False)
 
     @functools.wraps(function)
     def wrapped(*arguments, **static):
         if not in_cpu_graph():
             return function(*arguments, **static)
-        forward, backward = programs(tuple(sorted(static.items())))
+        return program(tuple(sorted(static.items())))(*arguments)
+
+    return wrapped
+
+
+def region(function: Callable) -> Callable:
+    """`region_without_gradient`, and its gradient: one more program, which works the region out anew.
+
+    To read them again costs less than to keep what is in between.
+    """
+
+    def gradient(grad_ys, arguments, **static):
+        floats = [x for x in tf.nest.flatten(arguments) if x.dtype.is_floating]
+        with tf.GradientTape() as tape:
+            tape.watch(floats)
+            ys = function(*arguments, **static)
+        return tape.gradient(ys, floats, grad_ys, unconnected_gradients="zero")
+
+    forward, backward = region_without_gradient(function), region_without_gradient(gradient)
+
+    @functools.wraps(function)
+    def wrapped(*arguments, **static):
+        if not in_cpu_graph():
+            return function(*arguments, **static)
 
         @tf.custom_gradient
         def run(*tensors):
             packed = tf.nest.pack_sequence_as(arguments, tensors)
 
             def grad(*grad_ys):
-                grads = iter(backward(list(grad_ys) if len(grad_ys) > 1 else grad_ys[0], packed))
+                grads = iter(backward(list(grad_ys) if len(grad_ys) > 1 else grad_ys[0], packed, **static))
                 return [next(grads) if x.dtype.is_floating else None for x in tensors]
 
-            return forward(*packed), grad
+            return forward(*packed, **static), grad
 
         return run(*tf.nest.flatten(arguments))
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from diffusion_tf import checkpoints
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
-from diffusion_tf.regions import region
+from diffusion_tf.regions import region_without_gradient
 from diffusion_tf.unet import UNet
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
@@ -48,7 +48,7 @@ def apply_gradients(
     return StateTensors(params, ema, adam_m, adam_v, state.step + 1)
 
 
-@region
+@region_without_gradient
 def _update_one(before, grad, clip, step_size, usable, *, ema_decay: float) -> list[tf.Tensor]:
     """A variable, its EMA and its moments after the step."""
     w, ema, m, v = before

@@ -7,7 +7,7 @@ pixels of the output. The direct convolution adds up nine times as many products
 
 import tensorflow as tf
 
-from diffusion_tf.regions import region
+from diffusion_tf.regions import region_without_gradient
 
 Matrix = tuple[tuple[float, ...], ...]
 Grid = list[list[tf.Tensor]]
@@ -22,38 +22,23 @@ _UPSIDE_DOWN = (3, 1, 2, 0)  # the rows of _TAPS that the taps in reverse have
 @tf.custom_gradient
 def conv3x3(x: tf.Tensor, kernel: tf.Tensor):
     """The convolution of x [B, H, W, C], H and W even, with kernel [3, 3, C, channels]; zeros around x."""
+    _, height, width, _ = x.shape
 
     def grad(grad_y):
-        return _grad_x(grad_y, kernel), _grad_kernel(x, grad_y)
+        # By the kernel upside down, from its channels to C.
+        taps = _taps(kernel)
+        turned = [taps[4 * i + j] for i in _UPSIDE_DOWN for j in _UPSIDE_DOWN]
+        grad_x = _join(_products(_tiles(grad_y), turned, transpose_b=True), height=height, width=width)
+        # The tiles of x, four times its size, are made again.
+        return grad_x, _grad_taps(_products(_tiles(x), _grad_join(grad_y), transpose_a=True))
 
-    return _conv3x3(x, kernel), grad
-
-
-@region
-def _conv3x3(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    _, height, width, _ = x.shape
-    return _join([tf.matmul(v, u) for v, u in zip(_tiles(x), _taps(kernel), strict=True)], height, width)
-
-
-@region
-def _grad_x(grad_y: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    """By the kernel upside down, from its channels to C."""
-    _, height, width, _ = grad_y.shape
-    taps = _taps(kernel)
-    turned = [taps[4 * i + j] for i in _UPSIDE_DOWN for j in _UPSIDE_DOWN]
-    products = [tf.matmul(g, u, transpose_b=True) for g, u in zip(_tiles(grad_y), turned, strict=True)]
-    return _join(products, height, width)
+    return _join(_products(_tiles(x), _taps(kernel)), height=height, width=width), grad
 
 
-@region
-def _grad_kernel(x: tf.Tensor, grad_y: tf.Tensor) -> tf.Tensor:
-    """The tiles of x, four times its size, are made again."""
-    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
-    grad_products = _flat(_along_both_axes(_transposed(_OUTPUTS), pixels))
-    grad_taps = [tf.matmul(v, g, transpose_a=True) for v, g in zip(_tiles(x), grad_products, strict=True)]
-    return tf.stack([tf.stack(row) for row in _along_both_axes(_transposed(_TAPS), _grid(grad_taps))])
+# Each a program of its own, to be compiled for a shape of maps or of kernels, and not for each pair of the two.
 
 
+@region_without_gradient
 def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
     """Maps x [B, H, W, C] to the 16 sums of pixels [tiles, C]."""
     _, height, width, _ = x.shape
@@ -62,18 +47,41 @@ def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
     return _flat(_along_both_axes(_PIXELS, pixels))
 
 
+@region_without_gradient
 def _taps(kernel: tf.Tensor) -> list[tf.Tensor]:
     """Maps kernel [3, 3, C, channels] to the 16 sums of taps [C, channels]."""
     taps = [tf.unstack(row) for row in tf.unstack(kernel)]
     return [u for row in _along_both_axes(_TAPS, taps) for u in row]
 
 
-def _join(products: list[tf.Tensor], height: int, width: int) -> tf.Tensor:
+@region_without_gradient
+def _products(
+    a: list[tf.Tensor], b: list[tf.Tensor], *, transpose_a: bool = False, transpose_b: bool = False
+) -> list[tf.Tensor]:
+    """The 16 products of matrices."""
+    return [tf.matmul(x, y, transpose_a, transpose_b) for x, y in zip(a, b, strict=True)]
+
+
+@region_without_gradient
+def _join(products: list[tf.Tensor], *, height: int, width: int) -> tf.Tensor:
     """The 16 products [tiles, channels] to y [B, height, width, channels]."""
     channels = products[0].shape[-1]
     maps = _grid([tf.reshape(m, [-1, height // 2, width // 2, channels]) for m in products])
     pixels = [tf.stack(row, axis=3) for row in _along_both_axes(_OUTPUTS, maps)]
     return tf.reshape(tf.stack(pixels, axis=2), [-1, height, width, channels])
+
+
+@region_without_gradient
+def _grad_join(grad_y: tf.Tensor) -> list[tf.Tensor]:
+    """The gradient of `_join`."""
+    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
+    return _flat(_along_both_axes(_transposed(_OUTPUTS), pixels))
+
+
+@region_without_gradient
+def _grad_taps(grad_taps: list[tf.Tensor]) -> tf.Tensor:
+    """The gradient of `_taps`."""
+    return tf.stack([tf.stack(row) for row in _along_both_axes(_transposed(_TAPS), _grid(grad_taps))])
 
 
 def _along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
