@@ -113,3 +113,13 @@ def decoder_atol(diffusion, denoise_fn, x_start, x_t, t, clip):
     probability = np.exp(log_likelihood.numpy().astype(np.float64))
     upper, lower = np.log(probability + 2.4e-7), np.log(np.maximum(probability - 2.4e-7, 1e-12))
     return np.where(t == 0, (upper - lower).mean(axis=(1, 2, 3)) / np.log(2), 0.0)
+
+
+class KnownModel(TrainedModel):
+    """A network that is a function, and any diffusion, where a `TrainedModel` is wanted."""
+
+    def __init__(self, preset, strategy, diffusion, network):
+        self.preset, self.strategy, self.diffusion, self.network = preset, strategy, diffusion, network
+
+    def denoise_fn(self):
+        return self.network

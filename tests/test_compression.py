@@ -2,10 +2,10 @@
 
 import math
 import statistics
-import types
 import zlib
 
 import gaussian_data
+import golden
 import hypothesis
 import numpy as np
 import pytest
@@ -246,9 +246,7 @@ def gaussian_codec():
         diffusion = GaussianDiffusion.from_preset(preset)
         denoise_fn = gaussian_data.denoise_fn(diffusion)
         strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-        trained = types.SimpleNamespace(
-            diffusion=diffusion, preset=preset, strategy=strategy, denoise_fn=lambda: denoise_fn
-        )
+        trained = golden.KnownModel(preset, strategy, diffusion, denoise_fn)
         pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
         images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
         table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
