@@ -21,9 +21,9 @@ _in_cpu_graph = contextvars.ContextVar("in_cpu_graph", default=False)
 
 
 @contextlib.contextmanager
-def cpu_graph() -> Iterator[None]:
-    """What is traced herein is a graph for a CPU, with compiled regions."""
-    token = _in_cpu_graph.set(True)
+def cpu_graph(with_regions: bool = True) -> Iterator[None]:
+    """What is traced herein is a graph for a CPU, with compiled regions; or a part of it that has none."""
+    token = _in_cpu_graph.set(with_regions)
     try:
         yield
     finally:
@@ -46,11 +46,8 @@ def one_program(function: Callable) -> Any:
         return function()
 
     def without_regions():
-        token = _in_cpu_graph.set(False)
-        try:
+        with cpu_graph(with_regions=False):
             return function()
-        finally:
-            _in_cpu_graph.reset(token)
 
     return tf.function(without_regions, jit_compile=True, autograph=False)()
 
@@ -74,7 +71,7 @@ def region_without_gradient(function: Callable) -> Callable:
 def region(function: Callable) -> Callable:
     """`region_without_gradient`, and its gradient: one more program, which works the region out anew.
 
-    To read them again costs less than to keep what is in between.
+    To read the arguments again costs less than to keep what is in between.
     """
 
     def gradient(grad_ys, arguments, **static):

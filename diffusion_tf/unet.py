@@ -150,16 +150,17 @@ def _spatial_sum(x: tf.Tensor) -> tf.Tensor:
 def _scale_and_shift(x: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Tensor:
     """The sum x scale + shift, of a map [B, H, W, C] and [B, C]."""
 
+    def plain(x, scale, shift):
+        return x * scale[:, None, None] + shift[:, None, None]
+
     @tf.custom_gradient
     def with_quick_sums(x, scale, shift):
         def grad(grad_y):
             return grad_y * scale[:, None, None], _spatial_sum(grad_y * x), _spatial_sum(grad_y)
 
-        return x * scale[:, None, None] + shift[:, None, None], grad
+        return plain(x, scale, shift), grad
 
-    if in_cpu_graph():
-        return with_quick_sums(x, scale, shift)
-    return x * scale[:, None, None] + shift[:, None, None]
+    return (with_quick_sums if in_cpu_graph() else plain)(x, scale, shift)
 
 
 _MOST_VALUES = 2**24  # of a map that is cut into tiles at once

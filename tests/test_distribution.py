@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 
+import golden
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -22,6 +23,7 @@ from diffusion_tf.distribution import (
     replica_function,
 )
 from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
 from diffusion_tf.regions import in_cpu_graph
 
 # TensorFlow sees it, so that nothing here can hide it.
@@ -131,8 +133,9 @@ def test_xla_where_there_is_one(monkeypatch):
         assert getattr(function, "_jit_compile", False) == compiled
 
     pretend(monkeypatch, attached=False, packages="tensorflow")
-    for in_regions in (True, False):
-        call = over_replicas(lambda _: tf.fill([2], in_cpu_graph()), cpu, 2, in_regions)
+    for image_size, in_regions in [(32, True), (16, True), (8, False)]:
+        trained = golden.KnownModel(get_preset("digits", image_size=image_size), cpu, None, None)
+        call = trained.over_replicas(lambda _: tf.fill([2], in_cpu_graph()), 2)
         assert bool(call(0).numpy().all()) == in_regions
     assert replica_function(tf.identity, gpu, in_regions=True)._jit_compile
 
