@@ -11,6 +11,9 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.train_state import load_ema
 from diffusion_tf.unet import UNet
 
+# Of the images that a CPU works out at once: it is no faster with more, and their feature maps take memory.
+_MOST_PIXELS = 2**17
+
 
 class TrainedModel:
     """The network and the diffusion of a preset, on the devices of a strategy.
@@ -52,9 +55,31 @@ class TrainedModel:
     def denoise_fn(self) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
         params = self.model.compute_params(self.weights)
-        return lambda x_t, t: self.model.stateless_call(params, [], x_t, t)[0]
+
+        def denoise(x_t, t):
+            return self.model.stateless_call(params, [], x_t, t)[0]
+
+        return _in_parts(denoise) if regions.in_cpu_graph() else denoise
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
         """`distribution.over_replicas`, of a function that calls the network."""
         in_regions = regions.suit(self.preset.image_size)
         return over_replicas(function, self.strategy, batch_size, in_regions)
+
+
+def _in_parts(denoise: DenoiseFn) -> DenoiseFn:
+    """The same, a few images after the others where they are large."""
+
+    def denoise_parts(x_t, t):
+        batch, height, width, _ = x_t.shape
+        most = max(1, _MOST_PIXELS // (height * width))
+        if batch <= most:
+            return denoise(x_t, t)
+        count = -(-batch // most)
+        size = -(-batch // count)
+        filled = [tf.pad(a, [[0, count * size - batch]] + [[0, 0]] * (len(a.shape) - 1)) for a in (x_t, t)]
+        parts = [tf.reshape(a, [count, size, *a.shape[1:]]) for a in filled]
+        y = tf.map_fn(lambda part: denoise(*part), parts, parallel_iterations=1, fn_output_signature=tf.float32)
+        return tf.reshape(y, [count * size, *y.shape[2:]])[:batch]
+
+    return denoise_parts

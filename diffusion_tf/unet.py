@@ -163,7 +163,6 @@ def _scale_and_shift(x: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor) -> tf.Ten
     return (with_quick_sums if in_cpu_graph() else plain)(x, scale, shift)
 
 
-_MOST_VALUES = 2**24  # of a map that is cut into tiles at once
 _FEW_PIXELS = 512  # of a batch; below, the sums of taps cost more than they save
 
 
@@ -176,10 +175,7 @@ class Conv(keras.layers.Conv2D):
         plain = not in_cpu_graph() or inputs.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
         if plain or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS:
             return super().convolution_op(inputs, kernel)
-        # Tiles take four times their map's memory: a large batch goes in parts.
-        most = max(1, _MOST_VALUES // (height * width * channels))
-        parts = [inputs[first : first + most] for first in range(0, batch, most)]
-        return tf.concat([conv3x3(part, tf.convert_to_tensor(kernel)) for part in parts], axis=0)
+        return conv3x3(inputs, tf.convert_to_tensor(kernel))
 
 
 class _ConvAndBias(Conv):

@@ -1,0 +1,35 @@
+"""A network on a CPU against itself: large images go through it a few after the others."""
+
+import golden
+import numpy as np
+
+from diffusion_tf import trained_model
+from diffusion_tf.distribution import make_strategy
+from diffusion_tf.presets import get_preset
+from diffusion_tf.trained_model import TrainedModel
+
+
+def test_in_parts_is_the_network(monkeypatch):
+    strategy = make_strategy("one_device")
+    trained = TrainedModel(get_preset("digits", image_size=16, ch_mult=(1,), attn_resolutions=()), strategy)
+    golden.assign_random_weights(trained.model, np.random.RandomState(0))
+    sizes = []
+
+    def denoise(_, x_t, t):
+        return trained.denoise_fn()(x_t, t)
+
+    plain_call = trained.model.stateless_call
+
+    def noting_size(params, more, x_t, t):
+        sizes.append(x_t.shape[0])
+        return plain_call(params, more, x_t, t)
+
+    monkeypatch.setattr(trained.model, "stateless_call", noting_size)
+    random = np.random.RandomState(1)
+    x_t, t = random.standard_normal((5, 16, 16, 1)).astype(np.float32), np.array([3, 0, 999, 500, 7], np.int32)
+    whole = trained.over_replicas(denoise, 5)(0, x_t, t)
+    monkeypatch.setattr(trained_model, "_MOST_PIXELS", 3 * 16 * 16)
+    in_parts = trained.over_replicas(denoise, 5)(0, x_t, t)
+    assert set(sizes) == {5, 3}
+    assert in_parts.shape == (5, 16, 16, 1) and np.std(whole) > 0.01
+    np.testing.assert_allclose(in_parts, whole, rtol=1e-4, atol=1e-5)
