@@ -17,9 +17,9 @@ import tensorflow as tf
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
-from diffusion_tf.regions import in_cpu_graph, region, sum_of_rows
+from diffusion_tf.regions import in_cpu_graph, region, region_without_gradient, sum_of_rows
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.winograd import conv3x3
+from diffusion_tf.winograd import along_both_axes, conv3x3, stacked, transposed, unstacked
 
 NUM_GROUPS = 32
 
@@ -267,20 +267,33 @@ class AttentionBlock(keras.layers.Layer):
         return x + tf.reshape(self.proj_out(h), [-1, height, width, channels])
 
 
-# Along one axis, of output 2m (first row) and 2m + 1: which of the three taps fall on the two pixels that it reads,
-# m - 1 and m, or m and m + 1.
-_PHASE_TAPS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+# Along one axis: which of the three taps fall on the two pixels that an output reads, m - 1 and m (first two rows) for
+# output 2m, m and m + 1 for output 2m + 1.
+_PHASE_TAPS = ((1, 0, 0), (0, 1, 1), (1, 1, 0), (0, 0, 1))
 
 _PHASES = tuple(itertools.product(range(2), repeat=2))
 
 # Along one axis: which of the three taps fall on pixel m of the small map, for the outputs 2m - 1 ... 2m + 2.
-_TAPS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
+_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
-def _taps_on_pixels(taps_h, taps_w, kernel: tf.Tensor) -> tf.Tensor:
-    """The kernel [3, 3, in, out], its taps summed onto the pixels that they fall on along either axis."""
-    taps_h, taps_w = (tf.constant(taps, kernel.dtype) for taps in (taps_h, taps_w))
-    return tf.einsum("ak,bl,klio->abio", taps_h, taps_w, kernel)
+@region_without_gradient
+def _kernels_of_phases(kernel: tf.Tensor) -> list[tf.Tensor]:
+    """The kernel [3, 3, in, out], its taps summed onto the 2x2 pixels that each of _PHASES reads."""
+    rows = along_both_axes(_PHASE_TAPS, unstacked(kernel))
+    return [stacked([row[2 * b : 2 * b + 2] for row in rows[2 * a : 2 * a + 2]]) for a, b in _PHASES]
+
+
+@region_without_gradient
+def _kernel_of_gradient(kernel: tf.Tensor) -> tf.Tensor:
+    """The kernel [3, 3, in, out] as [4, 4, out, in], by which the output's gradient becomes the input's."""
+    return tf.transpose(stacked(along_both_axes(_TAPS, unstacked(kernel))), [0, 1, 3, 2])
+
+
+@region_without_gradient
+def _gradient_of_taps(grad: tf.Tensor) -> tf.Tensor:
+    """The gradient of `_kernel_of_gradient`'s kernel, from that of its result."""
+    return stacked(along_both_axes(transposed(_TAPS), unstacked(tf.transpose(grad, [0, 1, 3, 2]))))
 
 
 @tf.custom_gradient
@@ -290,21 +303,19 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
     Of x [B, H, W, C] the outputs [B, 2 H, 2 W, channels] at even and at odd places read 2x2 pixels, by sums of the
     kernel's taps; a pixel of x reaches 4x4 pixels of the output, which its gradient reads as a convolution of stride 2.
     """
+    kernels = dict(zip(_PHASES, _kernels_of_phases(kernel), strict=True))
 
     def phase(a, b):
         padding = [[0, 0], [1 - a, a], [1 - b, b], [0, 0]]
-        kernel2 = _taps_on_pixels(_PHASE_TAPS[a], _PHASE_TAPS[b], kernel)
-        return tf.nn.bias_add(tf.nn.conv2d(x, kernel2, strides=1, padding=padding), bias)
+        return tf.nn.bias_add(tf.nn.conv2d(x, kernels[a, b], strides=1, padding=padding), bias)
 
     def grad(grad_y):
-        kernel4 = tf.transpose(_taps_on_pixels(_TAPS, _TAPS, kernel), [0, 1, 3, 2])
+        kernel4 = _kernel_of_gradient(kernel)
         grad_x = tf.nn.conv2d(grad_y, kernel4, strides=2, padding="SAME")
         grad_kernel4 = tf.raw_ops.Conv2DBackpropFilter(
             input=grad_y, filter_sizes=kernel4.shape, out_backprop=x, strides=[1, 2, 2, 1], padding="SAME"
         )
-        taps = tf.constant(_TAPS, kernel.dtype)
-        grad_kernel = tf.einsum("ak,bl,aboi->klio", taps, taps, grad_kernel4)
-        return grad_x, grad_kernel, tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
+        return grad_x, _gradient_of_taps(grad_kernel4), tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
 
     if in_cpu_graph():
         return _interleaved([phase(a, b) for a, b in _PHASES]), grad

@@ -35,56 +35,7 @@ def conv3x3(x: tf.Tensor, kernel: tf.Tensor):
     return _join(_products(_tiles(x), _taps(kernel)), height=height, width=width), grad
 
 
-# Each a program of its own, to be compiled for a shape of maps or of kernels, and not for each pair of the two.
-
-
-@region_without_gradient
-def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
-    """Maps x [B, H, W, C] to the 16 sums of pixels [tiles, C]."""
-    _, height, width, _ = x.shape
-    x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
-    pixels = [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
-    return _flat(_along_both_axes(_PIXELS, pixels))
-
-
-@region_without_gradient
-def _taps(kernel: tf.Tensor) -> list[tf.Tensor]:
-    """Maps kernel [3, 3, C, channels] to the 16 sums of taps [C, channels]."""
-    taps = [tf.unstack(row) for row in tf.unstack(kernel)]
-    return [u for row in _along_both_axes(_TAPS, taps) for u in row]
-
-
-@region_without_gradient
-def _products(
-    a: list[tf.Tensor], b: list[tf.Tensor], *, transpose_a: bool = False, transpose_b: bool = False
-) -> list[tf.Tensor]:
-    """The 16 products of matrices."""
-    return [tf.matmul(x, y, transpose_a, transpose_b) for x, y in zip(a, b, strict=True)]
-
-
-@region_without_gradient
-def _join(products: list[tf.Tensor], *, height: int, width: int) -> tf.Tensor:
-    """The 16 products [tiles, channels] to y [B, height, width, channels]."""
-    channels = products[0].shape[-1]
-    maps = _grid([tf.reshape(m, [-1, height // 2, width // 2, channels]) for m in products])
-    pixels = [tf.stack(row, axis=3) for row in _along_both_axes(_OUTPUTS, maps)]
-    return tf.reshape(tf.stack(pixels, axis=2), [-1, height, width, channels])
-
-
-@region_without_gradient
-def _grad_join(grad_y: tf.Tensor) -> list[tf.Tensor]:
-    """The gradient of `_join`."""
-    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
-    return _flat(_along_both_axes(_transposed(_OUTPUTS), pixels))
-
-
-@region_without_gradient
-def _grad_taps(grad_taps: list[tf.Tensor]) -> tf.Tensor:
-    """The gradient of `_taps`."""
-    return tf.stack([tf.stack(row) for row in _along_both_axes(_transposed(_TAPS), _grid(grad_taps))])
-
-
-def _along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
+def along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
     """The product matrix @ grid @ matrix^T, for a grid of tensors."""
 
     def combine(row, tensors):
@@ -100,8 +51,67 @@ def _along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
     return [[combine(row, tensors) for row in matrix] for tensors in zip(*columns, strict=True)]
 
 
-def _transposed(matrix: Matrix) -> Matrix:
+def transposed(matrix: Matrix) -> Matrix:
+    """Rows as columns."""
     return tuple(zip(*matrix, strict=True))
+
+
+def unstacked(kernel: tf.Tensor) -> Grid:
+    """A kernel [H, W, ...] as the grid of its taps."""
+    return [tf.unstack(row) for row in tf.unstack(kernel)]
+
+
+def stacked(grid: Grid) -> tf.Tensor:
+    """The kernel [H, W, ...] whose taps are the grid."""
+    return tf.stack([tf.stack(row) for row in grid])
+
+
+# Each a program of its own, to be compiled for a shape of maps or of kernels, and not for each pair of the two.
+
+
+@region_without_gradient
+def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
+    """Maps x [B, H, W, C] to the 16 sums of pixels [tiles, C]."""
+    _, height, width, _ = x.shape
+    x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
+    pixels = [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
+    return _flat(along_both_axes(_PIXELS, pixels))
+
+
+@region_without_gradient
+def _taps(kernel: tf.Tensor) -> list[tf.Tensor]:
+    """Maps kernel [3, 3, C, channels] to the 16 sums of taps [C, channels]."""
+    return [u for row in along_both_axes(_TAPS, unstacked(kernel)) for u in row]
+
+
+@region_without_gradient
+def _products(
+    a: list[tf.Tensor], b: list[tf.Tensor], *, transpose_a: bool = False, transpose_b: bool = False
+) -> list[tf.Tensor]:
+    """The 16 products of matrices."""
+    return [tf.matmul(x, y, transpose_a, transpose_b) for x, y in zip(a, b, strict=True)]
+
+
+@region_without_gradient
+def _join(products: list[tf.Tensor], *, height: int, width: int) -> tf.Tensor:
+    """The 16 products [tiles, channels] to y [B, height, width, channels]."""
+    channels = products[0].shape[-1]
+    maps = _grid([tf.reshape(m, [-1, height // 2, width // 2, channels]) for m in products])
+    pixels = [tf.stack(row, axis=3) for row in along_both_axes(_OUTPUTS, maps)]
+    return tf.reshape(tf.stack(pixels, axis=2), [-1, height, width, channels])
+
+
+@region_without_gradient
+def _grad_join(grad_y: tf.Tensor) -> list[tf.Tensor]:
+    """The gradient of `_join`."""
+    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
+    return _flat(along_both_axes(transposed(_OUTPUTS), pixels))
+
+
+@region_without_gradient
+def _grad_taps(grad_taps: list[tf.Tensor]) -> tf.Tensor:
+    """The gradient of `_taps`."""
+    return stacked(along_both_axes(transposed(_TAPS), _grid(grad_taps)))
 
 
 def _grid(tensors: list[tf.Tensor]) -> Grid:
