@@ -153,10 +153,15 @@ def over_replicas(
 
     def call(first: int, *arrays):
         count = len(arrays[0]) if arrays else batch_size
-        filled = [tf.pad(a, [[0, batch_size - count]] + [[0, 0]] * (len(a.shape) - 1)) for a in arrays]
+        filled = [filled_up(a, batch_size) for a in arrays]
         return tf.nest.map_structure(lambda r: r[:count], batch_call(tf.constant(first, tf.int64), *filled))
 
     return call
+
+
+def filled_up(examples: tf.Tensor, size: int) -> tf.Tensor:
+    """The examples [N, ...], and zeros to make them [size, ...]."""
+    return tf.pad(examples, [[0, size - examples.shape[0]]] + [[0, 0]] * (len(examples.shape) - 1))
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from diffusion_tf import regions
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
-from diffusion_tf.distribution import over_replicas
+from diffusion_tf.distribution import filled_up, over_replicas
 from diffusion_tf.presets import Preset
 from diffusion_tf.train_state import load_ema
 from diffusion_tf.unet import UNet
@@ -77,8 +77,7 @@ def _in_parts(denoise: DenoiseFn) -> DenoiseFn:
             return denoise(x_t, t)
         count = -(-batch // most)
         size = -(-batch // count)
-        filled = [tf.pad(a, [[0, count * size - batch]] + [[0, 0]] * (len(a.shape) - 1)) for a in (x_t, t)]
-        parts = [tf.reshape(a, [count, size, *a.shape[1:]]) for a in filled]
+        parts = [tf.reshape(filled_up(a, count * size), [count, size, *a.shape[1:]]) for a in (x_t, t)]
         y = tf.map_fn(lambda part: denoise(*part), parts, parallel_iterations=1, fn_output_signature=tf.float32)
         return tf.reshape(y, [count * size, *y.shape[2:]])[:batch]
 

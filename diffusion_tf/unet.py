@@ -322,7 +322,7 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
     return _phases_in_place(phase, x, kernel.shape[-1]), grad
 
 
-@region
+@region_without_gradient
 def _interleaved(phases: list[tf.Tensor]) -> tf.Tensor:
     """Four maps [B, H, W, C] as the even and odd rows and columns of one [B, 2 H, 2 W, C]."""
     _, height, width, channels = phases[0].shape

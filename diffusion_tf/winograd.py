@@ -5,6 +5,9 @@ become 16 sums of pixels, and the kernel 16 sums of taps; their products over th
 pixels of the output. The direct convolution adds up nine times as many products, so that this one even rounds less.
 """
 
+import functools
+import operator
+
 import tensorflow as tf
 
 from diffusion_tf.regions import region_without_gradient
@@ -39,13 +42,11 @@ def along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
     """The product matrix @ grid @ matrix^T, for a grid of tensors."""
 
     def combine(row, tensors):
-        # In few operations, as there are thousands in a network to trace: what is subtracted comes last.
-        terms = sorted(((f, x) for f, x in zip(row, tensors, strict=True) if f), key=lambda term: term[0] < 0)
-        signed = [(f < 0, x if abs(f) == 1 else x * abs(f)) for f, x in terms]
-        total = -signed[0][1] if signed[0][0] else signed[0][1]
-        for negative, x in signed[1:]:
-            total = total - x if negative else total + x
-        return total
+        # In few operations, as there are thousands in a network to trace.
+        terms = [(f, x if abs(f) == 1 else x * abs(f)) for f, x in zip(row, tensors, strict=True) if f]
+        added, taken = [x for f, x in terms if f > 0], [x for f, x in terms if f < 0]
+        total = functools.reduce(operator.add, added) if added else -taken.pop(0)
+        return functools.reduce(operator.sub, taken, total)
 
     columns = [[combine(row, column) for row in matrix] for column in zip(*grid, strict=True)]
     return [[combine(row, tensors) for row in matrix] for tensors in zip(*columns, strict=True)]
