@@ -16,6 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 _LEAST_SIZE = 16
+_PARTS = 8
 
 _in_cpu_graph = contextvars.ContextVar("in_cpu_graph", default=False)
 
@@ -104,6 +105,13 @@ def region(function: Callable) -> Callable:
 
 
 def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
-    """[..., N, C] to float32 [..., C] by a product with ones, for regions: XLA is slow at sums on a CPU."""
+    """[..., N, C] to float32 [..., C], for regions: XLA is slow at sums on a CPU.
+
+    Quick are sums of eight, which it writes out, and products; so eight parts are added up, and their sum is taken by a
+    product with ones.
+    """
     rows = tf.cast(rows, tf.float32)
-    return tf.squeeze(tf.matmul(tf.ones([*rows.shape[:-2], 1, rows.shape[-2]]), rows), axis=-2)
+    *batch, count, channels = rows.shape
+    if count % _PARTS == 0:
+        rows = tf.reduce_sum(tf.reshape(rows, [*batch, _PARTS, count // _PARTS, channels]), axis=-3)
+    return tf.squeeze(tf.matmul(tf.ones([*batch, 1, rows.shape[-2]]), rows), axis=-2)

@@ -123,9 +123,8 @@ def group_norm(
     variance = tf.maximum(mean_square - tf.square(mean), 0.0)
     scale = gamma * tf.math.rsqrt(variance + 1e-6)  # Keras' own epsilon is 1e-3
     shift = beta + (offset - mean) * scale
-    y = tf.cast(_scale_and_shift(tf.concat(floats, axis=-1), scale, shift), parts[0].dtype)
-    if swish:
-        y = tf.nn.silu(y)
+    y = _scale_and_shift(tf.concat(floats, axis=-1), scale, shift)
+    y = tf.cast(tf.nn.silu(y) if swish else y, parts[0].dtype)
     return tf.where(more[1], y / (1.0 - rate), 0.0) if len(more) > 1 else y
 
 
@@ -237,6 +236,8 @@ class ResnetBlock(keras.layers.Layer):
 
     def call(self, parts, temb, rng: CounterRng | None = None):
         """Maps parts [B, H, W, C_i] of `in` channels and temb [B, 4 ch]; dropout acts where `rng` is given."""
+        if in_cpu_graph():
+            parts = [tf.concat(parts, axis=-1)]  # XLA asks of every channel anew which part it lies in
         h, bias = self.conv1(self.norm1(parts))
         keep = None
         if rng is not None and self.dropout > 0.0:
