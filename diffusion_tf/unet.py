@@ -106,14 +106,15 @@ class GroupNorm(keras.layers.Layer):
         """
         weights = [tf.convert_to_tensor(w) for w in (self.gamma, self.beta)]
         more = [tensor for tensor in (offset, keep) if tensor is not None]
-        return group_norm(list(parts), *weights, *more, swish=self.swish, rate=rate)
+        y = group_norm(list(parts), *weights, *more, swish=self.swish, rate=rate)
+        return tf.cast(y, parts[0].dtype)
 
 
 @region
 def group_norm(
     parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, *more: tf.Tensor, swish: bool, rate: float
 ) -> tf.Tensor:
-    """What `GroupNorm` computes; `more` is nothing, the offset, or the offset and the mask."""
+    """What `GroupNorm` computes, in float32; `more` is nothing, the offset, or the offset and the mask."""
     floats = [tf.cast(part, tf.float32) for part in parts]
     mean = tf.concat([_spatial_mean(x) for x in floats], axis=-1)
     mean_square = tf.concat([_spatial_mean(tf.square(x)) for x in floats], axis=-1)
@@ -124,7 +125,8 @@ def group_norm(
     scale = gamma * tf.math.rsqrt(variance + 1e-6)  # Keras' own epsilon is 1e-3
     shift = beta + (offset - mean) * scale
     y = _scale_and_shift(tf.concat(floats, axis=-1), scale, shift)
-    y = tf.cast(tf.nn.silu(y) if swish else y, parts[0].dtype)
+    if swish:
+        y = tf.nn.silu(y)
     return tf.where(more[1], y / (1.0 - rate), 0.0) if len(more) > 1 else y
 
 
