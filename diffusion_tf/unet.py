@@ -133,6 +133,9 @@ def group_norm(
 def _over_groups(moments: tf.Tensor) -> tf.Tensor:
     """Moments [B, C] of each channel to those of its whole group."""
     size = moments.shape[-1] // NUM_GROUPS
+    if in_cpu_graph():
+        members = tf.repeat(tf.eye(NUM_GROUPS), size, axis=1)
+        return tf.matmul(tf.matmul(moments, members / size, transpose_b=True), members)
     groups = tf.reshape(moments, [-1, NUM_GROUPS, size])
     return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
 
