@@ -116,7 +116,7 @@ def _sample_step(preset: Preset, model: UNet) -> Program:
         *params, x_t, t, first_image = tensors
         noise = sample_noise(preset.seed, first_image, shape)(t)
         ts = tf.fill([shape[0]], t)
-        x_prev, _ = diffusion.p_sample(_denoise_fn(model, params), x_t, ts, noise, clip_denoised=True)
+        x_prev, _ = diffusion.p_sample(model.denoise_fn(params), x_t, ts, noise, clip_denoised=True)
         return [x_prev, t - 1]
 
     x_t, t = Array("x_t", shape, "float32"), Array("t", (), "int32")
@@ -131,8 +131,7 @@ def _sampler(preset: Preset, model: UNet) -> Program:
 
     def function(*tensors):
         *params, first_image = tensors
-        denoise_fn = _denoise_fn(model, model.compute_params(params))
-        return [draw(diffusion, denoise_fn, sample_noise(preset.seed, first_image, shape))]
+        return [draw(diffusion, model.denoise_fn(params), sample_noise(preset.seed, first_image, shape))]
 
     weights = _weights(model, ["float32"] * len(model.weight_names))
     return Program(function, [*weights, Array("first_image", (), "int32")], [Array("samples", shape, "float32")])
@@ -144,7 +143,7 @@ def _denoiser(preset: Preset, model: UNet) -> Program:
 
     def function(*tensors):
         *params, x_t, t = tensors
-        return [_denoise_fn(model, params)(x_t, t)]
+        return [model.denoise_fn(params)(x_t, t)]
 
     out_channels = preset.channels * (2 if preset.model_var_type == "learned" else 1)
     return Program(
@@ -156,10 +155,6 @@ def _denoiser(preset: Preset, model: UNet) -> Program:
         ],
         [Array("model_output", (*shape[:3], out_channels), "float32")],
     )
-
-
-def _denoise_fn(model: UNet, params: Sequence[tf.Tensor]):
-    return lambda x_t, t: model.stateless_call(params, [], x_t, t)[0]
 
 
 def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:

@@ -54,11 +54,7 @@ class TrainedModel:
 
     def denoise_fn(self) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
-        params = self.model.compute_params(self.weights)
-
-        def denoise(x_t, t):
-            return self.model.stateless_call(params, [], x_t, t)[0]
-
+        denoise = self.model.denoise_fn(self.weights)
         return _in_parts(denoise) if regions.in_cpu_graph() else denoise
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:

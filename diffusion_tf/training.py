@@ -61,11 +61,9 @@ def loss_and_gradients(
     t = tf.cast(rng.uniform("t", (batch,)) * preset.num_timesteps, tf.int32)
     noise = rng.normal("noise", x_start.shape)
 
-    def denoise_fn(x_t, t):
-        return model.stateless_call(params, [], x_t, t, rng=rng)[0]
-
     with tf.GradientTape() as tape:
         tape.watch(params)
+        denoise_fn = model.denoise_fn(params, rng)
         losses = GaussianDiffusion.from_preset(preset).training_losses(denoise_fn, x_start, t, noise)
         # The gradients are summed over replicas, so each divides by the global batch.
         loss = tf.reduce_sum(losses) / preset.batch_size

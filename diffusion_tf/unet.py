@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from diffusion_tf.diffusion_utils import DenoiseFn
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.regions import in_cpu_graph, region, region_without_gradient, sum_of_rows
@@ -473,12 +474,21 @@ class UNet(keras.Model):
             seed=preset.seed,
         )
 
-    def compute_params(self, params: Sequence[tf.Variable | tf.Tensor]) -> list[tf.Tensor]:
-        """Weights in the order of `trainable_variables`, each in the dtype that it is multiplied in.
+    def denoise_fn(self, params: Sequence[tf.Variable | tf.Tensor], rng: CounterRng | None = None) -> DenoiseFn:
+        """`model(x_t, t, rng=rng)` as a pure function of x_t and t, with the weights `params`.
 
-        For many calls with the same weights: the model takes them too, and gives the same output.
+        They come in the order of `trainable_variables`, and are cast here, once for many calls, to the dtype that each
+        is multiplied in. Keras' `stateless_call` would cast them to float32 again in every call.
         """
-        return [tf.cast(w, dtype) for w, dtype in zip(params, self.compute_dtypes, strict=True)]
+        weights = [tf.cast(w, dtype) for w, dtype in zip(params, self.compute_dtypes, strict=True)]
+
+        def denoise(x_t, t):
+            with keras.StatelessScope() as scope:
+                for variable, weight in zip(self.trainable_variables, weights, strict=True):
+                    scope.add_update((variable, weight))
+                return self(x_t, t, rng=rng)
+
+        return denoise
 
     def call(self, x_t, t, rng: CounterRng | None = None):
         """Maps x_t [B, H, W, C] and t int32 [B]; dropout acts where `rng` is given."""

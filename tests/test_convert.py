@@ -36,7 +36,7 @@ def relative_error(ours, expected):
 
 def output(model, arrays, group, x, t):
     params = [arrays[f"{group}/{name}"] for name in model.weight_names]
-    return model.stateless_call(params, [], x, t)[0]
+    return model.denoise_fn(params)(x, t)
 
 
 # --- The authors' checkpoints ----------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ def test_in_parts_is_the_network(monkeypatch):
     def denoise(_, x_t, t):
         return trained.denoise_fn()(x_t, t)
 
-    plain_call = trained.model.stateless_call
+    plain_call = trained.model.call
 
-    def noting_size(params, more, x_t, t):
+    def noting_size(x_t, t, rng=None):
         sizes.append(x_t.shape[0])
-        return plain_call(params, more, x_t, t)
+        return plain_call(x_t, t, rng=rng)
 
-    monkeypatch.setattr(trained.model, "stateless_call", noting_size)
+    monkeypatch.setattr(trained.model, "call", noting_size)
     random = np.random.RandomState(1)
     x_t, t = random.standard_normal((5, 16, 16, 1)).astype(np.float32), np.array([3, 0, 999, 500, 7], np.int32)
     whole = trained.over_replicas(denoise, 5)(0, x_t, t)

@@ -204,13 +204,17 @@ def test_bfloat16_multiplies_only():
     assert dtypes["Conv2D"] == {tf.bfloat16, tf.float32}  # float32: the last, whose output is the model's
 
 
-def test_weights_may_come_as_they_are_multiplied():
+def test_denoise_fn_multiplies_in_bfloat16():
     model = UNet.from_preset(get_preset("digits", precision="bfloat16"))
     golden.assign_random_weights(model, np.random.RandomState(3))
     x, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
-    params = model.compute_params([v.value for v in model.trainable_variables])
-    assert {w.dtype for w in params} == {tf.bfloat16, tf.float32}
-    np.testing.assert_array_equal(model.stateless_call(params, [], x, t)[0], model(x, t))
+    params = [v.value for v in model.trainable_variables]
+    denoise = model.denoise_fn(params)
+    np.testing.assert_array_equal(denoise(x, t), model(x, t))
+    graph = tf.function(denoise).get_concrete_function(x, t).graph
+    sizes = {w.shape.num_elements() for w in params if len(w.shape) == 4}
+    casts = [op for op in graph.get_operations() if op.type == "Cast" and op.inputs[0].shape.num_elements() in sizes]
+    assert not casts  # they were cast before
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
