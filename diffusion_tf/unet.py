@@ -115,7 +115,7 @@ class GroupNorm(keras.layers.Layer):
 def group_norm(
     parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, *more: tf.Tensor, swish: bool, rate: float
 ) -> tf.Tensor:
-    """What `GroupNorm` computes, in float32; `more` is nothing, the offset, or the offset and the mask."""
+    """What `GroupNorm` computes, on a CPU in float32; `more` is nothing, the offset, or the offset and the mask."""
     floats = [tf.cast(part, tf.float32) for part in parts]
     mean = tf.concat([_spatial_mean(x) for x in floats], axis=-1)
     mean_square = tf.concat([_spatial_mean(tf.square(x)) for x in floats], axis=-1)
@@ -126,6 +126,8 @@ def group_norm(
     scale = gamma * tf.math.rsqrt(variance + 1e-6)  # Keras' own epsilon is 1e-3
     shift = beta + (offset - mean) * scale
     y = _scale_and_shift(tf.concat(floats, axis=-1), scale, shift)
+    if not in_cpu_graph():
+        y = tf.cast(y, parts[0].dtype)  # a TPU keeps it for the gradient
     if swish:
         y = _swish(y)
     return tf.where(more[1], y / (1.0 - rate), 0.0) if len(more) > 1 else y
