@@ -136,7 +136,7 @@ def group_norm(
 def _over_groups(moments: tf.Tensor) -> tf.Tensor:
     """Moments [B, C] of each channel to those of its whole group."""
     size = moments.shape[-1] // NUM_GROUPS
-    if in_cpu_graph():
+    if in_cpu_graph():  # XLA would work what is repeated out anew, by divisions, for every pixel
         members = tf.repeat(tf.eye(NUM_GROUPS), size, axis=1)
         return tf.matmul(tf.matmul(moments, members / size, transpose_b=True), members)
     groups = tf.reshape(moments, [-1, NUM_GROUPS, size])
@@ -174,9 +174,9 @@ def _swish(x: tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
     def with_quick_gradient(x):
         def grad(grad_y):
-            # XLA repeats cheap work wherever its result goes; a quotient it keeps, and this one goes to two sums.
-            y = 1.0 + tf.exp(-x)
-            return grad_y * (1.0 + x * (1.0 - 1.0 / y)) / y
+            # XLA repeats cheap work wherever its result goes, here to two sums and a map. A quotient it keeps.
+            denominator = 1.0 + tf.exp(-x)
+            return grad_y * (1.0 + x * (1.0 - 1.0 / denominator)) / denominator
 
         return tf.nn.silu(x), grad
 

@@ -54,7 +54,7 @@ def test_one_program_has_no_regions():
     np.testing.assert_array_equal(one_program(lambda: tf.square(x)), [1.0, 4.0])
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (2, 7, 4)])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 7, 4), (24, 3), (2, 16, 4)])
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
 def test_sums_of_rows(shape, dtype):
     rows = tf.cast(tf.random.stateless_normal(shape, seed=[1, 2]), dtype)

@@ -13,7 +13,7 @@ from diffusion_tf.errors import InputError
 from diffusion_tf.presets import PRESETS, get_preset
 from diffusion_tf.regions import cpu_graph
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.unet import UNet, timestep_embedding, upsampled_conv
+from diffusion_tf.unet import UNet, group_norm, timestep_embedding, upsampled_conv
 
 
 def relative_error(ours, expected):
@@ -122,6 +122,37 @@ def test_groups_of_several_channels_against_a_second_implementation():
     expected = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(h.shape)
     expected = expected * block.norm1.gamma.numpy() + block.norm1.beta.numpy()
     np.testing.assert_allclose(block.norm1([h]), expected / (1 + np.exp(-expected)), atol=1e-5)  # swish follows
+
+
+def test_gradient_of_group_norm_on_a_cpu_against_the_definitions():
+    """Numbers of both signs, from tiny to where exp overflows: swish has a gradient of its own there."""
+    random = np.random.RandomState(0)
+    x, gamma, beta = random.standard_normal((2, 4, 4, 64)), random.uniform(0, 100, 64), random.uniform(-100, 100, 64)
+
+    def definition(x, gamma, beta):
+        groups = tf.reshape(x, [2, 16, 32, 2])
+        mean, variance = tf.nn.moments(groups, axes=[1, 3], keepdims=True)
+        z = tf.reshape((groups - mean) / tf.sqrt(variance + 1e-6), x.shape) * gamma + beta
+        return z * tf.sigmoid(z), z
+
+    def gradients(function, arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            y = function(*arrays)
+        return tape.gradient(y, arrays, output_gradients=tf.cast(weights, y.dtype))
+
+    @tf.function
+    def on_a_cpu(arrays):
+        with cpu_graph():
+            return gradients(lambda x, *affine: group_norm([x], *affine, swish=True, rate=0.0), arrays)
+
+    weights = random.standard_normal(x.shape)
+    z = definition(*(tf.constant(a) for a in (x, gamma, beta)))[1]
+    assert tf.reduce_min(z) < -150 and tf.reduce_max(z) > 150 and tf.reduce_min(tf.abs(z)) < 0.1
+    expected = gradients(lambda *arrays: definition(*arrays)[0], [tf.constant(a) for a in (x, gamma, beta)])
+    found = on_a_cpu([tf.constant(a, tf.float32) for a in (x, gamma, beta)])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours.numpy(), theirs.numpy()) < 1e-5
 
 
 def test_initial_values():
