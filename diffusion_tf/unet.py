@@ -85,7 +85,7 @@ class GroupNorm(keras.layers.Layer):
 
     From the sums of each channel and of its square, which a compiler takes as it writes the feature map; Keras' layer
     reads the map twice more, in a layout by groups. The channels come in parts, so that a skip connection's sums are
-    those of the way down.
+    those of the way down; on a CPU side by side, as one.
     """
 
     def __init__(self, channels: int, name: str, swish: bool = False):

@@ -241,6 +241,7 @@ def test_denoise_fn_multiplies_in_bfloat16():
     x, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
     params = [v.value for v in model.trainable_variables]
     denoise = model.denoise_fn(params)
+    assert set(model.compute_dtypes) == {"bfloat16", "float32"}
     np.testing.assert_array_equal(denoise(x, t), model(x, t))
     graph = tf.function(denoise).get_concrete_function(x, t).graph
     sizes = {w.shape.num_elements() for w in params if len(w.shape) == 4}
