@@ -2,7 +2,7 @@
 
 Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2015, arXiv:1509.09308): tiles of 4x4 pixels, overlapping by two,
 become 16 sums of pixels, and the kernel 16 sums of taps; their products over the channels, summed once more, are 2x2
-pixels of the output. The direct convolution adds up nine times as many products, so that this one even rounds less.
+pixels of the output. Each is a sum of C products and not of 9 C, so that this rounds less than a running sum does.
 """
 
 import functools

@@ -8,10 +8,10 @@ import re
 import shutil
 import zipfile
 
-import killed_runs
 import numpy as np
 import pytest
 import tensorflow as tf
+from forked_programs import ROOT, run_fork
 
 from diffusion_tf import checkpoints
 from diffusion_tf.datasets import load_digits
@@ -20,10 +20,10 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.train_state import TrainState
 from diffusion_tf.workdir import Workdir
 
-pytestmark = pytest.mark.slow  # two minutes on two cores: programs are started and end
+pytestmark = pytest.mark.slow  # most of a minute: programs are started and end
 
 PRESET = get_preset("digits", ch_mult=(1,), num_timesteps=4, batch_size=8, num_steps=8)
-RECORDS = (killed_runs.ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
+RECORDS = (ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
 RECORD = len(RECORDS) // 24
 
 
@@ -240,16 +240,6 @@ TABLE = [
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    imports = (
-        "import sklearn.neighbors, tensorflow_datasets\nfrom diffusion_tf.evaluation import *\nclassifier_metrics()"
-    )
-    programs = killed_runs.Programs(tmp_path_factory.mktemp("programs"), imports)
-    yield programs
-    programs.close()
-
-
-@pytest.fixture(scope="module")
 def sound_run(tmp_path_factory):
     """A run of two checkpoints that has nothing wrong."""
     workdir = Workdir(str(tmp_path_factory.mktemp("sound") / "run"))
@@ -273,28 +263,29 @@ def digests(folder):
     ("program", "fault", "args", "line"),
     [pytest.param(program, *rest, id=name) for program, name, *rest in TABLE],
 )
-def test_a_fault_ends_in_its_line(tmp_path, programs, sound_run, program, fault, args, line):
+def test_a_fault_ends_in_its_line(tmp_path, sound_run, program, fault, args, line):
     run = tmp_path / "run"
     shutil.copytree(sound_run, run)
     fault(run)
     before = digests(tmp_path)
-    programs.start(program, "--workdir=run", *args, folder=tmp_path)
-    code, printed = programs.wait()
-    *others, last = [text for text in printed.splitlines() if text.strip() and "%|" not in text]  # bars of progress
-    assert code == 1 and last.startswith(f"{program}: ") and line in last, printed
-    assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", other) for other in others), printed
+    ended = run_fork(program, "--workdir=run", *args, folder=tmp_path)
+    *others, last = [
+        text for text in ended.stderr.splitlines() if text.strip() and "%|" not in text
+    ]  # no progress bars
+    assert ended.returncode == 1 and last.startswith(f"{program}: ") and line in last, ended.stderr
+    assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", text) for text in others), ended.stderr
+    assert not ended.stdout
     after = digests(tmp_path)
     assert {path: after.get(path) for path in before} == before
     assert {path.parts[0] for path in after} == {"run"}  # nothing new, and nothing in a file was run
 
 
-def test_a_full_disk_changes_nothing(tmp_path, programs, sound_run):
+def test_a_full_disk_changes_nothing(tmp_path, sound_run):
     run = tmp_path / "run"
     shutil.copytree(sound_run, run)
     before = digests(run)
-    programs.start("train", "--workdir=run", *TRAIN, "--num_steps=9", folder=tmp_path, most_bytes=100)
-    code, printed = programs.wait()
-    assert code == 1 and printed.startswith("train: cannot write run/config.json (")
+    ended = run_fork("train", "--workdir=run", *TRAIN, "--num_steps=9", folder=tmp_path, most_bytes=100)
+    assert ended.returncode == 1 and ended.stderr.startswith("train: cannot write run/config.json (")
     assert digests(run) == before
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import inception_files
 import numpy as np
 import pytest
+from forked_programs import ROOT, run_fork
 from PIL import Image
 
 from diffusion_tf.compression import bitstream
@@ -19,13 +19,12 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.workdir import Workdir
 
 TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
-ROOT = pathlib.Path(__file__).parent.parent
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
 TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4".split()
 TINY.append("--ch_mult=1")
 
 
-def run(program, *args):
+def run_process(program, *args):
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{program}", *map(str, args)],
         cwd=ROOT,
@@ -61,7 +60,7 @@ def run(program, *args):
     ],
 )
 def test_bad_input_gets_one_line(program, args, message):
-    result = run(program, *args)
+    result = run_fork(program, *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode != 0 and len(lines) == 1, result.stderr
     assert lines[0].startswith(f"{program}: ") and message in lines[0]
@@ -70,7 +69,7 @@ def test_bad_input_gets_one_line(program, args, message):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_is_complete_and_no_error(program):
-    result = run(program, "--help")
+    result = run_fork(program, "--help")
     assert result.returncode == 0
     assert f"python -m experiments.{program}" in result.stdout
     assert "--workdir" in result.stdout or program == "tpu_report"  # which looks at presets
@@ -91,7 +90,7 @@ def test_every_flag_reaches_the_configuration():
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Preset)} - {"dataset"}
     as_flag = lambda v: ",".join(map(str, v)) if isinstance(v, list) else v
-    result = run("train", "--dry_run", *(f"--{name}={as_flag(value)}" for name, value in changed.items()))
+    result = run_fork("train", "--dry_run", *(f"--{name}={as_flag(value)}" for name, value in changed.items()))
     assert result.returncode == 0, result.stderr
     config, _, parameters = result.stdout.partition("parameters: ")
     assert json.loads(config) == {"dataset": "digits", **changed}
@@ -100,20 +99,20 @@ def test_every_flag_reaches_the_configuration():
 
 def test_train_resume_and_sample(tmp_path):
     workdir = tmp_path / "run"
-    trained = run("train", f"--workdir={workdir}", *TINY)
+    trained = run_process("train", f"--workdir={workdir}", *TINY)
     assert trained.returncode == 0, trained.stderr
     assert "4/4" in trained.stderr and "images/s" in trained.stderr
-    again = run("train", f"--workdir={workdir}", *TINY)
+    again = run_fork("train", f"--workdir={workdir}", *TINY)
     assert again.returncode == 0, again.stderr
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
-    refused = run("train", f"--workdir={workdir}", *TINY, "--dropout=0.5")
+    refused = run_fork("train", f"--workdir={workdir}", *TINY, "--dropout=0.5")
     assert refused.returncode == 1 and "dropout: 0.5 != 0.0" in refused.stderr
     assert Workdir(workdir).read_preset().dropout == 0.0
 
     outputs = []
     for name, args in (("a", ["--batch_size=3"]), ("b", ["--checkpoint=4"]), ("c", ["--checkpoint=2", "--seed=1"])):
         out, png = tmp_path / f"{name}.npz", tmp_path / f"{name}.png"
-        result = run("sample", f"--workdir={workdir}", "--num_samples=7", f"--out={out}", f"--png={png}", *args)
+        result = run_fork("sample", f"--workdir={workdir}", "--num_samples=7", f"--out={out}", f"--png={png}", *args)
         assert result.returncode == 0, result.stderr
         assert png.read_bytes().startswith(b"\x89PNG")
         with np.load(out, allow_pickle=False) as archive:
@@ -127,7 +126,7 @@ def test_train_resume_and_sample(tmp_path):
 def trained(tmp_path_factory):
     """The folder of a short run of digits with four timesteps."""
     workdir = tmp_path_factory.mktemp("run")
-    result = run("train", f"--workdir={workdir}", *TINY)
+    result = run_fork("train", f"--workdir={workdir}", *TINY)
     assert result.returncode == 0, result.stderr
     return workdir
 
@@ -145,7 +144,7 @@ def test_few_steps_there_and_back_by_way_of_diffusers(trained, tmp_path):
         ("sample", [f"--workdir={imported}", "--num_samples=6", f"--out={tmp_path}/drawn.npz", *few]),
         ("sample", [f"--workdir={imported}", f"--encode={tmp_path}/drawn.npz", f"--out={tmp_path}/encoded.npz", *few]),
     ):
-        result = run(program, *args)
+        result = run_fork(program, *args)
         assert result.returncode == 0, result.stderr
     drawn, encoded = (np.load(tmp_path / f"{name}.npz") for name in ("drawn", "encoded"))
     assert encoded["latents"].shape == drawn["samples"].shape and encoded["latents"].dtype == np.float32
@@ -163,7 +162,7 @@ def test_measure_everything_and_report(trained):
         ("evaluate", ["--num_samples=30", "--features=pixels", "--metrics=fid", "--reference=test"]),
         ("report", []),
     ):
-        result = run(program, f"--workdir={trained}", *args)
+        result = run_fork(program, f"--workdir={trained}", *args)
         assert result.returncode == 0, result.stderr
     numbers = {path.stem: json.loads(path.read_text()) for path in trained.glob("*.json")}
     likelihood, curve = numbers["likelihood_test"], numbers["rate_distortion_test"]
@@ -181,7 +180,7 @@ def test_measure_everything_and_report(trained):
     assert json.loads(best.read_text()) == {**chosen, "best_by": "frechet_digits"}
     assert (trained / f"checkpoints/best/step_{chosen['step']:08d}.safetensors").exists()
     assert not list((trained / "checkpoints/evaluating").glob("*/*"))
-    again = run("evaluate", f"--workdir={trained}", "--num_samples=30", "--checkpoint=2")
+    again = run_fork("evaluate", f"--workdir={trained}", "--num_samples=30", "--checkpoint=2")
     assert again.returncode == 0 and "sampl" not in again.stderr, again.stderr  # nothing is drawn twice
     assert len((trained / "evaluations.jsonl").read_text().splitlines()) == 4
     assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
@@ -197,12 +196,12 @@ def test_colour_images_meet_inception(tmp_path):
     inception_files.save_model(tmp_path / "inception")
     data = ["--dataset=lsun_cat", f"--tfrecord={TFRECORD}", "--image_size=4", "--ch=32", "--attn_resolutions="]
     workdir = tmp_path / "run"
-    result = run("train", f"--workdir={workdir}", *data, "--num_res_blocks=1", "--warmup_steps=0", *TINY)
+    result = run_fork("train", f"--workdir={workdir}", *data, "--num_res_blocks=1", "--warmup_steps=0", *TINY)
     assert result.returncode == 0, result.stderr
     evaluate = ["evaluate", f"--workdir={workdir}", f"--tfrecord={TFRECORD}", f"--inception={tmp_path}/inception"]
     samples = ["sample", f"--workdir={workdir}", "--num_samples=12", f"--out={tmp_path}/samples.npz"]
     for args in ([*evaluate, "--num_samples=12"], samples, [*evaluate, f"--samples={tmp_path}/samples.npz"]):
-        result = run(*args)
+        result = run_fork(*args)
         assert result.returncode == 0, result.stderr
     lines = (workdir / "evaluations.jsonl").read_text().splitlines()
     drawn, of_file = json.loads(lines[0]), json.loads((workdir / "evaluation.json").read_text())
@@ -214,7 +213,7 @@ def test_colour_images_meet_inception(tmp_path):
 @pytest.mark.slow
 def test_every_figure(trained, tmp_path):
     args = [f"--workdir={trained}", "--count=9", "--chains=3", "--num_samples=12"]
-    result = run("figures", *args, "--figure=all", f"--out={tmp_path}/figures")
+    result = run_fork("figures", *args, "--figure=all", f"--out={tmp_path}/figures")
     assert result.returncode == 0, result.stderr
     page = (tmp_path / "figures/index.html").read_text()
     names = ["samples", "progressive", "shared_latents", "interpolation", "coarse_to_fine", "neighbors"]
@@ -222,7 +221,7 @@ def test_every_figure(trained, tmp_path):
         picture = "animation.gif" if name == "animation" else f"{name}.png"
         assert f'src="{picture}"' in page and (tmp_path / "figures" / picture).stat().st_size > 500
         assert json.loads((tmp_path / f"figures/{name}.json").read_text())["step"] == 4
-    again = run("figures", *args, "--figure=coarse_to_fine", f"--out={tmp_path}/again.png")
+    again = run_fork("figures", *args, "--figure=coarse_to_fine", f"--out={tmp_path}/again.png")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "figures/coarse_to_fine.png").read_bytes()
     assert json.loads((tmp_path / "again.json").read_text())["t"] == [4, 3, 3, 2, 2, 1, 1, 0, 0]
@@ -232,7 +231,7 @@ def test_compressed_files_come_back(trained, tmp_path):
     files, out = tmp_path / "files", tmp_path / "out"
     trained_run = [f"--workdir={trained}", "--chunk_bits=12"]  # whose indices are found sooner
     args = [*trained_run, "--num_images=3", "--num_table_images=20"]
-    encoded = run("compress", "encode", *args, "--split=test", "--lossless", f"--out={files}")
+    encoded = run_fork("compress", "encode", *args, "--split=test", "--lossless", f"--out={files}")
     assert encoded.returncode == 0, encoded.stderr
     record = json.loads((trained / "compression_test.json").read_text())
     assert [row["reverse_process_time"] for row in record["table"]][-1] == 4
@@ -244,18 +243,18 @@ def test_compressed_files_come_back(trained, tmp_path):
     Image.fromarray(images[2][..., 0]).save(tmp_path / "digit.png")
     np.savez(tmp_path / "digits.npz", images=images)
     few = [*trained_run, f"--images={tmp_path}/digits.npz", f"--out={tmp_path}/few"]
-    refused = run("compress", "encode", *few, "--target_bits_per_dim=4.8")
+    refused = run_fork("compress", "encode", *few, "--target_bits_per_dim=4.8")
     assert refused.returncode == 1 and "4.875 at least" in refused.stderr and not (tmp_path / "few").exists()
-    assert run("compress", "encode", *few, "--target_bits_per_dim=5.1").returncode == 0
+    assert run_fork("compress", "encode", *few, "--target_bits_per_dim=5.1").returncode == 0
     few_sizes = [path.stat().st_size for path in sorted((tmp_path / "few").glob("*.dtfc"))]
     assert len(few_sizes) == 3 and all(39 <= size <= 40 for size in few_sizes)
     args = [*trained_run, f"--images={tmp_path}/digit.png", "--target_rmse=300", f"--out={files}"]
-    one = run("compress", "encode", *args)
+    one = run_fork("compress", "encode", *args)
     assert one.returncode == 0 and (files / "digit.dtfc").stat().st_size == 39  # all images are as near as that
 
     whole = (files / "image_00001.dtfc").read_bytes()
     (files / "cut.dtfc").write_bytes(whole[:-1])
-    decoded = run("compress", "decode", f"--workdir={trained}", f"--source={files}", f"--out={out}")
+    decoded = run_fork("compress", "decode", f"--workdir={trained}", f"--source={files}", f"--out={out}")
     assert decoded.returncode == 0, decoded.stderr
     for i, image in enumerate(images):  # exact, so this process predicted what the encoder's did
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"image_{i:05d}.png")), image[..., 0])
@@ -264,7 +263,7 @@ def test_compressed_files_come_back(trained, tmp_path):
             assert picture.size == (8, 8)
 
     (tmp_path / "other.dtfc").write_bytes(bitstream.pack(bitstream.Header(b"8 others", 24, (8, 8, 1), 0, 0, 0, 0), b""))
-    refused = run("compress", "decode", f"--workdir={trained}", f"--source={tmp_path}/other.dtfc", f"--out={out}")
+    refused = run_fork("compress", "decode", f"--workdir={trained}", f"--source={tmp_path}/other.dtfc", f"--out={out}")
     assert refused.returncode == 1 and "other.dtfc was made by another model" in refused.stderr, refused.stderr
 
 
@@ -277,7 +276,7 @@ def test_compressed_files_come_back(trained, tmp_path):
     ],
 )
 def test_bad_input_of_a_figure_gets_one_line(trained, args, message):
-    result = run("figures", f"--workdir={trained}", *args)
+    result = run_fork("figures", f"--workdir={trained}", *args)
     lines = [line for line in result.stderr.strip().splitlines() if "absl::InitializeLog" not in line]
     assert result.returncode == 1 and len(lines) == 1, result.stderr
     assert lines[0].startswith("figures: ") and message in lines[0]
@@ -297,12 +296,12 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
     (folder,) = {path.parent for path in set((trained / "partial").glob("*/part_*.npz")) - before}
     done = {path: path.stat().st_mtime_ns for path in folder.glob("part_*.npz")}
     assert not (tmp_path / "killed.json").exists() and 2 <= len(done) < 30
-    resumed = run("likelihood", *args, f"--out={tmp_path}/killed.json")
+    resumed = run_fork("likelihood", *args, f"--out={tmp_path}/killed.json")
     assert resumed.returncode == 0, resumed.stderr
     assert all(path.stat().st_mtime_ns == written for path, written in done.items())
     for part in folder.glob("part_*"):
         part.unlink()
-    whole = run("likelihood", *args, f"--out={tmp_path}/whole.json")
+    whole = run_fork("likelihood", *args, f"--out={tmp_path}/whole.json")
     assert whole.returncode == 0, whole.stderr
     assert (tmp_path / "killed.json").read_text() == (tmp_path / "whole.json").read_text()
 
@@ -322,7 +321,7 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
     ],
 )
 def test_bad_input_of_an_evaluation_gets_one_line(trained, args, message):
-    result = run("evaluate", f"--workdir={trained}", *args)
+    result = run_fork("evaluate", f"--workdir={trained}", *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr
     assert lines[0].startswith("evaluate: ") and message in lines[0]

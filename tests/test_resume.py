@@ -5,12 +5,12 @@ import signal
 import time
 
 import killed_runs
+from forked_programs import run_fork, start_fork
 
 from diffusion_tf.errors import PreemptedError
 
 
 def test_a_killed_run_is_the_run(tmp_path):
-    programs = killed_runs.Programs(tmp_path)
     args = ["--num_steps=60", *killed_runs.TINY]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     moments = [
@@ -19,21 +19,18 @@ def test_a_killed_run_is_the_run(tmp_path):
         (signal.SIGTERM, lambda: any(line["step"] == 30 for line in killed_runs.metrics(killed))),
         (signal.SIGKILL, lambda: (killed / "samples/step_00000050.png").exists()),
     ]
-    try:
-        programs.start("train", f"--workdir={straight}", *args)
-        assert programs.wait()[0] == 0, programs.log.read_text()
-        for number, moment in moments:
-            process = programs.start("train", f"--workdir={killed}", *args)
-            killed_runs.wait_for(moment)
-            time.sleep(0.005)
-            os.kill(process, number)
-            code, printed = programs.wait()
-            if number == signal.SIGTERM:
-                assert code == PreemptedError.exit_code and "train: SIGTERM: saved step " in printed
-            else:
-                assert code == -signal.SIGKILL, printed
-        programs.start("train", f"--workdir={killed}", *args)
-        assert programs.wait()[0] == 0, programs.log.read_text()
-    finally:
-        programs.close()
+    finished = run_fork("train", f"--workdir={straight}", *args)
+    assert finished.returncode == 0, finished.stderr
+    for number, moment in moments:
+        running = start_fork("train", f"--workdir={killed}", *args)
+        killed_runs.wait_for(moment)
+        time.sleep(0.005)
+        os.kill(running.process.pid, number)
+        ended = running.wait()
+        if number == signal.SIGTERM:
+            assert ended.returncode == PreemptedError.exit_code and "train: SIGTERM: saved step " in ended.stderr
+        else:
+            assert ended.returncode == -signal.SIGKILL, ended.stderr
+    finished = run_fork("train", f"--workdir={killed}", *args)
+    assert finished.returncode == 0, finished.stderr
     assert killed_runs.assert_same_run(straight, killed) > 1e6

@@ -7,6 +7,7 @@ import time
 
 import killed_runs
 import pytest
+from forked_programs import start_fork
 
 KILLS, SAVING_KILLS = 30, 8
 NUM_STEPS = 500
@@ -17,36 +18,29 @@ KILLING_SECONDS = 15 * 60  # at most; the rest of the twenty minutes is for the 
 def test_a_run_killed_thirty_times_is_the_run(tmp_path):
     begin, rng = time.monotonic(), random.Random(0)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    programs = killed_runs.Programs(tmp_path)
-    start = lambda workdir: programs.start(
-        "train", f"--workdir={workdir}", f"--num_steps={NUM_STEPS}", *killed_runs.TINY
-    )
+    start = lambda workdir: start_fork("train", f"--workdir={workdir}", f"--num_steps={NUM_STEPS}", *killed_runs.TINY)
     kills = saving_kills = 0
     seconds_to_start = 0.0
-    try:
-        while (kills < KILLS or saving_kills < SAVING_KILLS) and time.monotonic() - begin < KILLING_SECONDS:
-            lines, started = len(killed_runs.metrics(killed)), time.monotonic()
-            process = start(killed)
-            if kills % 2:
-                time.sleep(rng.uniform(0.0, 1.2 * seconds_to_start))
-            else:
-                killed_runs.wait_for(lambda lines=lines: len(killed_runs.metrics(killed)) > lines)
-                seconds_to_start = time.monotonic() - started
-                if rng.random() < 0.8:
-                    killed_runs.wait_for(lambda: killed_runs.is_saving(killed))
-                time.sleep(rng.uniform(0.0, 0.003))
-            os.kill(process, signal.SIGKILL)
-            code, printed = programs.wait()
-            assert code == -signal.SIGKILL, printed
-            kills += 1
-            saving_kills += killed_runs.is_saving(killed)
-            print(f"killed at step {(killed_runs.metrics(killed) or [{'step': 0}])[-1]['step']}", flush=True)
-        for workdir in (killed, straight):
-            start(workdir)
-            code, printed = programs.wait()
-            assert code == 0, printed
-    finally:
-        programs.close()
+    while (kills < KILLS or saving_kills < SAVING_KILLS) and time.monotonic() - begin < KILLING_SECONDS:
+        lines, started = len(killed_runs.metrics(killed)), time.monotonic()
+        running = start(killed)
+        if kills % 2:
+            time.sleep(rng.uniform(0.0, 1.2 * seconds_to_start))
+        else:
+            killed_runs.wait_for(lambda lines=lines: len(killed_runs.metrics(killed)) > lines)
+            seconds_to_start = time.monotonic() - started
+            if rng.random() < 0.8:
+                killed_runs.wait_for(lambda: killed_runs.is_saving(killed))
+            time.sleep(rng.uniform(0.0, 0.003))
+        os.kill(running.process.pid, signal.SIGKILL)
+        ended = running.wait()
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        kills += 1
+        saving_kills += killed_runs.is_saving(killed)
+        print(f"killed at step {(killed_runs.metrics(killed) or [{'step': 0}])[-1]['step']}", flush=True)
+    for workdir in (killed, straight):
+        finished = start(workdir).wait()
+        assert finished.returncode == 0, finished.stderr
     compared = killed_runs.assert_same_run(straight, killed)
     print(
         f"\nkills survived: {kills}, of them {saving_kills} with a checkpoint half written"
