@@ -19,23 +19,38 @@ Grid = list[list[tf.Tensor]]
 _PIXELS: Matrix = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
 _TAPS: Matrix = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
 _OUTPUTS: Matrix = ((1, 1, 1, 0), (0, 1, -1, -1))
-_UPSIDE_DOWN = (3, 1, 2, 0)  # the rows of _TAPS that the taps in reverse have
 
 
 @tf.custom_gradient
 def conv3x3(x: tf.Tensor, kernel: tf.Tensor):
     """The convolution of x [B, H, W, C], H and W even, with kernel [3, 3, C, channels]; zeros around x."""
-    _, height, width, _ = x.shape
 
     def grad(grad_y):
-        # By the kernel upside down, from its channels to C.
-        taps = _taps(kernel)
-        turned = [taps[4 * i + j] for i in _UPSIDE_DOWN for j in _UPSIDE_DOWN]
-        grad_x = _join(_products(_tiles(grad_y), turned, transpose_b=True), height=height, width=width)
-        # The tiles of x, four times its size, are made again.
-        return grad_x, _grad_taps(_products(_tiles(x), _grad_join(grad_y), transpose_a=True))
+        return _convolution(grad_y, _turned(kernel)), _grad_kernel(x, grad_y)
 
-    return _join(_products(_tiles(x), _taps(kernel)), height=height, width=width), grad
+    return _convolution(x, kernel), grad
+
+
+# To start a program costs as much as some of its work, so that each is a whole convolution.
+
+
+@region_without_gradient
+def _convolution(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    _, height, width, _ = x.shape
+    return _join(_products(_tiles(x), _taps(kernel)), height, width)
+
+
+@region_without_gradient
+def _turned(kernel: tf.Tensor) -> tf.Tensor:
+    """The kernel upside down, from its channels to C: by it the gradient of y becomes that of x."""
+    return tf.transpose(kernel[::-1, ::-1], [0, 1, 3, 2])
+
+
+@region_without_gradient
+def _grad_kernel(x: tf.Tensor, grad_y: tf.Tensor) -> tf.Tensor:
+    # The tiles of x, four times its size, are made again.
+    grad_taps = _products(_tiles(x), _flat(_grad_join(grad_y)), transpose_a=True)
+    return stacked(along_both_axes(transposed(_TAPS), _grid(grad_taps)))
 
 
 def along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
@@ -67,34 +82,28 @@ def stacked(grid: Grid) -> tf.Tensor:
     return tf.stack([tf.stack(row) for row in grid])
 
 
-# Each a program of its own, to be compiled for a shape of maps or of kernels, and not for each pair of the two.
-
-
-@region_without_gradient
 def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
     """Maps x [B, H, W, C] to the 16 sums of pixels [tiles, C]."""
-    _, height, width, _ = x.shape
-    x = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
-    pixels = [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
-    return _flat(along_both_axes(_PIXELS, pixels))
+    _, height, width, channels = x.shape
+    # By rows: over zeros along four axes LLVM spends seconds.
+    rows = tf.pad(tf.reshape(x, [-1, height, width * channels]), [[0, 0], [1, 1], [channels, channels]])
+    x = tf.reshape(rows, [-1, height + 2, width + 2, channels])
+    return _flat(
+        along_both_axes(_PIXELS, [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)])
+    )
 
 
-@region_without_gradient
 def _taps(kernel: tf.Tensor) -> list[tf.Tensor]:
     """Maps kernel [3, 3, C, channels] to the 16 sums of taps [C, channels]."""
     return [u for row in along_both_axes(_TAPS, unstacked(kernel)) for u in row]
 
 
-@region_without_gradient
-def _products(
-    a: list[tf.Tensor], b: list[tf.Tensor], *, transpose_a: bool = False, transpose_b: bool = False
-) -> list[tf.Tensor]:
+def _products(a: list[tf.Tensor], b: list[tf.Tensor], transpose_a: bool = False) -> list[tf.Tensor]:
     """The 16 products of matrices."""
-    return [tf.matmul(x, y, transpose_a, transpose_b) for x, y in zip(a, b, strict=True)]
+    return [tf.matmul(x, y, transpose_a) for x, y in zip(a, b, strict=True)]
 
 
-@region_without_gradient
-def _join(products: list[tf.Tensor], *, height: int, width: int) -> tf.Tensor:
+def _join(products: list[tf.Tensor], height: int, width: int) -> tf.Tensor:
     """The 16 products [tiles, channels] to y [B, height, width, channels]."""
     channels = products[0].shape[-1]
     maps = _grid([tf.reshape(m, [-1, height // 2, width // 2, channels]) for m in products])
@@ -102,17 +111,9 @@ def _join(products: list[tf.Tensor], *, height: int, width: int) -> tf.Tensor:
     return tf.reshape(tf.stack(pixels, axis=2), [-1, height, width, channels])
 
 
-@region_without_gradient
-def _grad_join(grad_y: tf.Tensor) -> list[tf.Tensor]:
-    """The gradient of `_join`."""
-    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
-    return _flat(along_both_axes(transposed(_OUTPUTS), pixels))
-
-
-@region_without_gradient
-def _grad_taps(grad_taps: list[tf.Tensor]) -> tf.Tensor:
-    """The gradient of `_taps`."""
-    return stacked(along_both_axes(transposed(_TAPS), _grid(grad_taps)))
+def _grad_join(grad_y: tf.Tensor) -> Grid:
+    """The gradient of `_join`, as maps [B, H / 2, W / 2, channels]."""
+    return along_both_axes(transposed(_OUTPUTS), [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)])
 
 
 def _grid(tensors: list[tf.Tensor]) -> Grid:
