@@ -218,7 +218,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     def slow_save(folder, step, *args):
         if step == 2:
-            assert trained_on.wait(60)
+            assert trained_on.wait(300)
         return save(folder, step, *args)
 
     def watched(self, metrics):
