@@ -88,9 +88,8 @@ def _tiles(x: tf.Tensor) -> list[tf.Tensor]:
     # By rows: over zeros along four axes LLVM spends seconds.
     rows = tf.pad(tf.reshape(x, [-1, height, width * channels]), [[0, 0], [1, 1], [channels, channels]])
     x = tf.reshape(rows, [-1, height + 2, width + 2, channels])
-    return _flat(
-        along_both_axes(_PIXELS, [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)])
-    )
+    pixels = [[x[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
+    return _flat(along_both_axes(_PIXELS, pixels))
 
 
 def _taps(kernel: tf.Tensor) -> list[tf.Tensor]:
@@ -113,7 +112,8 @@ def _join(products: list[tf.Tensor], height: int, width: int) -> tf.Tensor:
 
 def _grad_join(grad_y: tf.Tensor) -> Grid:
     """The gradient of `_join`, as maps [B, H / 2, W / 2, channels]."""
-    return along_both_axes(transposed(_OUTPUTS), [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)])
+    pixels = [[grad_y[:, i::2, j::2] for j in range(2)] for i in range(2)]
+    return along_both_axes(transposed(_OUTPUTS), pixels)
 
 
 def _grid(tensors: list[tf.Tensor]) -> Grid:

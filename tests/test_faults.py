@@ -269,9 +269,8 @@ def test_a_fault_ends_in_its_line(tmp_path, sound_run, program, fault, args, lin
     fault(run)
     before = digests(tmp_path)
     ended = run_fork(program, "--workdir=run", *args, folder=tmp_path)
-    *others, last = [
-        text for text in ended.stderr.splitlines() if text.strip() and "%|" not in text
-    ]  # no progress bars
+    # Without bars of progress.
+    *others, last = [text for text in ended.stderr.splitlines() if text.strip() and "%|" not in text]
     assert ended.returncode == 1 and last.startswith(f"{program}: ") and line in last, ended.stderr
     assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", text) for text in others), ended.stderr
     assert not ended.stdout
