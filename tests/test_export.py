@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tensorflow as tf
+from forked_programs import run_fork
 
 from diffusion_tf import checkpoints, export
 from diffusion_tf.datasets import open_source
@@ -137,12 +137,6 @@ assert "diffusion_tf" not in sys.modules
     np.testing.assert_allclose(np.load(tmp_path / "output.npy"), expected[:5], atol=1e-5)
 
 
-def run_export(*args):
-    command = [sys.executable, "-m", "experiments.export", *args]
-    root = pathlib.Path(__file__).parent.parent
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-
-
 def test_a_run_is_exported_with_its_ema_weights(tmp_path):
     state = TrainState(PRESET, make_strategy("one_device"))
     for ema in state.ema:
@@ -150,8 +144,13 @@ def test_a_run_is_exported_with_its_ema_weights(tmp_path):
     workdir = Workdir(str(tmp_path / "run"))
     workdir.write_config(PRESET, 1618, "")
     checkpoints.save(workdir.checkpoints, 1, state.to_arrays())
-    result = run_export(
-        f"--workdir={tmp_path}/run", "--what=denoiser", "--per_replica_batch=2", "--checkpoint=1", f"--out={tmp_path}/x"
+    result = run_fork(
+        "export",
+        f"--workdir={tmp_path}/run",
+        "--what=denoiser",
+        "--per_replica_batch=2",
+        "--checkpoint=1",
+        f"--out={tmp_path}/x",
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [
@@ -176,7 +175,7 @@ def test_a_run_is_exported_with_its_ema_weights(tmp_path):
     ],
 )
 def test_bad_input_of_an_export_gets_one_line(args, message):
-    result = run_export(*args)
+    result = run_fork("export", *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr
     assert lines[0].startswith("export: ") and message in lines[0]

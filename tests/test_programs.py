@@ -10,7 +10,7 @@ import time
 import inception_files
 import numpy as np
 import pytest
-from forked_programs import ROOT, run_fork
+from forked_programs import ROOT, run_fork, start_fork
 from PIL import Image
 
 from diffusion_tf.compression import bitstream
@@ -286,13 +286,12 @@ def test_bad_input_of_a_figure_gets_one_line(trained, args, message):
 @pytest.mark.slow
 def test_a_killed_likelihood_goes_on(trained, tmp_path):
     args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
-    command = [sys.executable, "-m", "experiments.likelihood", *args, f"--out={tmp_path}/killed.json"]
     before = set((trained / "partial").glob("*/part_*")) if (trained / "partial").exists() else set()
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(set((trained / "partial").glob("*/part_*.npz")) - before) < 2:
+    killed = start_fork("likelihood", *args, f"--out={tmp_path}/killed.json")
+    while killed.process.is_alive() and len(set((trained / "partial").glob("*/part_*.npz")) - before) < 2:
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    killed.process.kill()
+    killed.wait()
     (folder,) = {path.parent for path in set((trained / "partial").glob("*/part_*.npz")) - before}
     done = {path: path.stat().st_mtime_ns for path in folder.glob("part_*.npz")}
     assert not (tmp_path / "killed.json").exists() and 2 <= len(done) < 30

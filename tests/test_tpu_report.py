@@ -1,31 +1,15 @@
 """The TPUs' compiler on a CPU, and the report that rests on it."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from forked_programs import run_fork
 
 from diffusion_tf import tpu_compiler
 from diffusion_tf.errors import InputError
 from diffusion_tf.tpu_compiler import TOPOLOGIES, all_reduce_seconds, compile_stablehlo, largest_batch, roofline_seconds
 
-ROOT = pathlib.Path(__file__).parent.parent
 V3, V5E = TOPOLOGIES["v3-8"], TOPOLOGIES["v5e-8"]
-
-
-def run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.tpu_report", *args],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def matmul(m, k, n):
@@ -100,7 +84,7 @@ def test_names_what_to_install(monkeypatch):
 def test_report(tmp_path):
     network = ["--ch=32", "--ch_mult=1", "--num_res_blocks=1", "--num_timesteps=50"]
     args = ["--dataset=digits", *network, "--batch_size=16", "--sample_batch_size=8", "--precision=bfloat16"]
-    result = run(*args, "--topology=v3-8", f"--out={tmp_path}/report.json")
+    result = run_fork("tpu_report", *args, "--topology=v3-8", f"--out={tmp_path}/report.json")
     assert result.returncode == 0, result.stderr
     assert "v3-8: compiling train_step for 2 images a device" in result.stderr
     assert "nothing ran on a TPU" in result.stdout and "projected steps/s" in result.stdout
@@ -124,7 +108,7 @@ def test_report(tmp_path):
     ],
 )
 def test_bad_input_gets_one_line(args, message):
-    result = run(*args)
+    result = run_fork("tpu_report", *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr
     assert lines[0].startswith("tpu_report: ") and message in lines[0]
