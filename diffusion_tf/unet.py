@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import DenoiseFn
@@ -137,7 +138,7 @@ def _over_groups(moments: tf.Tensor) -> tf.Tensor:
     """Moments [B, C] of each channel to those of its whole group."""
     size = moments.shape[-1] // NUM_GROUPS
     if in_cpu_graph():  # XLA would work what is repeated out anew, by divisions, for every pixel
-        members = tf.repeat(tf.eye(NUM_GROUPS), size, axis=1)
+        members = np.repeat(np.eye(NUM_GROUPS, dtype=np.float32), size, axis=1)
         return tf.matmul(tf.matmul(moments, members / size, transpose_b=True), members)
     groups = tf.reshape(moments, [-1, NUM_GROUPS, size])
     return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
@@ -256,14 +257,14 @@ class ResnetBlock(keras.layers.Layer):
                 self.nin_shortcut = layers.dense(in_channels, channels, f"{name}/nin_shortcut", kind=_Shortcut)
 
     def call(self, parts, temb, rng: CounterRng | None = None):
-        """Maps parts [B, H, W, C_i] of `in` channels and temb [B, 4 ch]; dropout acts where `rng` is given."""
+        """Maps parts [B, H, W, C_i] of `in` channels and temb [B, 4 ch], swish applied; `rng` asks for dropout."""
         if in_cpu_graph():
             parts = [tf.concat(parts, axis=-1)]  # XLA asks of every channel anew which part it lies in
         h, bias = self.conv1(self.norm1(parts))
         keep = None
         if rng is not None and self.dropout > 0.0:
             keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout)
-        offset = self.temb_proj(tf.nn.silu(temb)) + bias
+        offset = self.temb_proj(temb) + bias
         h = self.conv2(self.norm2([h], offset=offset, keep=keep, rate=self.dropout))
         return h + (tf.concat(parts, axis=-1) if self.nin_shortcut is None else self.nin_shortcut(parts))
 
@@ -508,6 +509,7 @@ class UNet(keras.Model):
     def call(self, x_t, t, rng: CounterRng | None = None):
         """Maps x_t [B, H, W, C] and t int32 [B]; dropout acts where `rng` is given."""
         temb = self.temb_dense1(tf.nn.silu(self.temb_dense0(timestep_embedding(t, self.ch))))
+        temb = tf.nn.silu(temb)  # here, not in every block
 
         h = self.conv_in(x_t)
         skips = [h]

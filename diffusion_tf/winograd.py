@@ -58,10 +58,13 @@ def along_both_axes(matrix: Matrix, grid: Grid) -> Grid:
 
     def combine(row, tensors):
         # In few operations, as there are thousands in a network to trace.
-        terms = [(f, x if abs(f) == 1 else x * abs(f)) for f, x in zip(row, tensors, strict=True) if f]
-        added, taken = [x for f, x in terms if f > 0], [x for f, x in terms if f < 0]
-        total = functools.reduce(operator.add, added) if added else -taken.pop(0)
-        return functools.reduce(operator.sub, taken, total)
+        sums = []
+        for size in sorted({abs(f) for f in row if f}):
+            added, taken = ([x for f, x in zip(row, tensors, strict=True) if f == s * size] for s in (1, -1))
+            total = functools.reduce(operator.add, added) if added else -taken.pop(0)
+            total = functools.reduce(operator.sub, taken, total)
+            sums.append(total if size == 1 else total * size)
+        return functools.reduce(operator.add, sums)
 
     columns = [[combine(row, column) for row in matrix] for column in zip(*grid, strict=True)]
     return [[combine(row, tensors) for row in matrix] for tensors in zip(*columns, strict=True)]
@@ -105,7 +108,8 @@ def _products(a: list[tf.Tensor], b: list[tf.Tensor], transpose_a: bool = False)
 def _join(products: list[tf.Tensor], height: int, width: int) -> tf.Tensor:
     """The 16 products [tiles, channels] to y [B, height, width, channels]."""
     channels = products[0].shape[-1]
-    maps = _grid([tf.reshape(m, [-1, height // 2, width // 2, channels]) for m in products])
+    shape = tf.constant([-1, height // 2, width // 2, channels])
+    maps = _grid([tf.reshape(m, shape) for m in products])
     pixels = [tf.stack(row, axis=3) for row in along_both_axes(_OUTPUTS, maps)]
     return tf.reshape(tf.stack(pixels, axis=2), [-1, height, width, channels])
 
@@ -122,4 +126,5 @@ def _grid(tensors: list[tf.Tensor]) -> Grid:
 
 def _flat(grid: Grid) -> list[tf.Tensor]:
     """Each map [B, H, W, C] of a grid as [B H W, C]."""
-    return [tf.reshape(x, [-1, x.shape[-1]]) for row in grid for x in row]
+    shape = tf.constant([-1, grid[0][0].shape[-1]])
+    return [tf.reshape(x, shape) for row in grid for x in row]
