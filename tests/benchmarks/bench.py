@@ -53,6 +53,7 @@ _CASES = [
     *(Case("forward", "cifar10", batch, p) for p in ("float32", "bfloat16") for batch in (8, 1, 32)),
     *(Case(what, "cifar10", 8, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
     *(Case(what, "digits", 64, p) for what in ("train", "sample") for p in ("float32", "bfloat16")),
+    *(Case("convolution", "cifar10", batch, p) for p in ("float32", "bfloat16") for batch in (8, 1)),
     Case("input", "cifar10", 128),
     Case("input", "lsun_church", 64),
     Case("first_step", "digits", 64),
@@ -138,7 +139,7 @@ def start_workers(case: Case) -> Iterator[dict[str, Callable[[], dict]]]:
     commands = {"ours": [*ours, *([f"--data={make_data()}"] if case.what == "input" else [])]}
     if case.what in _BARE:
         commands["bare"] = [*ours, f"--what={_BARE[case.what]}"]
-    if case.preset == "cifar10" and case.what in ("forward", "train", "sample"):
+    if case.preset == "cifar10" and case.what in ("convolution", "forward", "train", "sample"):
         theirs = [make_peer(), str(_HERE / "diffusers_worker.py"), *flags]
         commands |= {mode: [*theirs, *more] for mode, more in _PEER_MODES.items()}
     with contextlib.ExitStack() as stack:

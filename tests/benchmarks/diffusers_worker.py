@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from diffusers import UNet2DModel
 
 _SAMPLE_STEPS = 10
+_CONVOLUTIONS = 20
 
 
 def make_network() -> UNet2DModel:
@@ -36,17 +37,17 @@ def make_network() -> UNet2DModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=["forward", "train", "sample"])
+    parser.add_argument("--what", choices=["convolution", "forward", "train", "sample"])
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     network = make_network()
-    call = {"forward": _forward, "train": _train, "sample": _sample}[args.what](network, args)
+    makers = {"convolution": _convolution, "forward": _forward, "train": _train, "sample": _sample}
     timing.serve(
-        call,
-        steps_per_call=_SAMPLE_STEPS if args.what == "sample" else 1,
+        makers[args.what](network, args),
+        steps_per_call={"convolution": _CONVOLUTIONS, "sample": _SAMPLE_STEPS}.get(args.what, 1),
         params=sum(p.numel() for p in network.parameters()),
         version=torch.__version__,
     )
@@ -65,6 +66,28 @@ def _denoiser(network, args):
     network.eval()
     denoise = lambda x, t: network(x, t, return_dict=False)[0]
     return torch.compile(denoise) if args.compile else denoise
+
+
+def _convolution(network, args):
+    """The network's most frequent operation by itself: a chain, each with a kernel of its own."""
+    size, channels = network.config.sample_size, network.config.block_out_channels[0]
+    draw = lambda *shape: torch.randn(shape, dtype=getattr(torch, args.precision)).to(memory_format=torch.channels_last)
+    kernels = [draw(channels, channels, 3, 3) / (9 * channels) ** 0.5 for _ in range(_CONVOLUTIONS)]
+
+    def chain(x):
+        for kernel in kernels:
+            x = F.conv2d(x, kernel, padding=1)
+        return x.sum()
+
+    if args.compile:
+        chain = torch.compile(chain)
+    x = draw(args.batch, channels, size, size)
+
+    def call():
+        with torch.no_grad():
+            chain(x)
+
+    return call
 
 
 def _forward(network, args):

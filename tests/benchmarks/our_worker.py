@@ -23,13 +23,14 @@ from diffusion_tf.training import Trainer, loss_and_gradients
 
 _TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call
 _SAMPLE_STEPS = 10
+_CONVOLUTIONS = 20
 _INPUT_BATCHES = 20
 _RECORDS = {32: 5000, 256: 500}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=["forward", "gradients", "train", "sample", "input", "data"])
+    parser.add_argument("--what", choices=["convolution", "forward", "gradients", "train", "sample", "input", "data"])
     parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -43,9 +44,26 @@ def main() -> None:
     if args.what == "input":
         call, steps = _input(preset, args.data)
     else:
-        makers = {"forward": _forward, "gradients": _gradients, "train": _train, "sample": _sample}
+        makers = {"convolution": _convolution, "forward": _forward, "gradients": _gradients}
+        makers |= {"train": _train, "sample": _sample}
         call, steps = makers[args.what](preset)
     timing.serve(call, steps_per_call=steps, version=tf.__version__)
+
+
+def _convolution(preset: Preset):
+    """The network's most frequent operation by itself, as TensorFlow has it: a chain, each with a kernel of its own."""
+    channels, dtype = preset.ch, preset.precision
+    draw = lambda *shape: tf.cast(tf.random.normal(shape), dtype)
+    kernels = [tf.Variable(draw(3, 3, channels, channels) / (9 * channels) ** 0.5) for _ in range(_CONVOLUTIONS)]
+
+    @tf.function(autograph=False)
+    def chain(x):
+        for kernel in kernels:
+            x = tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+        return tf.reduce_sum(x)
+
+    x = draw(preset.batch_size, *preset.image_shape[:2], channels)
+    return lambda: chain(x).numpy(), _CONVOLUTIONS
 
 
 def _forward(preset: Preset):
