@@ -115,7 +115,7 @@ def replica_function(function: Callable, strategy: tf.distribute.Strategy, in_re
     if on_cpu and "tensorflow-tpu" in _tensorflow_packages():
         return function
     if on_cpu and in_regions:
-        # They take seconds for a network's graph, whose regions XLA simplifies anyway.
+        # For the whole process. They take seconds for a network's graph, whose regions XLA simplifies anyway.
         tf.config.optimizer.set_experimental_options({"constant_folding": False, "arithmetic_optimization": False})
 
         @tf.autograph.experimental.do_not_convert
