@@ -74,6 +74,36 @@ def test_programs_look_for_a_tpu_before_tensorflow_does(tmp_path):
     assert result.stderr.strip() == ("unset" if tpu_attached() else "0")
 
 
+_FAULTS_OF_KEPT_MEMORY = """
+import resource
+import diffusion_tf
+import tensorflow as tf
+
+def faults(calls):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        x + 1.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+x = tf.zeros([2**26 // 4])
+faults(3)
+print(faults(4), x.shape.num_elements() * 4 // resource.getpagesize())
+"""
+
+
+@no_tpu_here
+def test_memory_is_kept_from_step_to_step():
+    result = subprocess.run(
+        [sys.executable, "-c", _FAULTS_OF_KEPT_MEMORY],
+        cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    faults, pages_of_one_result = map(int, result.stdout.split())
+    assert faults < pages_of_one_result
+
+
 @no_tpu_here
 def test_an_absent_tpu_is_named_and_auto_does_without(monkeypatch):
     for packages in ("tensorflow", "tensorflow-tpu", "tensorflow tensorflow-tpu"):
