@@ -115,3 +115,25 @@ def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
     if count % _PARTS == 0:
         rows = tf.reduce_sum(tf.reshape(rows, [*batch, _PARTS, count // _PARTS, channels]), axis=-3)
     return tf.squeeze(tf.matmul(tf.ones([*batch, 1, rows.shape[-2]]), rows), axis=-2)
+
+
+def quick_cast(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`tf.cast` between floats, and of its gradient, for regions: XLA is slow at rounding to bfloat16 on a CPU.
+
+    Quick are integers. NaNs are taken to be those that arithmetic makes, whose lowest bits are zeros.
+    """
+
+    @tf.custom_gradient
+    def cast(x):
+        return _rounded(x, dtype), lambda grad: _rounded(grad, x.dtype)
+
+    return cast(x) if in_cpu_graph() else tf.cast(x, dtype)
+
+
+def _rounded(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    if (x.dtype, dtype) != (tf.float32, tf.bfloat16):
+        return tf.cast(x, dtype)
+    bits = tf.bitcast(x, tf.uint32)
+    high = tf.bitwise.right_shift(bits, 16)
+    high = tf.bitwise.right_shift(bits + (0x7FFF + tf.bitwise.bitwise_and(high, 1)), 16)  # to nearest, ties to even
+    return tf.bitcast(tf.cast(high, tf.uint16), tf.bfloat16)

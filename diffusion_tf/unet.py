@@ -19,7 +19,7 @@ import tensorflow as tf
 from diffusion_tf.diffusion_utils import DenoiseFn
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
-from diffusion_tf.regions import in_cpu_graph, region, region_without_gradient, sum_of_rows
+from diffusion_tf.regions import in_cpu_graph, quick_cast, region, region_without_gradient, sum_of_rows
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.winograd import along_both_axes, conv3x3, stacked, transposed, unstacked
 
@@ -108,16 +108,15 @@ class GroupNorm(keras.layers.Layer):
         """
         weights = [tf.convert_to_tensor(w) for w in (self.gamma, self.beta)]
         more = [tensor for tensor in (offset, keep) if tensor is not None]
-        y = group_norm(list(parts), *weights, *more, swish=self.swish, rate=rate)
-        return tf.cast(y, parts[0].dtype)
+        return group_norm(list(parts), *weights, *more, swish=self.swish, rate=rate)
 
 
 @region
 def group_norm(
     parts: list[tf.Tensor], gamma: tf.Tensor, beta: tf.Tensor, *more: tf.Tensor, swish: bool, rate: float
 ) -> tf.Tensor:
-    """What `GroupNorm` computes, on a CPU in float32; `more` is nothing, the offset, or the offset and the mask."""
-    floats = [tf.cast(part, tf.float32) for part in parts]
+    """What `GroupNorm` computes; `more` is nothing, the offset, or the offset and the mask."""
+    floats = [quick_cast(part, tf.float32) for part in parts]
     mean = tf.concat([_spatial_mean(x) for x in floats], axis=-1)
     mean_square = tf.concat([_spatial_mean(tf.square(x)) for x in floats], axis=-1)
     offset = tf.cast(more[0], tf.float32) if more else 0.0
@@ -131,7 +130,9 @@ def group_norm(
         y = tf.cast(y, parts[0].dtype)  # a TPU keeps it for the gradient
     if swish:
         y = _swish(y)
-    return tf.where(more[1], y / (1.0 - rate), 0.0) if len(more) > 1 else y
+    if len(more) > 1:
+        y = tf.where(more[1], y / (1.0 - rate), 0.0)
+    return quick_cast(y, parts[0].dtype)
 
 
 def _over_groups(moments: tf.Tensor) -> tf.Tensor:
@@ -222,7 +223,7 @@ def dense_of_parts(kernel: tf.Tensor, *parts: tf.Tensor):
 
 
 class _Shortcut(keras.layers.Layer):
-    """Keras' Dense, along the channels of several parts."""
+    """Keras' Dense, along the channels of several parts; its bias is returned beside the product."""
 
     def __init__(self, units: int, kernel_initializer: keras.initializers.Initializer, **kwargs):
         super().__init__(**kwargs)
@@ -236,8 +237,7 @@ class _Shortcut(keras.layers.Layer):
 
     def call(self, parts):
         """Maps a list of [B, H, W, C_i]."""
-        y = dense_of_parts(tf.convert_to_tensor(self.kernel), *parts)
-        return tf.nn.bias_add(y, tf.convert_to_tensor(self.bias))
+        return dense_of_parts(tf.convert_to_tensor(self.kernel), *parts), tf.convert_to_tensor(self.bias)
 
 
 class ResnetBlock(keras.layers.Layer):
@@ -251,7 +251,7 @@ class ResnetBlock(keras.layers.Layer):
             self.conv1 = layers.conv(in_channels, channels, f"{name}/conv1", kind=_ConvAndBias)
             self.temb_proj = layers.dense(temb_channels, channels, f"{name}/temb_proj")
             self.norm2 = GroupNorm(channels, "norm2", swish=True)
-            self.conv2 = layers.conv(channels, channels, f"{name}/conv2", scale=_NEAR_ZERO)
+            self.conv2 = layers.conv(channels, channels, f"{name}/conv2", kind=_ConvAndBias, scale=_NEAR_ZERO)
             self.nin_shortcut = None
             if in_channels != channels:
                 self.nin_shortcut = layers.dense(in_channels, channels, f"{name}/nin_shortcut", kind=_Shortcut)
@@ -265,8 +265,13 @@ class ResnetBlock(keras.layers.Layer):
         if rng is not None and self.dropout > 0.0:
             keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout)
         offset = self.temb_proj(temb) + bias
-        h = self.conv2(self.norm2([h], offset=offset, keep=keep, rate=self.dropout))
-        return h + (tf.concat(parts, axis=-1) if self.nin_shortcut is None else self.nin_shortcut(parts))
+        h, bias = self.conv2(self.norm2([h], offset=offset, keep=keep, rate=self.dropout))
+        if self.nin_shortcut is None:
+            shortcut = tf.concat(parts, axis=-1)
+        else:
+            shortcut, shortcut_bias = self.nin_shortcut(parts)
+            bias += shortcut_bias
+        return tf.nn.bias_add(h, bias) + shortcut
 
 
 class AttentionBlock(keras.layers.Layer):
@@ -309,14 +314,14 @@ def _kernels_of_phases(kernel: tf.Tensor) -> list[tf.Tensor]:
 
 @region_without_gradient
 def _kernel_of_gradient(kernel: tf.Tensor) -> tf.Tensor:
-    """The kernel [3, 3, in, out] as [4, 4, out, in], by which the output's gradient becomes the input's."""
-    return tf.transpose(stacked(along_both_axes(_TAPS, unstacked(kernel))), [0, 1, 3, 2])
+    """The kernel [3, 3, in, out] as [4, 4, in, out], by which the output's gradient becomes the input's."""
+    return stacked(along_both_axes(_TAPS, unstacked(kernel)))
 
 
 @region_without_gradient
 def _gradient_of_taps(grad: tf.Tensor) -> tf.Tensor:
     """The gradient of `_kernel_of_gradient`'s kernel, from that of its result."""
-    return stacked(along_both_axes(transposed(_TAPS), unstacked(tf.transpose(grad, [0, 1, 3, 2]))))
+    return stacked(along_both_axes(transposed(_TAPS), unstacked(grad)))
 
 
 @tf.custom_gradient
@@ -333,12 +338,14 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
         return tf.nn.bias_add(tf.nn.conv2d(x, kernels[a, b], strides=1, padding=padding), bias)
 
     def grad(grad_y):
-        kernel4 = _kernel_of_gradient(kernel)
+        # The kernel and its gradient are transposed here, as on a CPU the regions are slow at it.
+        kernel4 = tf.transpose(_kernel_of_gradient(kernel), [0, 1, 3, 2])
         grad_x = tf.nn.conv2d(grad_y, kernel4, strides=2, padding="SAME")
         grad_kernel4 = tf.raw_ops.Conv2DBackpropFilter(
             input=grad_y, filter_sizes=kernel4.shape, out_backprop=x, strides=[1, 2, 2, 1], padding="SAME"
         )
-        return grad_x, _gradient_of_taps(grad_kernel4), tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
+        grad_kernel = _gradient_of_taps(tf.transpose(grad_kernel4, [0, 1, 3, 2]))
+        return grad_x, grad_kernel, tf.raw_ops.BiasAddGrad(out_backprop=grad_y)
 
     if in_cpu_graph():
         return _interleaved([phase(a, b) for a, b in _PHASES]), grad
@@ -349,8 +356,11 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
 def _interleaved(phases: list[tf.Tensor]) -> tf.Tensor:
     """Four maps [B, H, W, C] as the even and odd rows and columns of one [B, 2 H, 2 W, C]."""
     _, height, width, channels = phases[0].shape
+    dtype = phases[0].dtype
+    bits = tf.uint16 if dtype == tf.bfloat16 else dtype  # XLA would move bfloat16 as float32
+    phases = [tf.bitcast(phase, bits) for phase in phases]
     rows = [tf.stack(phases[2 * a : 2 * a + 2], axis=3) for a in range(2)]
-    return tf.reshape(tf.stack(rows, axis=2), [-1, 2 * height, 2 * width, channels])
+    return tf.bitcast(tf.reshape(tf.stack(rows, axis=2), [-1, 2 * height, 2 * width, channels]), dtype)
 
 
 def _phases_in_place(phase: Callable[[int, int], tf.Tensor], x: tf.Tensor, channels: int) -> tf.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_tf.regions import cpu_graph, in_cpu_graph, one_program, region, sum_of_rows
+from diffusion_tf.regions import cpu_graph, in_cpu_graph, one_program, quick_cast, region, sum_of_rows
 
 
 @region
@@ -62,3 +62,26 @@ def test_sums_of_rows(shape, dtype):
         found = sum_of_rows(rows)
     assert found.dtype == tf.float32
     np.testing.assert_allclose(found, tf.cast(rows, tf.float64).numpy().sum(axis=-2), atol=1e-5)
+
+
+def test_quick_cast_is_tensorflows_and_so_is_its_gradient():
+    words = np.random.RandomState(0).randint(2**32, size=10**6, dtype=np.uint64).astype(np.uint32)
+    words[: 2**17] = np.arange(2**17, dtype=np.uint32) << 15  # exact ones and ties, of every sign and exponent
+    numbers = words.view(np.float32)
+    x = tf.constant(np.where(np.isnan(numbers), np.float32(np.nan), numbers))
+    small = tf.cast(x, tf.bfloat16)
+
+    def found(cast):
+        with tf.GradientTape() as tape:
+            tape.watch(small)
+            up = cast(small, tf.float32)
+        return cast(x, tf.bfloat16), up, tape.gradient(up, small, x)
+
+    with cpu_graph():
+        ours = found(quick_cast)
+    for a, b in zip(ours, found(tf.cast), strict=True):
+        assert a.dtype == b.dtype
+        bits = tf.uint16 if a.dtype == tf.bfloat16 else tf.uint32
+        nan = tf.math.is_nan(b)
+        np.testing.assert_array_equal(tf.math.is_nan(a), nan)
+        np.testing.assert_array_equal(tf.bitcast(a, bits)[~nan], tf.bitcast(b, bits)[~nan])
