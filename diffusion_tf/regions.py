@@ -122,12 +122,14 @@ def quick_cast(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 
     Quick are integers. NaNs are taken to be those that arithmetic makes, whose lowest bits are zeros.
     """
+    if x.dtype == dtype or not in_cpu_graph():
+        return tf.cast(x, dtype)
 
     @tf.custom_gradient
     def cast(x):
         return _rounded(x, dtype), lambda grad: _rounded(grad, x.dtype)
 
-    return cast(x) if in_cpu_graph() else tf.cast(x, dtype)
+    return cast(x)
 
 
 def _rounded(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
