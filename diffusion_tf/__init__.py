@@ -13,7 +13,7 @@ def tpu_attached() -> bool:
 
 # Here, since it must be before TensorFlow is imported; and not where there is a TPU. Without one, the import of
 # tensorflow-tpu looks for it for minutes: TPU_LOAD_LIBRARY=1 lets it, should a TPU's files be elsewhere. A CPU's step
-# then keeps its memory for the next one: malloc gives it fresh pages, and to have them zeroed is a sixth of its time.
+# then keeps its memory for the next one: malloc gives it fresh pages, and to have them zeroed is a seventh of its time.
 if not tpu_attached():
     os.environ.setdefault("TPU_LOAD_LIBRARY", "0")
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "1")
