@@ -9,7 +9,6 @@ import tensorflow as tf
 from diffusion_tf import checkpoints
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
-from diffusion_tf.regions import region_without_gradient
 from diffusion_tf.unet import UNet
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON = 0.9, 0.999, 1e-8
@@ -40,37 +39,17 @@ def apply_gradients(
     k = tf.cast(state.step + 1, tf.float32)
     step_size = learning_rate * tf.sqrt(1.0 - ADAM_BETA2**k) / (1.0 - ADAM_BETA1**k)
 
-    packed = [_with_vectors_as_one(tensors) for tensors in (*state[:4], grads)]
     updated = [
-        _update_one(list(before), grad, clip, step_size, usable, ema_decay=preset.ema_decay)
-        for *before, grad in zip(*packed, strict=True)
+        _update_one(before, grad * clip, step_size, usable, preset.ema_decay)
+        for *before, grad in zip(*state[:4], grads, strict=True)
     ]
-    params, ema, adam_m, adam_v = (_vectors_apart(group, state.params) for group in zip(*updated, strict=True))
+    params, ema, adam_m, adam_v = (list(group) for group in zip(*updated, strict=True))
     return StateTensors(params, ema, adam_m, adam_v, state.step + 1)
 
 
-def _with_vectors_as_one(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """The vectors end to end, then the others.
-
-    Most variables are vectors, and to update one takes less time than to start a region.
-    """
-    vectors = [x for x in tensors if x.shape.rank == 1]
-    return [tf.concat(vectors, axis=0), *(x for x in tensors if x.shape.rank != 1)]
-
-
-def _vectors_apart(tensors: Sequence[tf.Tensor], like: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Undoes `_with_vectors_as_one`, in the order and shapes of `like`."""
-    joined, *others = tensors
-    vectors = iter(tf.split(joined, [x.shape[0] for x in like if x.shape.rank == 1]))
-    rest = iter(others)
-    return [next(vectors if x.shape.rank == 1 else rest) for x in like]
-
-
-@region_without_gradient
-def _update_one(before, grad, clip, step_size, usable, *, ema_decay: float) -> list[tf.Tensor]:
+def _update_one(before, grad, step_size, usable, ema_decay: float) -> list[tf.Tensor]:
     """A variable, its EMA and its moments after the step."""
     w, ema, m, v = before
-    grad = grad * clip
     m = ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * grad
     v = ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * tf.square(grad)
     w = w - step_size * m / (tf.sqrt(v) + ADAM_EPSILON)
@@ -112,6 +91,32 @@ class TrainState:
         size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
         _assign(variables, checkpoints.load(path, size), path)
 
+    def apply_in_place(
+        self, before: StateTensors, grads: Sequence[tf.Tensor], clip: tf.Tensor, usable: tf.Tensor, preset: Preset
+    ) -> None:
+        """`apply_gradients` to the state itself, on one CPU, by TensorFlow's operations that change variables.
+
+        XLA's fusions take two to three times as long: each writes one new array, and works out anew what others did.
+        """
+        k = tf.cast(before.step + 1, tf.float32)
+        learning_rate = warmed_up_learning_rate(preset.learning_rate, preset.warmup_steps, before.step)
+        # Of what is not usable 0 is taken, which even infinity times 0 is here, and nothing decays.
+        if_usable = lambda value, otherwise: tf.where(usable, tf.cast(value, tf.float32), otherwise)
+        adam = {
+            "lr": if_usable(learning_rate, 0.0),
+            "beta1_power": ADAM_BETA1**k,
+            "beta2_power": ADAM_BETA2**k,
+            "beta1": if_usable(ADAM_BETA1, 1.0),
+            "beta2": if_usable(ADAM_BETA2, 1.0),
+            "epsilon": ADAM_EPSILON,
+        }
+        clip, ema_step = if_usable(clip, 0.0), if_usable(1.0 - np.float32(preset.ema_decay), 0.0)
+        for w, ema, m, v, grad in zip(self.params, self.ema, self.adam_m, self.adam_v, grads, strict=True):
+            clipped = tf.math.multiply_no_nan(grad, clip)
+            tf.raw_ops.ResourceApplyAdam(var=w.handle, m=m.handle, v=v.handle, grad=clipped, **adam)
+            tf.raw_ops.ResourceApplyGradientDescent(var=ema.handle, alpha=ema_step, delta=ema - w)
+        self.step.assign(before.step + 1)
+
     def tensors(self) -> StateTensors:
         """The state as a step in replica context reads it."""
         variables = StateTensors(self.params, self.ema, self.adam_m, self.adam_v, self.step)
@@ -136,7 +141,7 @@ def load_ema(model: UNet, path: str) -> None:
     """
     variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
     # A checkpoint holds three more of the kind, and the step.
-    size = 4 * sum(v.shape.num_elements() * v.dtype.size for v in variables.values()) + 8
+    size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
     arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
     _assign(variables, arrays, path)
 
@@ -146,11 +151,11 @@ def _assign(variables: dict[str, tf.Variable], arrays: dict[str, np.ndarray], pa
         what = "missing" if mismatched[0] in variables else "unknown"
         raise InputError(f"{path} is of another network: {mismatched[0]} is {what}")
     for name, variable in variables.items():
-        found, wanted = arrays[name], variable
-        if found.shape != tuple(wanted.shape) or found.dtype != wanted.dtype.as_numpy_dtype:
+        found, shape = arrays[name], tuple(variable.shape)
+        dtype = "float32" if variable.dtype.is_floating else variable.dtype.name
+        if found.shape != shape or found.dtype != dtype:
             raise InputError(
-                f"{path} is of another network: {name} is {found.dtype} {found.shape},"
-                f" not {wanted.dtype.name} {tuple(wanted.shape)}"
+                f"{path} is of another network: {name} is {found.dtype} {found.shape}, not {dtype} {shape}"
             )
     for name, variable in variables.items():
-        variable.assign(arrays[name])
+        variable.assign(tf.cast(arrays[name], variable.dtype))

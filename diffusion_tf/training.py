@@ -77,7 +77,8 @@ def train_step(
     images: tf.Tensor,
     first_example: tf.Tensor,
     all_reduce: Callable[[Any], Any],
-) -> tuple[StateTensors, tf.Tensor, tf.Tensor]:
+    apply: Callable[..., Any] = apply_gradients,
+) -> tuple[Any, tf.Tensor, tf.Tensor]:
     """One step of a replica as a pure function: (the next state, loss, gradient norm), equal on all replicas.
 
     Where loss or gradient is not finite, only the number of steps moves.
@@ -89,16 +90,16 @@ def train_step(
       images: uint8 [per_replica, H, W, C].
       first_example: int64, the place of the first of them in the global batch.
       all_reduce: sums a structure of tensors over the replicas.
+      apply: makes the next state of (state, gradients, what to clip them by, whether they are usable, preset).
     """
     rng = CounterRng(preset.seed, state.step, first_example)
     share = lambda: loss_and_gradients(model, preset, state.params, images, rng)
-    # Adam in regions of its own even then: one for each shape, not for each variable, takes seconds less to compile.
     loss, grads = all_reduce(share() if regions.suit(preset.image_size) else regions.one_program(share))
     # Differs from the authors, who clip each replica's gradient before the average: the result then depends on the
     # number of replicas.
     grad_norm = tf.linalg.global_norm(grads)
     clip = tf.minimum(1.0, preset.grad_clip / grad_norm)
-    return apply_gradients(state, grads, clip, is_finite_step(loss, grad_norm), preset), loss, grad_norm
+    return apply(state, grads, clip, is_finite_step(loss, grad_norm), preset), loss, grad_norm
 
 
 def is_finite_step(loss: tf.Tensor, grad_norm: tf.Tensor) -> tf.Tensor:
@@ -135,6 +136,7 @@ class Trainer:
         """One step in replica context: (loss, gradient norm), both of the global batch."""
         images = tf.ensure_shape(images, (self.per_replica, *self.preset.image_shape))  # several hosts lose it
         context = tf.distribute.get_replica_context()
+        in_place = regions.in_cpu_graph()
         state, loss, grad_norm = train_step(
             self.state.model,
             self.preset,
@@ -142,8 +144,10 @@ class Trainer:
             images,
             tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica,
             lambda values: context.all_reduce(tf.distribute.ReduceOp.SUM, values),
+            self.state.apply_in_place if in_place else apply_gradients,
         )
-        self.state.assign(state)
+        if not in_place:
+            self.state.assign(state)
         return loss, grad_norm
 
     @tf.function

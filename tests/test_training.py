@@ -17,7 +17,7 @@ from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
 from diffusion_tf.presets import get_preset
-from diffusion_tf.train_state import TrainState, load_ema, warmed_up_learning_rate
+from diffusion_tf.train_state import TrainState, apply_gradients, load_ema, warmed_up_learning_rate
 from diffusion_tf.training import Trainer, train
 from diffusion_tf.unet import UNet
 from diffusion_tf.workdir import Workdir
@@ -90,6 +90,26 @@ def test_ema_follows_the_weights_after_each_step():
         np.testing.assert_allclose(ours.numpy(), ema, atol=1e-6)
     moved = [np.abs(ema - w.numpy()).max() for ema, w in zip(expected, trainer.state.params, strict=True)]
     assert np.sum(np.array(moved) > 1e-4) > 5  # so that another order of the updates would show
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_adam_in_place_takes_the_step_of_the_pure_function(usable):
+    state, random = TrainState(TINY, make_strategy("one_device")), np.random.RandomState(0)
+    draw = lambda v: random.normal(size=v.shape).astype(np.float32)
+    for variables, scale in ((state.params, 1.0), (state.ema, 1.0), (state.adam_m, 0.1), (state.adam_v, 0.1)):
+        for v in variables:
+            v.assign(scale * (draw(v) if variables is not state.adam_v else draw(v) ** 2))
+    grads = [tf.constant(draw(w)) for w in state.params]
+    if not usable:
+        grads = [tf.where(grad > 1.0, np.nan, tf.where(grad < -1.0, np.inf, grad)) for grad in grads]
+    state.step.assign(7)
+    before, clip = state.to_arrays(), tf.constant(0.25 if usable else np.nan)
+    expected = apply_gradients(state.tensors(), grads, clip, tf.constant(usable), TINY)
+    state.apply_in_place(state.tensors(), grads, clip, tf.constant(usable), TINY)
+    pure = dict(zip(before, [v.numpy() for v in tf.nest.flatten(expected)], strict=True))
+    for name, after in state.to_arrays().items():
+        np.testing.assert_allclose(after, pure[name], rtol=1e-5, atol=1e-7, err_msg=name)
+        assert np.array_equal(after, before[name]) == (not usable and name != "step"), name
 
 
 def test_warm_up():
