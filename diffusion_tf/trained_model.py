@@ -21,7 +21,7 @@ class TrainedModel:
     Args:
       preset: which network and diffusion.
       strategy: where they run.
-      model: the network; default: a new one.
+      model: the network; default: a new one, that holds its weights as they are multiplied.
       weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
     """
 
@@ -37,7 +37,7 @@ class TrainedModel:
         self.diffusion = GaussianDiffusion.from_preset(preset)
         if model is None:
             with strategy.scope():
-                model = UNet.from_preset(preset)
+                model = UNet.from_preset(preset, for_inference=True)
         self.model = model
         self.weights = weights or [v.value for v in model.trainable_variables]
 

@@ -50,15 +50,15 @@ _NEAR_ZERO = 1e-10
 
 
 class _Layers:
-    """Makes the layers that multiply: in `precision`, of weights in float32 that their names seed.
+    """Makes the layers that multiply: in `precision`, of weights in float32, or as multiplied, that their names seed.
 
     Each is built at once, in the name scope of the layer that it is part of: to build it on demand, Keras would trace
     the network, several times over.
     """
 
-    def __init__(self, seed: int, precision: str):
+    def __init__(self, seed: int, precision: str, for_inference: bool):
         self._init = _Initializers(seed)
-        self._policy = "mixed_bfloat16" if precision == "bfloat16" else "float32"
+        self._policy = "mixed_bfloat16" if precision == "bfloat16" and not for_inference else precision
 
     def conv(self, in_channels: int, channels: int, path: str, kind=None, **kwargs) -> keras.layers.Layer:
         """A 3x3 convolution."""
@@ -406,6 +406,7 @@ class UNet(keras.Model):
       out_channels: C, or 2C for learned variances.
       ch, ch_mult, num_res_blocks, attn_resolutions, dropout, precision: as in `Preset`.
       seed: of the initial weights.
+      for_inference: the weights are held in the dtype that they are multiplied in, which is too coarse to train them.
 
     Raises:
       InputError: channels not divisible by 32 groups, a resolution that cannot be halved as often as asked, or an
@@ -413,7 +414,18 @@ class UNet(keras.Model):
     """
 
     def __init__(
-        self, *, image_shape, out_channels, ch, ch_mult, num_res_blocks, attn_resolutions, dropout, precision, seed=0
+        self,
+        *,
+        image_shape,
+        out_channels,
+        ch,
+        ch_mult,
+        num_res_blocks,
+        attn_resolutions,
+        dropout,
+        precision,
+        seed=0,
+        for_inference=False,
     ):
         super().__init__(name="unet", autocast=False)
         image_size, levels = image_shape[0], len(ch_mult)
@@ -429,7 +441,7 @@ class UNet(keras.Model):
 
         self.ch = ch
         levels = [(ch * mult, size in attn_resolutions) for mult, size in zip(ch_mult, resolutions, strict=True)]
-        layers = _Layers(seed, precision)
+        layers = _Layers(seed, precision, for_inference)
         with keras.name_scope(self.name):
             # In float32, as it costs nothing.
             self.temb_dense0 = layers.dense(ch, 4 * ch, "temb/dense0", name="temb_dense0", dtype="float32")
@@ -486,7 +498,7 @@ class UNet(keras.Model):
         return [v.path.removeprefix("unet/") for v in self.trainable_variables]
 
     @classmethod
-    def from_preset(cls, preset: Preset) -> "UNet":
+    def from_preset(cls, preset: Preset, *, for_inference: bool = False) -> "UNet":
         """The network that `preset` describes."""
         return cls(
             image_shape=preset.image_shape,
@@ -498,6 +510,7 @@ class UNet(keras.Model):
             dropout=preset.dropout,
             precision=preset.precision,
             seed=preset.seed,
+            for_inference=for_inference,
         )
 
     def denoise_fn(self, params: Sequence[tf.Variable | tf.Tensor], rng: CounterRng | None = None) -> DenoiseFn:

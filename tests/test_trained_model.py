@@ -1,11 +1,13 @@
-"""A network on a CPU against itself: large images go through it a few after the others."""
+"""A network on a CPU against itself: large images go through it a few after the others, and its weights are rounded."""
 
 import golden
 import numpy as np
+import tensorflow as tf
 
-from diffusion_tf import trained_model
+from diffusion_tf import checkpoints, trained_model
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.presets import get_preset
+from diffusion_tf.train_state import TrainState
 from diffusion_tf.trained_model import TrainedModel
 
 
@@ -33,3 +35,17 @@ def test_in_parts_is_the_network(monkeypatch):
     assert set(sizes) == {5, 3}
     assert in_parts.shape == (5, 16, 16, 1) and np.std(whole) > 0.01
     np.testing.assert_allclose(in_parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoints_weights_are_held_as_they_are_multiplied(tmp_path):
+    preset = get_preset("digits", precision="bfloat16", attn_resolutions=(8,))
+    state = TrainState(preset, make_strategy("one_device"))
+    golden.assign_random_weights(state.model, np.random.RandomState(3))
+    for ema, w in zip(state.ema, state.params, strict=True):
+        ema.assign(w)
+    path = checkpoints.save(str(tmp_path), 0, state.to_arrays())
+    trained = TrainedModel.from_checkpoint(preset, make_strategy("one_device"), path)
+    assert {v.dtype for v in trained.weights} == {tf.bfloat16, tf.float32}
+    assert [v.dtype.name for v in trained.weights] == state.model.compute_dtypes
+    x_t, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
+    np.testing.assert_array_equal(trained.denoise_fn()(x_t, t), state.model.denoise_fn(state.ema)(x_t, t))
