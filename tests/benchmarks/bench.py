@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import timing
 
@@ -71,7 +71,8 @@ class Worker:
         # A cache of compiled programs that a killed run left half written would end the next one.
         self._cache = tempfile.TemporaryDirectory()
         cache = {"TORCHINDUCTOR_CACHE_DIR": self._cache.name}
-        environment = {**os.environ, "PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1", **cache}
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **cache}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=_ROOT
         )
@@ -146,6 +147,12 @@ def start_workers(case: Case) -> Iterator[dict[str, Callable[[], dict]]]:
         yield {mode: stack.enter_context(Worker(*command)) for mode, command in commands.items()}
 
 
+def measure_case(case: Case, reps: int) -> dict:
+    """A case's row."""
+    with start_workers(case) as workers:
+        return measure(case.name, case.what, workers, reps)
+
+
 def first_step(case: Case) -> dict:
     """Seconds from the command until the first step's metrics are written."""
     with tempfile.TemporaryDirectory() as folder:
@@ -171,24 +178,23 @@ def _children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(case: Case, reps: int) -> dict:
-    """The row of a case: each mode's quiet repetitions, median, spread and peak memory; overhead, ratio."""
-    with start_workers(case) as workers:
-        answers: dict[str, list[dict]] = {mode: [] for mode in workers}
-        start = time.monotonic()
-        for _ in range(3 * reps):
-            for mode, worker in workers.items():
-                answers[mode].append(worker())
-            if time.monotonic() - start > _MAX_SECONDS or all(len(_quiet(a)) >= reps for a in answers.values()):
-                break
-        facts = {mode: getattr(worker, "facts", {}) for mode, worker in workers.items()}
+def measure(name: str, what: str, workers: dict[str, Callable[[], dict]], reps: int) -> dict:
+    """The row of what takes turns: each mode's quiet repetitions, median, spread and peak memory; overhead, ratio."""
+    answers: dict[str, list[dict]] = {mode: [] for mode in workers}
+    start = time.monotonic()
+    for _ in range(3 * reps):
+        for mode, worker in workers.items():
+            answers[mode].append(worker())
+        if time.monotonic() - start > _MAX_SECONDS or all(len(_quiet(a)) >= reps for a in answers.values()):
+            break
+    facts = {mode: getattr(worker, "facts", {}) for mode, worker in workers.items()}
     modes = {mode: {**_summary(a), "facts": facts[mode]} for mode, a in answers.items()}
-    row = {"name": case.name, "what": case.what, "modes": modes}
+    row = {"name": name, "what": what, "modes": modes}
     medians = {mode: summary["median"] for mode, summary in modes.items()}
     quiet = all(summary["quiet"] for summary in modes.values())
     if "bare" in modes:
         row["overhead"] = medians["ours"] / medians["bare"] - 1 if quiet else None
-    if peers := [mode for mode in _PEER_MODES if mode in modes]:
+    if peers := [mode for mode in modes if mode not in ("ours", "bare")]:
         row["best_mode"] = min(peers, key=medians.get)
         row["ratio"] = medians["ours"] / medians[row["best_mode"]] if quiet else None
     return row
@@ -234,6 +240,18 @@ def table_line(row: dict) -> str:
     return _format((row["name"], *cells(row["modes"]["ours"]), overhead, *theirs, best or "", ratio))
 
 
+def report(path: str, rows: Iterable[dict]) -> None:
+    """Prints the table and writes the numbers, each row as soon as it is there."""
+    headings = ("what", "ours, median", "min-max", "GiB", "over bare", "diffusers", "min-max", "GiB", "mode", "ratio")
+    print(_format(headings), flush=True)
+    done = []
+    for row in rows:
+        done.append(row)
+        print(table_line(row), flush=True)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        pathlib.Path(path).write_text(json.dumps({"cpus": os.cpu_count(), "rows": done}, indent=2) + "\n")
+
+
 def _format(words) -> str:
     return "".join(f"{word:<{width}}" for word, width in zip(words, (38, 18, 17, 6, 10, 16, 17, 6, 15, 5), strict=True))
 
@@ -247,14 +265,7 @@ def main() -> None:
     cases = [case for case in _CASES if not args.filters or any(part in case.name for part in args.filters)]
     if not cases:
         raise SystemExit("bench: no such row; there are:\n" + "\n".join(case.name for case in _CASES))
-    rows = []
-    headings = ("what", "ours, median", "min-max", "GiB", "over bare", "diffusers", "min-max", "GiB", "mode", "ratio")
-    print(_format(headings), flush=True)
-    for case in cases:
-        rows.append(measure(case, 3 if args.quick else 7))
-        print(table_line(rows[-1]), flush=True)
-        os.makedirs(os.path.dirname(os.path.abspath(args.json)), exist_ok=True)
-        pathlib.Path(args.json).write_text(json.dumps({"cpus": os.cpu_count(), "rows": rows}, indent=2) + "\n")
+    report(args.json, (measure_case(case, 3 if args.quick else 7) for case in cases))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""diffusers' UNet2DModel in the cifar10 preset's configuration, on this CPU: what `bench.py` compares with.
+"""diffusers' UNet2DModel in a preset's configuration, on a CPU or a GPU: what `bench.py` and `gpu.py` compare with.
 
 Its fastest fair options: channels_last, fused Adam, EMA by one foreach operation, bfloat16 by autocast; torch.compile
 is the caller's choice.
 """
 
 import argparse
+import json
 
 import timing
 import torch
@@ -15,23 +16,27 @@ _SAMPLE_STEPS = 10
 _CONVOLUTIONS = 20
 
 
-def make_network() -> UNet2DModel:
-    """The network of diffusers that computes what the cifar10 preset's does."""
+_CIFAR10 = {"image_size": 32, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn_resolutions": [16], "dropout": 0.1}
+
+
+def make_network(preset: dict) -> UNet2DModel:
+    """The network of diffusers that computes what the preset's does."""
+    attention = [preset["image_size"] >> level in preset["attn_resolutions"] for level in range(len(preset["ch_mult"]))]
     return UNet2DModel(
-        sample_size=32,
+        sample_size=preset["image_size"],
         in_channels=3,
         out_channels=3,
-        block_out_channels=(128, 256, 256, 256),
+        block_out_channels=[preset["ch"] * mult for mult in preset["ch_mult"]],
         layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        up_block_types=["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
         attention_head_dim=None,
         downsample_padding=0,
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
         norm_num_groups=32,
-        dropout=0.1,
+        dropout=preset["dropout"],
     ).to(memory_format=torch.channels_last)
 
 
@@ -41,25 +46,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--preset", type=json.loads, default=_CIFAR10, help="a preset's values as JSON")
+    parser.add_argument("--steps", type=int, default=1, help="training steps of one call")
     args = parser.parse_args()
     torch.manual_seed(0)
-    network = make_network()
+    torch.backends.cudnn.benchmark = True
+    network = make_network(args.preset).to(args.device)
     makers = {"convolution": _convolution, "forward": _forward, "train": _train, "sample": _sample}
     timing.serve(
         makers[args.what](network, args),
-        steps_per_call={"convolution": _CONVOLUTIONS, "sample": _SAMPLE_STEPS}.get(args.what, 1),
+        steps_per_call={"convolution": _CONVOLUTIONS, "sample": _SAMPLE_STEPS, "train": args.steps}.get(args.what, 1),
+        peak_bytes=torch.cuda.max_memory_allocated if args.device == "cuda" else None,
         params=sum(p.numel() for p in network.parameters()),
         version=torch.__version__,
     )
 
 
 def _autocast(args):
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.precision == "bfloat16")
+    return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.precision == "bfloat16")
+
+
+def _waits(args):
+    return torch.cuda.synchronize if args.device == "cuda" else lambda: None
 
 
 def _noise(network, batch: int) -> torch.Tensor:
     size, channels = network.config.sample_size, network.config.in_channels
-    return torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+    noise = torch.randn(batch, channels, size, size, device=network.device)
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def _t(network, batch: int) -> torch.Tensor:
+    return torch.randint(0, 1000, (batch,), device=network.device)
 
 
 def _denoiser(network, args):
@@ -92,7 +111,7 @@ def _convolution(network, args):
 
 def _forward(network, args):
     denoise = _denoiser(network, args)
-    x, t = _noise(network, args.batch), torch.randint(0, 1000, (args.batch,))
+    x, t = _noise(network, args.batch), _t(network, args.batch)
 
     def call():
         with torch.no_grad(), _autocast(args):
@@ -101,33 +120,36 @@ def _forward(network, args):
     return call
 
 
-def _alphas() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+def _tables(network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=network.device)
     return betas.float(), (1 - betas).float(), torch.cumprod(1 - betas, 0).float()
 
 
 def _sample(network, args):
     """Algorithm 2 by its formulas: less work a step than diffusers' own scheduler class, and compiled with the rest."""
     network.eval()
-    betas, alphas, alphas_cumprod = _alphas()
+    tables = _tables(network)
 
     def step(x, t, noise):
         eps = network(x, t, return_dict=False)[0].float()
-        index = t[0]
-        x_start = (x - (1 - alphas_cumprod[index]).sqrt() * eps) / alphas_cumprod[index].sqrt()
-        x_start = x_start.clamp(-1, 1)
-        previous = alphas_cumprod[index] / alphas[index]
-        mean = previous.sqrt() * betas[index] * x_start + alphas[index].sqrt() * (1 - previous) * x
-        return mean / (1 - alphas_cumprod[index]) + betas[index].sqrt() * noise
+        # By a vector of t: a scalar from the device would interrupt the compiled program.
+        beta, alpha, alpha_cumprod = (table[t].view(-1, 1, 1, 1) for table in tables)
+        x_start = ((x - (1 - alpha_cumprod).sqrt() * eps) / alpha_cumprod.sqrt()).clamp(-1, 1)
+        previous = alpha_cumprod / alpha
+        mean = previous.sqrt() * beta * x_start + alpha.sqrt() * (1 - previous) * x
+        return mean / (1 - alpha_cumprod) + beta.sqrt() * noise
 
     if args.compile:
         step = torch.compile(step)
+
+    wait = _waits(args)
 
     def call():
         x = _noise(network, args.batch)
         with torch.no_grad(), _autocast(args):
             for t in reversed(range(_SAMPLE_STEPS)):
-                x = step(x, torch.full((args.batch,), t), torch.randn_like(x))
+                x = step(x, torch.full((args.batch,), t, device=x.device), torch.randn_like(x))
+        wait()
 
     return call
 
@@ -137,7 +159,7 @@ def _train(network, args):
     params = list(network.parameters())
     optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)
     ema = [p.detach().clone() for p in params]
-    _, _, alphas_cumprod = _alphas()
+    _, _, alphas_cumprod = _tables(network)
     x = _noise(network, args.batch)
 
     def loss_fn(x, t, noise):
@@ -147,9 +169,10 @@ def _train(network, args):
 
     if args.compile:
         loss_fn = torch.compile(loss_fn)
+    wait = _waits(args)
 
-    def call():
-        noise, t = torch.randn_like(x), torch.randint(0, 1000, (args.batch,))
+    def step():
+        noise, t = torch.randn_like(x), _t(network, args.batch)
         with _autocast(args):
             loss = loss_fn(x, t, noise)
         loss.backward()
@@ -158,6 +181,11 @@ def _train(network, args):
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(ema, params, 1 - 0.9999)
+
+    def call():
+        for _ in range(args.steps):
+            step()
+        wait()
 
     return call
 

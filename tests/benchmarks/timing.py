@@ -14,13 +14,21 @@ from collections.abc import Callable
 _SHORTEST_SECONDS = 0.5  # /proc/stat counts in hundredths: shorter calls are bundled
 
 
-def serve(call: Callable[[], object], *, steps_per_call: int = 1, warm_up: int = 2, **facts) -> None:
+def serve(
+    call: Callable[[], object],
+    *,
+    steps_per_call: int = 1,
+    warm_up: int = 2,
+    peak_bytes: Callable[[], int | None] | None = None,
+    **facts,
+) -> None:
     """Answers each line of stdin with a JSON line of one repetition, until stdin ends.
 
     Args:
       call: the work, complete when it returns.
       steps_per_call: what its seconds are divided by.
       warm_up: calls before the first answer; the first of them compiles.
+      peak_bytes: the most memory that it took so far; default: the process's.
       **facts: told once.
     """
     start = time.perf_counter()
@@ -37,9 +45,14 @@ def serve(call: Callable[[], object], *, steps_per_call: int = 1, warm_up: int =
             call()
         seconds = time.perf_counter() - start
         foreign = max(0.0, busy_seconds() - busy - (time.process_time() - cpu)) / seconds
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        answer = {"seconds": seconds / calls / steps_per_call, "foreign_cores": foreign, "peak_gib": peak}
+        peak = (peak_bytes or _process_peak_bytes)()
+        answer = {"seconds": seconds / calls / steps_per_call, "foreign_cores": foreign}
+        answer["peak_gib"] = peak and peak / 2**30
         print(json.dumps(answer), flush=True)
+
+
+def _process_peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def busy_seconds() -> float:

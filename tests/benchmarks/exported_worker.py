@@ -1,0 +1,81 @@
+"""A step that `experiments.export` wrote, on the device that JAX finds: what `gpu.py` times. It needs no TensorFlow."""
+
+import argparse
+import json
+import os
+import pathlib
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other one is on the same GPU
+
+import jax
+import ml_dtypes  # noqa: F401, by which NumPy knows bfloat16
+import numpy as np
+import timing
+from jax._src.interpreters import mlir
+from jax._src.lib import xla_client
+from jaxlib.mlir import ir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--steps", type=int, help="of one call")
+    args = parser.parse_args()
+    manifest = json.loads((args.folder / "manifest.json").read_text())
+    device = jax.devices()[0]
+    timing.serve(
+        make_call(manifest, (args.folder / manifest["program"]).read_text(), device, args.steps),
+        steps_per_call=args.steps,
+        peak_bytes=lambda: (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        version=jax.__version__,
+        device=device.device_kind,
+    )
+
+
+def make_call(manifest: dict, text: str, device, steps: int):
+    """A call that takes so many steps, each from what the one before it left."""
+    names = [argument["name"] for argument in manifest["arguments"]]
+    feeds = {names.index(r["feeds"]): i for i, r in enumerate(manifest["results"]) if "feeds" in r}
+    executable = _compile(text, feeds, device)
+    random = np.random.default_rng(0)
+    # Whose values do not matter, but for zeros a GPU takes less time.
+    first = [np.asarray(_draw(random, manifest, argument)) for argument in manifest["arguments"]]
+    arguments = [jax.device_put(array, device) for array in first]
+    is_weight = ["initial" in argument for argument in manifest["arguments"]]
+
+    def call():
+        for i, array in enumerate(first):
+            if not is_weight[i]:
+                arguments[i] = jax.device_put(array, device)
+        for _ in range(steps):
+            results = executable.execute(arguments)
+            for argument, result in feeds.items():
+                arguments[argument] = results[result]
+        jax.block_until_ready(results)
+
+    return call
+
+
+def _draw(random, manifest: dict, argument: dict) -> np.ndarray:
+    shape, dtype, name = argument["shape"], argument["dtype"], argument["name"]
+    if dtype == "uint8":
+        return random.integers(256, size=shape).astype(dtype)
+    if argument.get("initial") == "zeros" or name == "first_image":
+        return np.zeros(shape, dtype)
+    if name == "t":
+        return np.full(shape, manifest["preset"]["num_timesteps"] - 1, dtype)
+    return (random.standard_normal(shape, np.float32) * (0.02 if "initial" in argument else 1)).astype(dtype)
+
+
+def _compile(text: str, in_place: dict[int, int], device):
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        (main,) = (op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
+        alias = lambda i: {"tf.aliasing_output": ir.IntegerAttr.get(ir.IntegerType.get_signless(32), in_place[i])}
+        attributes = [ir.DictAttr.get(alias(i) if i in in_place else {}) for i in range(len(main.arguments))]
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
+        return device.client.compile_and_load(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
+
+
+if __name__ == "__main__":
+    main()
