@@ -30,7 +30,7 @@ _RECORDS = {32: 5000, 256: 500}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=["convolution", "forward", "gradients", "train", "sample", "input", "data"])
+    parser.add_argument("--what", choices=[*_MAKERS, "input", "data"])
     parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -44,17 +44,15 @@ def main() -> None:
     if args.what == "input":
         call, steps = _input(preset, args.data)
     else:
-        makers = {"convolution": _convolution, "forward": _forward, "gradients": _gradients}
-        makers |= {"train": _train, "sample": _sample}
-        call, steps = makers[args.what](preset)
+        call, steps = _MAKERS[args.what](preset)
     timing.serve(call, steps_per_call=steps, version=tf.__version__)
 
 
-def _convolution(preset: Preset):
+def _convolution(preset: Preset, make_kernel=tf.Variable):
     """The network's most frequent operation by itself, as TensorFlow has it: a chain, each with a kernel of its own."""
     channels, dtype = preset.ch, preset.precision
     draw = lambda *shape: tf.cast(tf.random.normal(shape), dtype)
-    kernels = [tf.Variable(draw(3, 3, channels, channels) / (9 * channels) ** 0.5) for _ in range(_CONVOLUTIONS)]
+    kernels = [make_kernel(draw(3, 3, channels, channels) / (9 * channels) ** 0.5) for _ in range(_CONVOLUTIONS)]
 
     @tf.function(autograph=False)
     def chain(x):
@@ -64,6 +62,11 @@ def _convolution(preset: Preset):
 
     x = draw(preset.batch_size, *preset.image_shape[:2], channels)
     return lambda: chain(x).numpy(), _CONVOLUTIONS
+
+
+def _constant_convolution(preset: Preset):
+    """With kernels that are part of the graph, which oneDNN brings into its own order but once."""
+    return _convolution(preset, make_kernel=lambda kernel: kernel.numpy())
 
 
 def _forward(preset: Preset):
@@ -144,6 +147,15 @@ def _write_tfrecords(data: str) -> None:
         PIL.Image.fromarray(image).save(os.path.join(source, f"{i:05d}.png"))
     prepare(find_images(source), data, name="bench", resolution=256, num_shards=4, num_workers=1, skip_bad_images=0)
 
+
+_MAKERS = {
+    "convolution": _convolution,
+    "constant_convolution": _constant_convolution,
+    "forward": _forward,
+    "gradients": _gradients,
+    "train": _train,
+    "sample": _sample,
+}
 
 if __name__ == "__main__":
     main()
