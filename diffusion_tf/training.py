@@ -79,9 +79,9 @@ def train_step(
     all_reduce: Callable[[Any], Any],
     apply: Callable[..., Any] = apply_gradients,
 ) -> tuple[Any, tf.Tensor, tf.Tensor]:
-    """One step of a replica as a pure function: (the next state, loss, gradient norm), equal on all replicas.
+    """One step of a replica: (what `apply` returns, loss, gradient norm), equal on all replicas.
 
-    Where loss or gradient is not finite, only the number of steps moves.
+    A pure function, but for what `apply` does. Where loss or gradient is not finite, only the number of steps moves.
 
     Args:
       model: the network.
@@ -90,7 +90,7 @@ def train_step(
       images: uint8 [per_replica, H, W, C].
       first_example: int64, the place of the first of them in the global batch.
       all_reduce: sums a structure of tensors over the replicas.
-      apply: makes the next state of (state, gradients, what to clip them by, whether they are usable, preset).
+      apply: takes the step, as `apply_gradients` does, which returns the next state.
     """
     rng = CounterRng(preset.seed, state.step, first_example)
     share = lambda: loss_and_gradients(model, preset, state.params, images, rng)

@@ -499,7 +499,7 @@ class UNet(keras.Model):
 
     @classmethod
     def from_preset(cls, preset: Preset, *, for_inference: bool = False) -> "UNet":
-        """The network that `preset` describes."""
+        """The network that `preset` describes; `for_inference` as above."""
         return cls(
             image_shape=preset.image_shape,
             out_channels=preset.channels * (2 if preset.model_var_type == "learned" else 1),

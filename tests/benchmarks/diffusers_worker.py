@@ -14,8 +14,6 @@ from diffusers import UNet2DModel
 
 _SAMPLE_STEPS = 10
 _CONVOLUTIONS = 20
-
-
 _CIFAR10 = {"image_size": 32, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn_resolutions": [16], "dropout": 0.1}
 
 
@@ -141,7 +139,6 @@ def _sample(network, args):
 
     if args.compile:
         step = torch.compile(step)
-
     wait = _waits(args)
 
     def call():

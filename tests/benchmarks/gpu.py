@@ -37,10 +37,13 @@ def measure_export(folder: pathlib.Path, reps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=pathlib.Path, help="what experiments.export wrote")
     parser.add_argument("--json", default="build/bench/gpu.json", help="where the numbers go")
     args = parser.parse_args()
+    for folder in args.folders:
+        if not any((folder / f"{what}.stablehlo.mlir").exists() for what in _WHAT):
+            raise SystemExit(f"gpu: {folder} holds no exported train_step or sample_step: see --help")
     bench.report(args.json, (measure_export(folder.resolve(), 5) for folder in args.folders))
 
 
