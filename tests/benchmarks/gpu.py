@@ -1,4 +1,4 @@
-"""Speed of the exported steps beside diffusers' UNet2DModel under torch.compile, on one NVIDIA GPU.
+r"""Speed of the exported steps beside diffusers' UNet2DModel under torch.compile, on one NVIDIA GPU.
 
 Where this project is installed, for each row (`train_step` or `sample_step`):
   python -m experiments.export --dataset=cifar10 --what=train_step --per_replica_batch=128 --precision=bfloat16 \
