@@ -237,11 +237,11 @@ def _compile(request: dict[str, Any]) -> Any:
     text = request["text"].replace("mhlo.copy", "stablehlo.optimization_barrier")
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
-        _share_memory(module, {int(argument): result for argument, result in request["in_place"].items()}, ir)
+        share_memory(module, {int(argument): result for argument, result in request["in_place"].items()}, ir)
         return device.client.compile(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
 
 
-def _share_memory(module: Any, in_place: dict[int, int], ir: Any) -> None:
+def share_memory(module: Any, in_place: dict[int, int], ir: Any) -> None:
     """Marks arguments of `main` as those whose memory a result takes, as a training step's variables are."""
     (main,) = (op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
     int32 = ir.IntegerType.get_signless(32)

@@ -8,12 +8,13 @@ import pathlib
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other one is on the same GPU
 
 import jax
-import ml_dtypes  # noqa: F401, by which NumPy knows bfloat16
 import numpy as np
 import timing
 from jax._src.interpreters import mlir
 from jax._src.lib import xla_client
 from jaxlib.mlir import ir
+
+from diffusion_tf.tpu_compiler import share_memory
 
 
 def main() -> None:
@@ -70,10 +71,7 @@ def _draw(random, manifest: dict, argument: dict) -> np.ndarray:
 def _compile(text: str, in_place: dict[int, int], device):
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
-        (main,) = (op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
-        alias = lambda i: {"tf.aliasing_output": ir.IntegerAttr.get(ir.IntegerType.get_signless(32), in_place[i])}
-        attributes = [ir.DictAttr.get(alias(i) if i in in_place else {}) for i in range(len(main.arguments))]
-        main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
+        share_memory(module, in_place, ir)
         return device.client.compile_and_load(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
 
 
