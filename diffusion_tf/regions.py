@@ -108,13 +108,13 @@ def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
     """[..., N, C] to float32 [..., C], for regions: XLA is slow at sums on a CPU.
 
     Quick are sums of eight, which it writes out, and products; so eight parts are added up, and their sum is taken by a
-    product with ones.
+    product with ones: two rows of them, as it would draw the product with a vector into the sum of the parts.
     """
     rows = tf.cast(rows, tf.float32)
     *batch, count, channels = rows.shape
     if count % _PARTS == 0:
         rows = tf.reduce_sum(tf.reshape(rows, [*batch, _PARTS, count // _PARTS, channels]), axis=-3)
-    return tf.squeeze(tf.matmul(tf.ones([*batch, 1, rows.shape[-2]]), rows), axis=-2)
+    return tf.matmul(tf.ones([*batch, 2, rows.shape[-2]]), rows)[..., 0, :]
 
 
 def quick_cast(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

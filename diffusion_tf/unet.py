@@ -185,7 +185,7 @@ def _swish(x: tf.Tensor) -> tf.Tensor:
     return with_quick_gradient(x) if in_cpu_graph() else tf.nn.silu(x)
 
 
-_FEW_PIXELS = 256  # of a batch; below, the sums of taps cost what they save
+_FEW_PIXELS = 512  # of a batch; below, the sums of taps cost what they save
 
 
 class Conv(keras.layers.Conv2D):
