@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from diffusion_tf import regions
+from diffusion_tf import onednn, regions
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
 from diffusion_tf.distribution import filled_up, over_replicas
 from diffusion_tf.presets import Preset
@@ -23,6 +23,8 @@ class TrainedModel:
       strategy: where they run.
       model: the network; default: a new one, that holds its weights as they are multiplied.
       weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
+      weights_stay: nothing assigns them once they are used, so that a CPU may keep them in an order of its own and
+        overlook what is assigned nevertheless.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class TrainedModel:
         strategy: tf.distribute.Strategy,
         model: UNet | None = None,
         weights: Sequence[tf.Variable] | None = None,
+        weights_stay: bool = False,
     ):
         self.preset = preset
         self.strategy = strategy
@@ -40,6 +43,7 @@ class TrainedModel:
                 model = UNet.from_preset(preset, for_inference=True)
         self.model = model
         self.weights = weights or [v.value for v in model.trainable_variables]
+        self.weights_stay = weights_stay
 
     @classmethod
     def from_checkpoint(cls, preset: Preset, strategy: tf.distribute.Strategy, path: str) -> "TrainedModel":
@@ -48,13 +52,15 @@ class TrainedModel:
         Raises:
           InputError: the file is damaged, or is of another network.
         """
-        trained = cls(preset, strategy)
+        trained = cls(preset, strategy, weights_stay=True)
         load_ema(trained.model, path)
         return trained
 
     def denoise_fn(self) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
         denoise = self.model.denoise_fn(self.weights)
+        if self.weights_stay:
+            denoise = onednn.weights_stay()(denoise)
         return _in_parts(denoise) if regions.in_cpu_graph() else denoise
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf import onednn
 from diffusion_tf.diffusion_utils import DenoiseFn
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
@@ -193,11 +194,17 @@ class Conv(keras.layers.Conv2D):
 
     def convolution_op(self, inputs, kernel):
         """Without the bias."""
-        batch, height, width, channels = inputs.shape
-        plain = not in_cpu_graph() or inputs.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
-        if plain or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS:
-            return super().convolution_op(inputs, kernel)
-        return conv3x3(inputs, tf.convert_to_tensor(kernel))
+        if self.suits_winograd(inputs):
+            return conv3x3(inputs, tf.convert_to_tensor(kernel))
+        if onednn.keeps_kernels(inputs.dtype):
+            return onednn.conv(inputs, tf.convert_to_tensor(kernel), strides=self.strides)
+        return super().convolution_op(inputs, kernel)
+
+    def suits_winograd(self, x) -> bool:
+        """Whether `conv3x3` is the fastest."""
+        batch, height, width, channels = x.shape
+        plain = not in_cpu_graph() or x.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
+        return not (plain or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS)
 
 
 class _ConvAndBias(Conv):
@@ -205,6 +212,28 @@ class _ConvAndBias(Conv):
 
     def call(self, x):
         return self.convolution_op(x, self.kernel), tf.convert_to_tensor(self.bias)
+
+
+class _ConvAndShortcut(Conv):
+    """A convolution, and what is added to it: a map, and a bias [channels] of the map if it has one."""
+
+    def call(self, x, shortcut, shortcut_bias=None):
+        bias = tf.convert_to_tensor(self.bias)
+        if shortcut_bias is not None:
+            bias += shortcut_bias
+        if onednn.keeps_kernels(x.dtype) and not self.suits_winograd(x):
+            return onednn.conv(x, tf.convert_to_tensor(self.kernel), bias, shortcut)
+        return tf.nn.bias_add(self.convolution_op(x, self.kernel), bias) + shortcut
+
+
+class _Dense(keras.layers.Dense):
+    """Keras' layer, along the channels of positions [B, N, C]."""
+
+    def call(self, x):
+        if not onednn.keeps_kernels(x.dtype):
+            return super().call(x)
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        return tf.squeeze(onednn.conv(x[:, :, None], kernel[None, None], bias), axis=2)
 
 
 @tf.custom_gradient
@@ -237,7 +266,10 @@ class _Shortcut(keras.layers.Layer):
 
     def call(self, parts):
         """Maps a list of [B, H, W, C_i]."""
-        return dense_of_parts(tf.convert_to_tensor(self.kernel), *parts), tf.convert_to_tensor(self.bias)
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        if onednn.keeps_kernels(parts[0].dtype):
+            return onednn.conv(tf.concat(parts, axis=-1), kernel[None, None]), bias
+        return dense_of_parts(kernel, *parts), bias
 
 
 class ResnetBlock(keras.layers.Layer):
@@ -251,7 +283,7 @@ class ResnetBlock(keras.layers.Layer):
             self.conv1 = layers.conv(in_channels, channels, f"{name}/conv1", kind=_ConvAndBias)
             self.temb_proj = layers.dense(temb_channels, channels, f"{name}/temb_proj")
             self.norm2 = GroupNorm(channels, "norm2", swish=True)
-            self.conv2 = layers.conv(channels, channels, f"{name}/conv2", kind=_ConvAndBias, scale=_NEAR_ZERO)
+            self.conv2 = layers.conv(channels, channels, f"{name}/conv2", kind=_ConvAndShortcut, scale=_NEAR_ZERO)
             self.nin_shortcut = None
             if in_channels != channels:
                 self.nin_shortcut = layers.dense(in_channels, channels, f"{name}/nin_shortcut", kind=_Shortcut)
@@ -265,13 +297,10 @@ class ResnetBlock(keras.layers.Layer):
         if rng is not None and self.dropout > 0.0:
             keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout)
         offset = self.temb_proj(temb) + bias
-        h, bias = self.conv2(self.norm2([h], offset=offset, keep=keep, rate=self.dropout))
+        h = self.norm2([h], offset=offset, keep=keep, rate=self.dropout)
         if self.nin_shortcut is None:
-            shortcut = tf.concat(parts, axis=-1)
-        else:
-            shortcut, shortcut_bias = self.nin_shortcut(parts)
-            bias += shortcut_bias
-        return tf.nn.bias_add(h, bias) + shortcut
+            return self.conv2(h, tf.concat(parts, axis=-1))
+        return self.conv2(h, *self.nin_shortcut(parts))
 
 
 class AttentionBlock(keras.layers.Layer):
@@ -282,8 +311,8 @@ class AttentionBlock(keras.layers.Layer):
         self.scale = channels**-0.5
         with keras.name_scope(name):
             self.norm = GroupNorm(channels, "norm")
-            self.q, self.k, self.v = (layers.dense(channels, channels, f"{name}/{part}") for part in "qkv")
-            self.proj_out = layers.dense(channels, channels, f"{name}/proj_out", scale=_NEAR_ZERO)
+            self.q, self.k, self.v = (layers.dense(channels, channels, f"{name}/{part}", kind=_Dense) for part in "qkv")
+            self.proj_out = layers.dense(channels, channels, f"{name}/proj_out", kind=_Dense, scale=_NEAR_ZERO)
 
     def call(self, x):
         """Maps x [B, H, W, C]."""

@@ -1,10 +1,11 @@
-"""A network on a CPU against itself: large images go through it a few after the others, and its weights are rounded."""
+"""A network on a CPU against itself: a few large images after the others, by weights that are rounded, or that stay."""
 
 import golden
 import numpy as np
+import pytest
 import tensorflow as tf
 
-from diffusion_tf import checkpoints, trained_model
+from diffusion_tf import checkpoints, onednn, trained_model
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.presets import get_preset
 from diffusion_tf.train_state import TrainState
@@ -49,3 +50,22 @@ def test_a_checkpoints_weights_are_held_as_they_are_multiplied(tmp_path):
     assert [v.dtype.name for v in trained.weights] == state.model.compute_dtypes
     x_t, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
     np.testing.assert_array_equal(trained.denoise_fn()(x_t, t), state.model.denoise_fn(state.ema)(x_t, t))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_that_stay_make_the_same_network(precision):
+    overrides = {"image_size": 16, "ch_mult": (1, 2), "attn_resolutions": (8,)}
+    x_t, t = tf.random.stateless_normal([1, 16, 16, 1], seed=[1, 2]), tf.constant([300])
+
+    def output(seed, precision, **kwargs):
+        trained = TrainedModel(get_preset("digits", precision=precision, **overrides), make_strategy(), **kwargs)
+        golden.assign_random_weights(trained.model, np.random.RandomState(seed))
+        denoise = trained.over_replicas(lambda _, *arguments: trained.denoise_fn()(*arguments), 1)
+        return denoise(0, x_t, t).numpy()
+
+    for seed in range(2):
+        expected, plain = output(seed, "float32"), output(seed, precision)
+        staying = output(seed, precision, weights_stay=True)
+        error = np.sqrt(np.mean(np.square(staying - expected))) / np.std(expected)
+        assert error < {"float32": 1e-5, "bfloat16": 0.05}[precision]
+        assert np.any(staying != plain) == onednn._available(tf.as_dtype(precision))

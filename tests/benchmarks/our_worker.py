@@ -70,7 +70,7 @@ def _constant_convolution(preset: Preset):
 
 
 def _forward(preset: Preset):
-    trained = TrainedModel(preset, make_strategy())
+    trained = TrainedModel(preset, make_strategy(), weights_stay=True)  # as from a checkpoint
     call = lambda _, x, t: trained.denoise_fn()(x, t)
     denoise = trained.over_replicas(call, preset.batch_size)
     x, t = tf.random.normal((preset.batch_size, *preset.image_shape)), tf.range(preset.batch_size)
@@ -104,7 +104,8 @@ def _train(preset: Preset):
 
 def _sample(preset: Preset):
     """The first steps of what `Sampler` runs: its own calls to the device are of 50 of the 1000 steps."""
-    process = ReverseProcess(TrainedModel(preset, make_strategy()), batch_size=preset.batch_size, seed=0)
+    trained = TrainedModel(preset, make_strategy(), weights_stay=True)
+    process = ReverseProcess(trained, batch_size=preset.batch_size, seed=0)
     x_t = process.noise(preset.batch_size)
     start = preset.num_timesteps
     return lambda: process(x_t, start, start - _SAMPLE_STEPS), _SAMPLE_STEPS
