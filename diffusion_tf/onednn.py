@@ -1,6 +1,6 @@
 """Convolutions on a CPU by weights that stay as they are: oneDNN brings them into its own order but once.
 
-To reorder a kernel takes a seventh of a convolution of one image. TensorFlow spares it where a kernel is a constant of
+To reorder a kernel takes up to a seventh of a convolution of one image. TensorFlow spares it where a kernel is a constant of
 the graph, which then holds several copies of all weights; here the kernel is a variable, and the operation that
 TensorFlow makes of such a convolution, as its graphs are prepared for oneDNN, is named in its stead.
 """
@@ -8,8 +8,9 @@ TensorFlow makes of such a convolution, as its graphs are prepared for oneDNN, i
 import contextlib
 import contextvars
 import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
@@ -54,18 +55,21 @@ def conv(
     bias: tf.Tensor | None = None,
     added: tf.Tensor | None = None,
     strides: tuple[int, int] = (1, 1),
+    padding: Sequence[Sequence[int]] = (),
 ) -> tf.Tensor:
-    """The convolution of x [B, H, W, C] with kernel [h, w, C, channels], zeros around x; it has no gradient.
+    """The convolution of x [B, H, W, C] with kernel [h, w, C, channels]; it has no gradient.
 
+    Around x are zeros: by `padding`, as many before and after along each axis, else such that the result is as large.
     To it a bias [channels] is added, and to both a map like the result, which is then rounded once. All have one dtype,
-    float32 or bfloat16. The first kernel that comes is the one for all calls of the function in which this is traced.
+    float32 or bfloat16. The first kernel that comes may be kept for all calls of the function in which this is traced.
     """
     summands = [tensor for tensor in (bias, added) if tensor is not None]
     dtype = x.dtype.as_datatype_enum
     attributes = {
         "T": AttrValue(type=dtype),
         "strides": _list(i=[1, *strides, 1]),
-        "padding": AttrValue(s=b"SAME"),
+        "padding": AttrValue(s=b"EXPLICIT" if padding else b"SAME"),
+        "explicit_paddings": _list(i=itertools.chain(*padding)),
         "is_filter_const": AttrValue(b=True),
         "_kernel": AttrValue(s=b"MklNameChangeOp"),  # of an operation's kernels, oneDNN's
     }

@@ -364,6 +364,8 @@ def upsampled_conv(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor):
 
     def phase(a, b):
         padding = [[0, 0], [1 - a, a], [1 - b, b], [0, 0]]
+        if onednn.keeps_kernels(x.dtype):
+            return onednn.conv(x, kernels[a, b], bias, padding=padding)
         return tf.nn.bias_add(tf.nn.conv2d(x, kernels[a, b], strides=1, padding=padding), bias)
 
     def grad(grad_y):

@@ -30,6 +30,15 @@ def test_conv_is_the_convolution(dtype, size, stride, summands):
     np.testing.assert_allclose(tf.cast(y, tf.float64), expected, **tolerance)
 
 
+def test_conv_pads_as_told():
+    random = np.random.RandomState(0)
+    x, kernel = random.standard_normal((1, 5, 4, 32)).astype("f"), random.standard_normal((2, 2, 32, 8)).astype("f")
+    padding = [[0, 0], [1, 0], [0, 1], [0, 0]]
+    y = tf.function(onednn.conv, autograph=False)(x, kernel, padding=padding)
+    expected = tf.nn.conv2d(x.astype("d"), kernel.astype("d"), strides=1, padding=padding)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_kernels_are_kept_in_a_graph_for_a_cpu_by_weights_that_stay(monkeypatch):
     with cpu_graph():
         assert not onednn.keeps_kernels(tf.float32)
