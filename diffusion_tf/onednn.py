@@ -1,8 +1,8 @@
 """Convolutions on a CPU by weights that stay as they are: oneDNN brings them into its own order but once.
 
-To reorder a kernel takes up to a seventh of a convolution of one image. TensorFlow spares it where a kernel is a constant of
-the graph, which then holds several copies of all weights; here the kernel is a variable, and the operation that
-TensorFlow makes of such a convolution, as its graphs are prepared for oneDNN, is named in its stead.
+To reorder a kernel takes up to a seventh of a convolution of one image. TensorFlow spares it where a kernel is a
+constant of the graph, which then holds several copies of all weights; here the kernel is a variable, and the operation
+that TensorFlow makes of such a convolution, as its graphs are prepared for oneDNN, is named in its stead.
 """
 
 import contextlib
