@@ -192,19 +192,19 @@ _FEW_PIXELS = 512  # of a batch; below, the sums of taps cost what they save
 class Conv(keras.layers.Conv2D):
     """Keras' convolution, in graphs for a CPU by what is fastest there."""
 
-    def convolution_op(self, inputs, kernel):
-        """Without the bias."""
-        if self.suits_winograd(inputs):
-            return conv3x3(inputs, tf.convert_to_tensor(kernel))
-        if onednn.keeps_kernels(inputs.dtype):
-            return onednn.conv(inputs, tf.convert_to_tensor(kernel), strides=self.strides)
-        return super().convolution_op(inputs, kernel)
-
-    def suits_winograd(self, x) -> bool:
-        """Whether `conv3x3` is the fastest."""
-        batch, height, width, channels = x.shape
-        plain = not in_cpu_graph() or x.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
-        return not (plain or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS)
+    def convolution_op(self, inputs, kernel, *summands):
+        """Without the layer's bias; summands are none, or a bias [channels] and a map to add."""
+        kernel = tf.convert_to_tensor(kernel)
+        batch, height, width, channels = inputs.shape
+        direct = not in_cpu_graph() or inputs.dtype != tf.float32 or self.strides != (1, 1) or height % 2 or width % 2
+        direct = direct or min(channels, self.filters) < NUM_GROUPS or batch * height * width < _FEW_PIXELS
+        if direct and onednn.keeps_kernels(inputs.dtype):
+            return onednn.conv(inputs, kernel, *summands, strides=self.strides)
+        y = super().convolution_op(inputs, kernel) if direct else conv3x3(inputs, kernel)
+        if not summands:
+            return y
+        bias, added = summands
+        return tf.nn.bias_add(y, bias) + added
 
 
 class _ConvAndBias(Conv):
@@ -221,9 +221,7 @@ class _ConvAndShortcut(Conv):
         bias = tf.convert_to_tensor(self.bias)
         if shortcut_bias is not None:
             bias += shortcut_bias
-        if onednn.keeps_kernels(x.dtype) and not self.suits_winograd(x):
-            return onednn.conv(x, tf.convert_to_tensor(self.kernel), bias, shortcut)
-        return tf.nn.bias_add(self.convolution_op(x, self.kernel), bias) + shortcut
+        return self.convolution_op(x, self.kernel, bias, shortcut)
 
 
 class _Dense(keras.layers.Dense):
