@@ -33,6 +33,10 @@ class CounterRng:
         self.step = tf.cast(step, tf.uint64)
         self.first_example = tf.cast(first_example, tf.uint64)
 
+    def skip(self, examples) -> "CounterRng":
+        """The numbers of the examples from so many, an integer or integer scalar tensor, further on."""
+        return CounterRng(self.seed, self.step, self.first_example + tf.cast(examples, tf.uint64))
+
     def uniform(self, stream: str, shape: Sequence[int]) -> tf.Tensor:
         """float32 in [0, 1) of static `shape` [B, ...], by Philox; row j belongs to example first_example + j.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -38,6 +39,8 @@ from diffusion_tf.workdir import Workdir
 
 _NUM_GRID_SAMPLES = 64
 _NEXT_ORDER = 0x9E3779B9  # far from the seeds that people choose
+# Of a channel of what a CPU works out at once: it is as quick with so little, and keeps fewer maps for the gradients.
+_MOST_BYTES = 2**17
 _SECONDS_UNSEEN = 4.0  # on the device, at most: Compute Engine takes a machine 30 seconds after its notice
 
 
@@ -70,6 +73,33 @@ def loss_and_gradients(
     return loss, tape.gradient(loss, params)
 
 
+def _in_parts(
+    of_images: Callable[[tf.Tensor, CounterRng], tuple[tf.Tensor, list[tf.Tensor]]],
+    preset: Preset,
+    params: Sequence[tf.Tensor],
+    images: tf.Tensor,
+    rng: CounterRng,
+) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    """The sum of `of_images(images, rng)`, loss and gradients, over equal parts of a batch, a few images each.
+
+    They are between half of the images that `_MOST_BYTES` allows and all; a batch without such parts is taken whole.
+    """
+    batch, *shape = images.shape
+    most = max(1, _MOST_BYTES // (preset.image_size**2 * tf.as_dtype(preset.precision).size))
+    size = next((size for size in range(most, most // 2, -1) if batch % size == 0), batch)
+    if size == batch:
+        return of_images(images, rng)
+
+    def add(i, loss, grads):
+        part = tf.reshape(images, [-1, size, *shape])[i]
+        more_loss, more_grads = of_images(part, rng.skip(i * size))
+        return i + 1, loss + more_loss, [a + b for a, b in zip(grads, more_grads, strict=True)]
+
+    zeros = 0, tf.constant(0.0), [tf.zeros(w.shape) for w in params]
+    # One after the other, or all of them would keep their feature maps at the same time.
+    return tf.while_loop(lambda i, *_: i < batch // size, add, zeros, parallel_iterations=1)[1:]
+
+
 def train_step(
     model: UNet,
     preset: Preset,
@@ -93,8 +123,14 @@ def train_step(
       apply: takes the step, as `apply_gradients` does, which returns the next state.
     """
     rng = CounterRng(preset.seed, state.step, first_example)
-    share = lambda: loss_and_gradients(model, preset, state.params, images, rng)
-    loss, grads = all_reduce(share() if regions.suit(preset.image_size) else regions.one_program(share))
+    of_images = functools.partial(loss_and_gradients, model, preset, state.params)
+    if not regions.suit(preset.image_size):
+        share = regions.one_program(lambda: of_images(images, rng))
+    elif regions.in_cpu_graph():
+        share = _in_parts(of_images, preset, state.params, images, rng)
+    else:
+        share = of_images(images, rng)
+    loss, grads = all_reduce(share)
     # Differs from the authors, who clip each replica's gradient before the average: the result then depends on the
     # number of replicas.
     grad_norm = tf.linalg.global_norm(grads)

@@ -17,6 +17,7 @@ from diffusion_tf.datasets import open_source
 from diffusion_tf.distribution import make_strategy
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
 from diffusion_tf.presets import get_preset
+from diffusion_tf.rng import CounterRng
 from diffusion_tf.train_state import TrainState, apply_gradients, load_ema, warmed_up_learning_rate
 from diffusion_tf.training import Trainer, train
 from diffusion_tf.unet import UNet
@@ -90,6 +91,35 @@ def test_ema_follows_the_weights_after_each_step():
         np.testing.assert_allclose(ours.numpy(), ema, atol=1e-6)
     moved = [np.abs(ema - w.numpy()).max() for ema, w in zip(expected, trainer.state.params, strict=True)]
     assert np.sum(np.array(moved) > 1e-4) > 5  # so that another order of the updates would show
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "precision", "parts"), [(6, "float32", 3), (5, "float32", 1), (4, "bfloat16", 1)]
+)
+def test_a_cpu_takes_a_batch_in_parts_to_the_same_gradients(monkeypatch, batch_size, precision, parts):
+    preset = dataclasses.replace(TINY, image_size=16, batch_size=batch_size, precision=precision)
+    monkeypatch.setattr(training, "_MOST_BYTES", 2 * 4 * 16**2)
+    original, sizes = training.loss_and_gradients, []
+
+    def spy(model, preset, params, images, rng):
+        tf.py_function(lambda x: sizes.append(len(x)), [images], [])
+        return original(model, preset, params, images, rng)
+
+    monkeypatch.setattr(training, "loss_and_gradients", spy)
+    trainer = Trainer(preset, make_strategy("one_device"))
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *preset.image_shape), np.uint8)
+    params = [tf.constant(w) for w in trainer.state.params]
+    found = trainer.run_steps(iter(tf.data.Dataset.from_tensors(images)), tf.constant(1))
+    assert sizes == parts * [batch_size // parts]
+
+    # The first learning rate is 0, and Adam's first moment a tenth of the clipped gradient.
+    loss, grads = original(trainer.state.model, preset, params, tf.constant(images), CounterRng(preset.seed, 0, 0))
+    norm = tf.linalg.global_norm(grads)
+    rtol = 1e-5 if precision == "float32" else 1e-2
+    np.testing.assert_allclose([found["loss"], found["grad_norm"]], [loss, norm], rtol=rtol)
+    for grad, m in zip(grads, trainer.state.adam_m, strict=True):
+        clipped = grad * tf.minimum(1.0, preset.grad_clip / norm)
+        np.testing.assert_allclose(m / 0.1, clipped, atol=rtol * float(tf.reduce_max(tf.abs(clipped))) + 1e-6)
 
 
 @pytest.mark.parametrize("usable", [True, False])
