@@ -124,12 +124,10 @@ def train_step(
     """
     rng = CounterRng(preset.seed, state.step, first_example)
     of_images = functools.partial(loss_and_gradients, model, preset, state.params)
-    if not regions.suit(preset.image_size):
-        share = regions.one_program(lambda: of_images(images, rng))
-    elif regions.in_cpu_graph():
+    if regions.in_cpu_graph() and regions.suit(preset.image_size):
         share = _in_parts(of_images, preset, state.params, images, rng)
     else:
-        share = of_images(images, rng)
+        share = regions.one_program(lambda: of_images(images, rng))
     loss, grads = all_reduce(share)
     # Differs from the authors, who clip each replica's gradient before the average: the result then depends on the
     # number of replicas.

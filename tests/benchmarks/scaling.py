@@ -11,6 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -32,7 +33,6 @@ from diffusion_tf.trained_model import TrainedModel
 
 _FOLDER = pathlib.Path(__file__).parent.parent.parent / "build" / "bench"
 _FEATURES = 2048  # Inception's
-_RESOLUTION = "training step, batch 1, levels down to 4x4"
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -83,28 +83,31 @@ def evaluation(num_samples: int) -> float:
     return seconds(lambda: frechet_distance(real, generated))
 
 
-def curves() -> Iterable[tuple[str, str, list[int], Callable[[int], float]]]:
-    """Title, what x is, the places, and the measurement of each curve."""
+class Curve(NamedTuple):
+    """Title, what x is, the places, the measurement, and how many levels pay the fixed cost; 0: not on the line."""
+
+    title: str
+    what: str
+    places: list[int]
+    measure: Callable[[int], float]
+    levels: list[int] | None = None
+
+
+def curves() -> Iterable[Curve]:
+    """What to measure."""
     sampler = Sampler(TrainedModel(get_preset("digits", num_timesteps=100), make_strategy()), batch_size=64, seed=0)
     batches, sizes = [1, 2, 4, 8, 16, 32, 64], [8, 16, 32, 64, 128, 256]
-    yield "training step, 32x32", "batch", batches, lambda batch: training(image_size=32, batch_size=batch)
-    yield (
-        _RESOLUTION,
+    yield Curve("training step, 32x32", "batch", batches, lambda batch: training(image_size=32, batch_size=batch))
+    yield Curve(
+        "training step, batch 1, levels down to 4x4",
         "pixels",
         [size**2 for size in sizes],
         lambda pixels: training_at(round(pixels**0.5)),
+        [levels_at(size) if regions.suit(size) else 0 for size in sizes],
     )
-    yield "sampling, T = 100", "images", [64, 128, 256, 512], lambda images: sampling(sampler, images)
-    yield "likelihood of 64 images", "T", [50, 100, 200, 400, 800], likelihood
-    yield "Frechet distance, 2048 features", "samples", [2500, 5000, 10000, 20000], evaluation
-
-
-def fixed_costs(title: str, places: list[int]) -> np.ndarray:
-    """How often each place pays the fixed cost; 0 where the line does not hold."""
-    if title != _RESOLUTION:
-        return np.ones(len(places))
-    sizes = [round(pixels**0.5) for pixels in places]
-    return np.array([levels_at(size) if regions.suit(size) else 0 for size in sizes], float)
+    yield Curve("sampling, T = 100", "images", [64, 128, 256, 512], lambda images: sampling(sampler, images))
+    yield Curve("likelihood of 64 images", "T", [50, 100, 200, 400, 800], likelihood)
+    yield Curve("Frechet distance, 2048 features", "samples", [2500, 5000, 10000, 20000], evaluation)
 
 
 def fit(costs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -117,15 +120,15 @@ def fit(costs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def main() -> None:
     _FOLDER.mkdir(parents=True, exist_ok=True)
     records = []
-    for title, what, places, measure in curves():
+    for title, what, places, measure, levels in curves():
         y = [measure(place) for place in places]
-        costs, x = fixed_costs(title, places), np.array(places, float)
+        costs, x = np.array(levels or [1] * len(places)), np.array(places, float)
         on = costs > 0
         fixed, slope = fit(costs[on], x[on], np.array(y)[on])
         line = np.where(on, costs * fixed + slope * x, np.nan)
         record = {"curve": title, "x": what, "places": places, "seconds": y, "fixed": fixed, "slope": slope}
         records.append({**record, "line": [None if np.isnan(value) else value for value in line]})
-        each = " a level" if title == _RESOLUTION else ""
+        each = " a level" if levels else ""
         off = np.nanmax(np.abs(line / y - 1))
         print(
             f"{title}: {1e3 * fixed:.2f} ms{each} + {1e3 * slope:.4g} ms a unit of {what}, off by {off:.0%} at most",
