@@ -17,7 +17,7 @@ test-slow: $(VENV)/.installed  ## the tests that take many minutes
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow --durations=5 -rP
 
 soak: $(VENV)/.installed  ## kill a training process thirty times: the run must be the run; at most twenty minutes
-	$(BIN)/python -m pytest -m slow -s tests/test_soak.py
+	$(BIN)/python -m pytest -m slow -s tests/end_to_end/test_soak.py
 
 bench: $(VENV)/.installed  ## speed beside diffusers' on this CPU: BENCH="--quick forward" for a part
 	$(BIN)/python tests/benchmarks/bench.py $(BENCH)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import CHOICES, Preset
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
 
@@ -97,13 +97,13 @@ class GaussianDiffusion:
         given = {"model_mean_type": model_mean_type, "model_var_type": model_var_type, "loss_type": loss_type}
         for name, value in given.items():
             if value not in CHOICES[name]:
-                raise InputError(f"--{name}={value}: choose one of {', '.join(CHOICES[name])}")
+                raise ConfigError(name, f"={value}: choose one of {', '.join(CHOICES[name])}")
         if loss_type == "mse" and model_var_type == "learned":
-            raise InputError("--loss_type=mse gives a learned variance no gradient: use --loss_type=kl")
+            raise ConfigError("loss_type", "=mse gives a learned variance no gradient: use `loss_type=kl`")
         if model_mean_type == "eps" and schedule.alphas_cumprod[-1] == 0.0:
-            raise InputError(
-                "--model_mean_type=eps cannot recover x_0 where alphas_cumprod is 0, as --beta_schedule=jsd ends:"
-                " use xstart or xprev"
+            raise ConfigError(
+                "model_mean_type",
+                "=eps cannot recover x_0 where alphas_cumprod is 0, as `beta_schedule=jsd` ends: use xstart or xprev",
             )
         self.schedule = schedule
         self.num_timesteps = schedule.num_timesteps

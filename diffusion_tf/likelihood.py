@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf import checkpoints
-from diffusion_tf.datasets import ImageReader, ImageSource, identity
+from diffusion_tf.data.source import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
-from diffusion_tf.distribution import per_replica_batch_size
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import Preset
-from diffusion_tf.resumable import Arrays, Parts
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.resumable import Arrays, Parts
 from diffusion_tf.trained_model import TrainedModel
 
 

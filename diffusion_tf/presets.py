@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError
 
 CHOICES = {
     "beta_schedule": ("linear", "quad", "const", "warmup10", "warmup50", "jsd"),
@@ -39,7 +39,7 @@ class Preset:
     random_flip: bool = _field("Mirror each training image left to right with probability 1/2.", True)
 
     ch: int = _field("Channels of the network's first level.", 128)
-    ch_mult: tuple[int, ...] = _field("Channels of each resolution level, as multiples of --ch.", (1, 2, 2, 2))
+    ch_mult: tuple[int, ...] = _field("Channels of each resolution level, as multiples of `ch`.", (1, 2, 2, 2))
     num_res_blocks: int = _field("Residual blocks at each resolution level.", 2)
     attn_resolutions: tuple[int, ...] = _field("Feature map sizes that get self-attention.", (16,))
     dropout: float = _field("Dropout rate in the residual blocks, in [0, 1).", 0.0)
@@ -80,7 +80,7 @@ class Preset:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+                raise ConfigError(name, f"={getattr(self, name)}: choose one of {', '.join(choices)}")
         positive = ("image_size", "channels", "ch", "num_res_blocks", "learning_rate", "batch_size", "num_steps")
         for name in (
             *positive,
@@ -102,13 +102,16 @@ class Preset:
         _require(self, "ch_mult", lambda v: v and min(v) > 0, "must be positive whole numbers")
         for name in ("checkpoint_every", "sample_every"):
             _require(
-                self, name, lambda v: v % self.steps_per_loop == 0, f"must be a multiple of {self.steps_per_loop=}"
+                self,
+                name,
+                lambda v: v % self.steps_per_loop == 0,
+                f"must be a multiple of `steps_per_loop={self.steps_per_loop}`",
             )
         _require(
             self,
             "keep_every",
             lambda v: v % self.checkpoint_every == 0,
-            f"must be a multiple of {self.checkpoint_every=}",
+            f"must be a multiple of `checkpoint_every={self.checkpoint_every}`",
         )
 
     @property
@@ -135,7 +138,7 @@ class Preset:
 def _require(preset: Preset, name: str, accepts, what: str) -> None:
     value = getattr(preset, name)
     if not accepts(value):
-        raise InputError(f"--{name}={value}: {what.replace('self.', '--')}")
+        raise ConfigError(name, f"={value}: {what}")
 
 
 _CELEBAHQ256 = Preset(
@@ -172,5 +175,5 @@ def get_preset(dataset: str, **overrides) -> Preset:
       InputError: the name is unknown, or a value is out of range.
     """
     if dataset not in PRESETS:
-        raise InputError(f"--dataset={dataset}: choose one of {', '.join(PRESETS)}")
+        raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[dataset], **overrides)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from diffusion_tf.regions import region
+from diffusion_tf.ops.cpu.regions import region
 
 _PHILOX = 1  # tf.random.Algorithm.PHILOX, as the raw operation wants it
 _WORDS_PER_BLOCK = 4  # uint32 words to one step of the Philox counter

@@ -7,9 +7,9 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
-from diffusion_tf.distribution import per_replica_batch_size
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.sampler_tables import (
+from diffusion_tf.runtime.replicas import per_replica_batch_size
+from diffusion_tf.solvers import (
     SamplerSettings,
     SamplerTable,
     ddim_inversion_table,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import CHOICES
 
 
@@ -28,7 +28,7 @@ def get_beta_schedule(name: str, *, beta_start: float, beta_end: float, num_time
         return betas
     if name == "jsd":
         return 1.0 / np.arange(num_timesteps, 0, -1, dtype=np.float64)
-    raise InputError(f"--beta_schedule={name}: choose one of {', '.join(CHOICES['beta_schedule'])}")
+    raise ConfigError("beta_schedule", f"={name}: choose one of {', '.join(CHOICES['beta_schedule'])}")
 
 
 class NoiseSchedule:

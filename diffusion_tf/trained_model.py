@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from diffusion_tf import onednn, regions
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
-from diffusion_tf.distribution import filled_up, over_replicas
+from diffusion_tf.ops.cpu import onednn, regions
 from diffusion_tf.presets import Preset
-from diffusion_tf.train_state import load_ema
+from diffusion_tf.runtime.replicas import filled_up, over_replicas
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.checkpoints import assign_arrays
 from diffusion_tf.unet import UNet
 
 # Of the images that a CPU works out at once: it is no faster with more, and their feature maps take memory.
@@ -84,3 +85,16 @@ def _in_parts(denoise: DenoiseFn) -> DenoiseFn:
         return tf.reshape(y, [count * size, *y.shape[2:]])[:batch]
 
     return denoise_parts
+
+
+def load_ema(model: UNet, path: str) -> None:
+    """Puts the EMA weights of the checkpoint at `path` into `model`.
+
+    Raises:
+      InputError: the file is damaged, or is of another network.
+    """
+    variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
+    # A checkpoint holds three more of the kind, and the step.
+    size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
+    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
+    assign_arrays(variables, arrays, path)

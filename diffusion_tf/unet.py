@@ -16,13 +16,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf import onednn
 from diffusion_tf.diffusion_utils import DenoiseFn
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError
+from diffusion_tf.ops.cpu import onednn
+from diffusion_tf.ops.cpu.regions import in_cpu_graph, quick_cast, region, region_without_gradient, sum_of_rows
+from diffusion_tf.ops.cpu.winograd import along_both_axes, conv3x3, stacked, transposed, unstacked
 from diffusion_tf.presets import Preset
-from diffusion_tf.regions import in_cpu_graph, quick_cast, region, region_without_gradient, sum_of_rows
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.winograd import along_both_axes, conv3x3, stacked, transposed, unstacked
 
 NUM_GROUPS = 32
 
@@ -459,14 +459,16 @@ class UNet(keras.Model):
         super().__init__(name="unet", autocast=False)
         image_size, levels = image_shape[0], len(ch_mult)
         if image_size % 2 ** (levels - 1):
-            raise InputError(
-                f"--ch_mult has {levels} levels, but {image_size} pixels cannot be halved {levels - 1} times"
+            raise ConfigError(
+                "ch_mult", f"has {levels} levels, but {image_size} pixels cannot be halved {levels - 1} times"
             )
         resolutions = [image_size // 2**level for level in range(levels)]
         for resolution in set(attn_resolutions) - set(resolutions):
-            raise InputError(f"--attn_resolutions={resolution} never occurs: the network's are {resolutions}")
+            raise ConfigError("attn_resolutions", f"={resolution} never occurs: the network's are {resolutions}")
         if any(ch * mult % NUM_GROUPS for mult in ch_mult):
-            raise InputError(f"--ch={ch}: every level needs a multiple of {NUM_GROUPS} channels (group normalisation)")
+            raise ConfigError(
+                "ch", f"={ch}: every level needs a multiple of {NUM_GROUPS} channels (group normalisation)"
+            )
 
         self.ch = ch
         levels = [(ch * mult, size in attn_resolutions) for mult, size in zip(ch_mult, resolutions, strict=True)]

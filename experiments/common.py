@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,23 +12,23 @@ import tensorflow as tf
 from absl import app, flags, logging
 from PIL import Image
 
-from diffusion_tf import checkpoints
-from diffusion_tf.datasets import open_source
-from diffusion_tf.distribution import STRATEGIES, make_strategy
-from diffusion_tf.errors import InputError, PreemptedError
-from diffusion_tf.evaluation import Images, source_images
-from diffusion_tf.feature_networks import (
+from diffusion_tf.data import open_source
+from diffusion_tf.errors import ConfigError, InputError, PreemptedError
+from diffusion_tf.evaluation.feature_networks import (
     DIGITS_SHAPE,
     FeatureNetwork,
     digits_network,
     inception_network,
     pixels_network,
 )
-from diffusion_tf.files import check_writable, first_line
+from diffusion_tf.evaluation.scores import Images, source_images
 from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
-from diffusion_tf.sampler_tables import SAMPLERS, SPACINGS, SamplerSettings
-from diffusion_tf.workdir import Workdir
+from diffusion_tf.runtime.strategies import STRATEGIES, make_strategy
+from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import check_writable, first_line
+from diffusion_tf.storage.workdir import Workdir
 
 FLAGS = flags.FLAGS
 # Flags defined by these functions belong to the program that calls them, so that its --help shows them.
@@ -115,7 +116,7 @@ def define_preset_flags() -> None:
     """--dataset, and a flag for every other field of `Preset` that defaults to the preset's value."""
     flags.DEFINE_string("dataset", "digits", f"The preset: {', '.join(PRESETS)}.")
     for field in dataclasses.fields(Preset):
-        doc = f"{field.metadata['help']} Default: the preset's value."
+        doc = f"{flag_names(field.metadata['help'])} Default: the preset's value."
         if field.name == "dataset":
             continue
         if field.name in CHOICES:
@@ -285,7 +286,7 @@ def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
                 raise InputError(f"unknown argument {unknown[0]}: flags start with --")
             main(*command)
         except (InputError, PreemptedError) as error:
-            print(f"{_program()}: {error}", file=sys.stderr)
+            print(f"{_program()}: {_in_flags(error)}", file=sys.stderr)
             sys.exit(error.exit_code)
         except tf.errors.ResourceExhaustedError:
             sys.exit(f"{_program()}: out of memory: a smaller --batch_size, or more replicas, may fit")
@@ -302,6 +303,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"{_program()}: {' '.join(str(error).split())}")
     except SystemExit:
         sys.exit(0)  # absl's --help exits with 1, and nothing else exits here; asking for help is no error
+
+
+def _in_flags(error: Exception) -> str:
+    """The message of a library error; what it calls a setting is a flag here."""
+    prefix = "--" if isinstance(error, ConfigError) and error.field in FLAGS else ""
+    return prefix + flag_names(str(error))
+
+
+def flag_names(text: str) -> str:
+    """Replaces each quoted setting, as `batch_size` or `batch_size=8`, by its flag, --batch_size=8."""
+    return re.sub(r"`(\w+)(=[^`]*)?`", lambda m: f"--{m[1]}{m[2] or ''}" if m[1] in FLAGS else m[0], text)
 
 
 def _program() -> str:

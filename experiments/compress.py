@@ -19,7 +19,7 @@ import tensorflow as tf
 import tqdm
 from absl import flags
 
-from diffusion_tf import checkpoints, figures
+from diffusion_tf import figures
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import (
@@ -32,10 +32,12 @@ from diffusion_tf.compression.image_files import (
 )
 from diffusion_tf.compression.measurement import encode_picture, other_formats, step_rows
 from diffusion_tf.compression.table import Table, make_table
-from diffusion_tf.datasets import ImageReader, open_source
+from diffusion_tf.data import open_source
+from diffusion_tf.data.source import ImageReader
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import check_writable, read_npz, write_file, write_json
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 

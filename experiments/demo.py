@@ -8,18 +8,22 @@ import os
 import tensorflow as tf
 from absl import flags
 
-from diffusion_tf import checkpoints, figures
-from diffusion_tf.datasets import load_digits, open_source
-from diffusion_tf.distribution import make_strategy
-from diffusion_tf.evaluation import check_metrics, compute_scores
-from diffusion_tf.feature_networks import digits_network
-from diffusion_tf.files import write_file, write_npz
-from diffusion_tf.metrics import classifier_score
+from diffusion_tf import figures
+from diffusion_tf.data import open_source
+from diffusion_tf.data.digits import load_digits
+from diffusion_tf.evaluation.feature_networks import digits_network
+from diffusion_tf.evaluation.metrics import classifier_score
+from diffusion_tf.evaluation.scores import check_metrics, compute_scores
 from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import draw_samples
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import write_file, write_npz
+from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
-from diffusion_tf.training import Trainer, report_samples, train
-from diffusion_tf.workdir import Workdir
+from diffusion_tf.training.loop import train
+from diffusion_tf.training.reporter import report_samples
+from diffusion_tf.training.trainer import Trainer
 from experiments import common
 
 FLAGS = flags.FLAGS

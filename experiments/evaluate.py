@@ -23,9 +23,9 @@ from typing import Any
 import tensorflow as tf
 from absl import flags
 
-from diffusion_tf import checkpoints
 from diffusion_tf.errors import InputError
-from diffusion_tf.evaluation import (
+from diffusion_tf.evaluation.feature_networks import INCEPTION_TFHUB
+from diffusion_tf.evaluation.scores import (
     MAX_REFERENCE,
     METRICS,
     FeatureExtractor,
@@ -40,8 +40,8 @@ from diffusion_tf.evaluation import (
     reference_path,
     score_names,
 )
-from diffusion_tf.feature_networks import INCEPTION_TFHUB
-from diffusion_tf.files import write_json
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import write_json
 from experiments import common
 
 FLAGS = flags.FLAGS

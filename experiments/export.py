@@ -11,11 +11,12 @@ its serving_default takes x_t [B, H, W, C] and t [B] (denoiser), or first_image 
 
 from absl import flags
 
-from diffusion_tf import checkpoints, export
 from diffusion_tf.errors import InputError
-from diffusion_tf.train_state import load_ema
+from diffusion_tf.interop import export
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import load_ema
 from diffusion_tf.unet import UNet
-from diffusion_tf.workdir import Workdir
 from experiments import common
 
 FLAGS = flags.FLAGS

@@ -14,21 +14,22 @@ import os
 import numpy as np
 from absl import flags
 
-from diffusion_tf import paper_figures
-from diffusion_tf.datasets import ImageReader, open_source
+from diffusion_tf.data import open_source
+from diffusion_tf.data.source import ImageReader
 from diffusion_tf.errors import InputError
-from diffusion_tf.evaluation import (
+from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
+from diffusion_tf.evaluation.scores import (
     MAX_REFERENCE,
     FeatureExtractor,
     check_metrics,
     reference_features,
     reference_path,
 )
-from diffusion_tf.feature_networks import DIGITS_SHAPE, FeatureNetwork
-from diffusion_tf.files import check_writable, write_file, write_json
-from diffusion_tf.paper_figures import PaperFigure
-from diffusion_tf.report import read_run
-from diffusion_tf.resumable import Arrays
+from diffusion_tf.reports import paper_figures
+from diffusion_tf.reports.paper_figures import PaperFigure
+from diffusion_tf.reports.run_page import read_run
+from diffusion_tf.storage.files import check_writable, write_file, write_json
+from diffusion_tf.storage.resumable import Arrays
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 

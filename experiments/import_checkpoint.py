@@ -12,13 +12,14 @@ safetensors. The preset, with its flags, says what they must be of. The workdir 
 
 from absl import flags
 
-from diffusion_tf import checkpoints
-from diffusion_tf.convert import FORMATS, read_diffusers, read_tf1, write_diffusers
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import new_folder
-from diffusion_tf.train_state import load_ema
+from diffusion_tf.interop.diffusers import FORMATS, read_diffusers, write_diffusers
+from diffusion_tf.interop.tf1 import read_tf1
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import new_folder
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import load_ema
 from diffusion_tf.unet import UNet
-from diffusion_tf.workdir import Workdir
 from experiments import common
 
 FLAGS = flags.FLAGS

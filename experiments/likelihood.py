@@ -15,8 +15,8 @@ from absl import flags
 
 from diffusion_tf import figures
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.files import write_file, write_json
 from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
+from diffusion_tf.storage.files import write_file, write_json
 from experiments import common
 
 FLAGS = flags.FLAGS

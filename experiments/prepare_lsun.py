@@ -12,8 +12,8 @@ import shlex
 
 from absl import flags
 
+from diffusion_tf.data.prepare_tfrecords import find_images, prepare
 from diffusion_tf.presets import PRESETS
-from diffusion_tf.stylegan_tfrecords import find_images, prepare
 from experiments import common
 
 FLAGS = flags.FLAGS

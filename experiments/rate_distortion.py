@@ -17,9 +17,10 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from diffusion_tf import figures, paper
-from diffusion_tf.files import read_json, write_file, write_json
+from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
+from diffusion_tf.reports import paper_numbers as paper
+from diffusion_tf.storage.files import read_json, write_file, write_json
 from experiments import common
 
 FLAGS = flags.FLAGS

@@ -10,9 +10,9 @@ import os
 
 from absl import flags
 
-from diffusion_tf.files import write_file
-from diffusion_tf.report import read_run, to_markdown, to_png
-from diffusion_tf.workdir import Workdir
+from diffusion_tf.reports.run_page import read_run, to_markdown, to_png
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.workdir import Workdir
 from experiments import common
 
 FLAGS = flags.FLAGS

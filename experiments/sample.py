@@ -16,9 +16,9 @@ from absl import flags
 
 from diffusion_tf import figures
 from diffusion_tf.errors import InputError
-from diffusion_tf.evaluation import file_images
-from diffusion_tf.files import check_writable, write_file, write_npz
+from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.samplers import draw_samples, encode_and_decode
+from diffusion_tf.storage.files import check_writable, write_file, write_npz
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 

@@ -17,11 +17,9 @@ from typing import Any
 
 from absl import flags
 
-from diffusion_tf import export, paper
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import write_json
-from diffusion_tf.presets import PRESETS, Preset
-from diffusion_tf.tpu_compiler import (
+from diffusion_tf.interop import export
+from diffusion_tf.interop.tpu_compiler import (
     TOPOLOGIES,
     Compiled,
     all_reduce_seconds,
@@ -30,6 +28,9 @@ from diffusion_tf.tpu_compiler import (
     require_compiler,
     roofline_seconds,
 )
+from diffusion_tf.presets import PRESETS, Preset
+from diffusion_tf.reports import paper_numbers as paper
+from diffusion_tf.storage.files import write_json
 from experiments import common
 
 FLAGS = flags.FLAGS

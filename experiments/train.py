@@ -12,12 +12,14 @@ import json
 
 from absl import flags
 
-from diffusion_tf.datasets import open_source
+from diffusion_tf.data import open_source
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.distribution import is_chief, make_strategy
-from diffusion_tf.training import Trainer, train
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.runtime.workers import is_chief
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.training.loop import train
+from diffusion_tf.training.trainer import Trainer
 from diffusion_tf.unet import UNet
-from diffusion_tf.workdir import Workdir
 from experiments import common
 
 FLAGS = flags.FLAGS

@@ -2,12 +2,12 @@
 
 import itertools
 
-import golden
 import numpy as np
 import pytest
 import scipy.integrate
 import scipy.stats
 import tensorflow as tf
+from support import golden
 
 from diffusion_tf import diffusion_utils
 from diffusion_tf.diffusion_utils import GaussianDiffusion

@@ -1,19 +1,21 @@
 """The bound against the authors' loop, against a closed form, and as it is measured over a set of images."""
 
-import gaussian_data
-import golden
 import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
+from support import gaussian_data, golden
 
-from diffusion_tf import checkpoints, likelihood
-from diffusion_tf.datasets import ImageReader, load_digits, open_source
+from diffusion_tf import likelihood
+from diffusion_tf.data import open_source
+from diffusion_tf.data.digits import load_digits
+from diffusion_tf.data.source import ImageReader
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.distribution import make_strategy
 from diffusion_tf.presets import PRESETS, get_preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.train_state import TrainState
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.training.state import TrainState
 
 GOLDEN = golden.load("diffusion_ops")
 

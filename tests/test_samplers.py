@@ -2,16 +2,14 @@
 
 import itertools
 
-import gaussian_data
-import golden
 import numpy as np
 import pytest
 import tensorflow as tf
+from support import gaussian_data, golden
 
 from diffusion_tf.diffusion_utils import x_to_images
-from diffusion_tf.distribution import make_strategy
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.sampler_tables import SamplerSettings
+from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import (
     ReverseProcess,
     Sampler,
@@ -21,6 +19,7 @@ from diffusion_tf.samplers import (
     p_sample_loop_progressive,
     sample_noise,
 )
+from diffusion_tf.solvers import SamplerSettings
 
 GOLDEN = golden.load("diffusion_ops")
 

@@ -1,8 +1,8 @@
 """Schedules and tables against the authors' float64 numbers."""
 
-import golden
 import numpy as np
 import pytest
+from support import golden
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES

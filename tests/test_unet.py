@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import zlib
 
-import golden
 import numpy as np
 import pytest
 import tensorflow as tf
+from support import golden
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.ops.cpu.regions import cpu_graph
 from diffusion_tf.presets import PRESETS, get_preset
-from diffusion_tf.regions import cpu_graph
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.unet import UNet, group_norm, timestep_embedding, upsampled_conv
 

@@ -12,8 +12,8 @@ from diffusion_tf.compression.bitstream import HEADER_BYTES, Header
 from diffusion_tf.compression.codec import Codec, Encoded
 from diffusion_tf.compression.table import Table
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
-from diffusion_tf.errors import InputError
-from diffusion_tf.files import read_file
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.storage.files import read_file
 
 EXTENSION = ".dtfc"
 _MAX_BYTES_PER_DIM = 256  # of a file: some 150 steps of as many chunks as can be take 200
@@ -53,9 +53,10 @@ class Targets:
         """Raises InputError where not even the header is as small as is asked for."""
         least = 8 * HEADER_BYTES / num_dims
         if self.bits_per_dim is not None and self.bits_per_dim < least:
-            raise InputError(
-                f"--target_bits_per_dim={self.bits_per_dim:g} is less than a file's header takes of such an image:"
-                f" {math.ceil(1e4 * least) / 1e4:g} at least"
+            raise ConfigError(
+                "target_bits_per_dim",
+                f"={self.bits_per_dim:g} is less than a file's header takes of such an image:"
+                f" {math.ceil(1e4 * least) / 1e4:g} at least",
             )
 
     def steps(self, measured: Measured, num_dims: int) -> int:

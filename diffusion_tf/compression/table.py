@@ -16,8 +16,8 @@ from diffusion_tf.compression.bitstream import INDEX_LENGTHS, StepLaw
 from diffusion_tf.compression.channel import rows_for, sample_indices
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import InputError
-from diffusion_tf.files import first_line, read_json
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.storage.files import first_line, read_json
 from diffusion_tf.trained_model import TrainedModel
 
 _MAX_TABLE_BYTES = 1 << 26

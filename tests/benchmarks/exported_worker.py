@@ -14,7 +14,7 @@ from jax._src.interpreters import mlir
 from jax._src.lib import xla_client
 from jaxlib.mlir import ir
 
-from diffusion_tf.tpu_compiler import share_memory
+from diffusion_tf.interop.tpu_compiler import share_memory
 
 
 def main() -> None:

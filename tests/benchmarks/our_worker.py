@@ -11,15 +11,18 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 import timing
 
-from diffusion_tf import regions
-from diffusion_tf.datasets import open_source, training_batches
-from diffusion_tf.distribution import make_strategy, replica_function
+from diffusion_tf.data import open_source
+from diffusion_tf.data.prepare_tfrecords import find_images, prepare
+from diffusion_tf.data.source import training_batches
+from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import PRESETS, Preset, get_preset
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import replica_function
+from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import ReverseProcess
-from diffusion_tf.stylegan_tfrecords import find_images, prepare
 from diffusion_tf.trained_model import TrainedModel
-from diffusion_tf.training import Trainer, loss_and_gradients
+from diffusion_tf.training.step import loss_and_gradients
+from diffusion_tf.training.trainer import Trainer
 
 _TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call
 _SAMPLE_STEPS = 10

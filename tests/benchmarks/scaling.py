@@ -23,11 +23,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import our_worker
 
-from diffusion_tf import regions
-from diffusion_tf.distribution import make_strategy
+from diffusion_tf.evaluation.metrics import frechet_distance
 from diffusion_tf.likelihood import BoundEvaluator
-from diffusion_tf.metrics import frechet_distance
+from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.trained_model import TrainedModel
 

@@ -1,0 +1,198 @@
+"""The networks whose features the metrics compare: Inception, a classifier of digits, or the pixels themselves."""
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.data.digits import load_digit_labels, load_digits
+from diffusion_tf.errors import ConfigError
+from diffusion_tf.storage.files import first_line, read_file
+
+# TF-GAN's export of the Inception network of 2015, which FID and Inception Score are defined by.
+INCEPTION_TFHUB = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
+_INCEPTION_SIZE = 299
+DIGITS_SHAPE = (8, 8, 1)  # what the digits' classifier knows
+_MOST_PIXELS = 4096
+_LOCAL_COPY = "give a local copy, `inception=FOLDER` of a SavedModel or FILE.pb with pool_3:0 and logits:0"
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureNetwork:
+    """A network that turns images into features.
+
+    Attributes:
+      name: inception, digits or pixels.
+      sha256: what identifies its weights.
+      resize: how images are brought to its input size.
+      apply: pixels float32 [B, H, W, C] in [0, 255], not rounded, to `features` [B, D]; to `logits` [B, classes] too
+        where the network is a classifier; and to `pixels` [B, H W C] where neighbours are better found among those.
+    """
+
+    name: str
+    sha256: str
+    resize: str
+    apply: Callable[[tf.Tensor], dict[str, tf.Tensor]]
+
+
+def _flatten(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, [x.shape[0], -1])
+
+
+def pixels_network(image_shape: tuple[int, int, int]) -> FeatureNetwork:
+    """The pixels as features, scaled to [0, 1].
+
+    Raises:
+      InputError: there are too many for a covariance.
+    """
+    if math.prod(image_shape) > _MOST_PIXELS:
+        raise ConfigError(
+            "features", f"=pixels is for small images, not {image_shape}: their covariance would fill memory"
+        )
+    return FeatureNetwork("pixels", "none", "none", lambda pixels: {"features": _flatten(pixels) / 255.0})
+
+
+def digits_network() -> FeatureNetwork:
+    """A perceptron trained here, in seconds, on the training split of the digits; its hidden layer is the features."""
+    import sklearn.neural_network  # only digits need it
+
+    images = load_digits("train")
+    classifier = sklearn.neural_network.MLPClassifier((64,), alpha=0.1, max_iter=1000, random_state=0)
+    classifier.fit(images.reshape(len(images), -1) / 255.0, load_digit_labels("train"))
+    (w0, w1), (b0, b1) = (
+        [np.asarray(array, np.float32) for array in arrays] for arrays in (classifier.coefs_, classifier.intercepts_)
+    )
+
+    def apply(pixels):
+        features = tf.nn.relu(_flatten(pixels) / 255.0 @ w0 + b0)
+        return {"features": features, "logits": features @ w1 + b1, "pixels": _flatten(pixels)}
+
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (w0, b0, w1, b1))).hexdigest()
+    return FeatureNetwork("digits", digest, "none", apply)
+
+
+def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureNetwork:
+    """Inception as TF-GAN evaluates with it: `pool_3` as features, and `logits`.
+
+    Args:
+      source: a TF-Hub handle, a SavedModel folder, or a frozen graph file.
+      strategy: where it will run.
+
+    Raises:
+      InputError: it cannot be fetched or read, or lacks these outputs.
+    """
+    path = _local_path(source)
+    try:
+        with strategy.scope():
+            classify = _load_frozen_graph(path) if not tf.io.gfile.isdir(path) else _load_saved_model(path)
+        outputs = classify(tf.zeros([1, _INCEPTION_SIZE, _INCEPTION_SIZE, 3]))
+    except (OSError, ValueError, KeyError, TypeError, tf.errors.OpError) as error:
+        raise ConfigError(
+            "inception", f"={source} is no Inception network ({first_line(error)}): {_LOCAL_COPY}"
+        ) from error
+    found = set(outputs) if isinstance(outputs, dict) else set()
+    missing = {"pool_3", "logits"} - found
+    if missing:
+        raise ConfigError(
+            "inception",
+            f"={source} has no output named {' or '.join(sorted(missing))}; named outputs:"
+            f" {', '.join(sorted(found)) or 'none'}",
+        )
+
+    def apply(pixels):
+        outputs = classify(inception_input(pixels))
+        # With the batch from outside: an old graph may not know its outputs' shapes.
+        pool_3, logits = (tf.reshape(outputs[name], [pixels.shape[0], -1]) for name in ("pool_3", "logits"))
+        return {"features": pool_3, "logits": logits}
+
+    return FeatureNetwork("inception", _sha256(path), f"TF1 bilinear to {_INCEPTION_SIZE}", apply)
+
+
+def inception_input(pixels: tf.Tensor) -> tf.Tensor:
+    """Pixels [B, H, W, 1 or 3] in [0, 255] as the network wants them, [B, 299, 299, 3] in about [-1, 1].
+
+    By TF1's bilinear resize (no half-pixel centres, no antialiasing), which published scores rest on.
+    """
+    if pixels.shape[-1] == 1:
+        pixels = tf.repeat(pixels, 3, axis=-1)
+    size = [_INCEPTION_SIZE, _INCEPTION_SIZE]
+    resized = tf.raw_ops.ResizeBilinear(images=pixels, size=size, align_corners=False, half_pixel_centers=False)
+    return (resized - 128.0) / 128.0
+
+
+def _local_path(source: str) -> str:
+    """Where `source` lies, fetched from TF-Hub where it is a handle."""
+    if not source.startswith(("http://", "https://")):
+        path = os.path.expanduser(source)
+        if not tf.io.gfile.exists(path):
+            raise ConfigError("inception", f"={source} does not exist: {_LOCAL_COPY}")
+        return path
+    try:
+        import tensorflow_hub  # brings tf_keras, and only a handle needs it
+
+        return tensorflow_hub.resolve(source)
+    except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise ConfigError("inception", f"={source} cannot be fetched ({first_line(error)}): {_LOCAL_COPY}") from error
+
+
+def _load_saved_model(path: str) -> Callable:
+    model = tf.saved_model.load(path)
+    if callable(model):
+        return model
+    signature = model.signatures["serving_default"]
+    (name,) = signature.structured_input_signature[1]
+    return lambda images: signature(**{name: images})
+
+
+def _load_frozen_graph(path: str) -> Callable:
+    graph_def, data = tf.compat.v1.GraphDef(), read_file(path)
+    try:
+        graph_def.ParseFromString(data)
+    except Exception as error:  # protobuf's own DecodeError, which has no public name
+        raise ValueError("not a frozen graph") from error
+    for node in graph_def.node:
+        if node.op == "BatchNormWithGlobalNormalization":
+            _modernise_batch_norm(node, graph_def)
+    nodes = {node.name: node.op for node in graph_def.node}
+    outputs = [name for name in ("pool_3", "logits") if name in nodes]
+    # The published graph is fed behind its own decoding and resizing, at `Mul`.
+    inputs = ["Mul"] if "Mul" in nodes else [name for name, op in nodes.items() if op == "Placeholder"]
+    if len(inputs) != 1:
+        raise ValueError(f"a graph of {len(inputs)} inputs")
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph_def, name=""), [])
+    pruned = wrapped.prune(f"{inputs[0]}:0", [f"{name}:0" for name in outputs])
+    return lambda images: dict(zip(outputs, pruned(images), strict=True))
+
+
+def _modernise_batch_norm(node, graph_def) -> None:
+    """Rewrites an operation of the graphs of 2015, which TensorFlow 2 refuses to run, as its successor."""
+    x, mean, variance, beta, gamma = node.input
+    epsilon, dtype = node.attr["variance_epsilon"].f, node.attr["T"].type
+    if not node.attr["scale_after_normalization"].b:
+        ones = graph_def.node.add(name=f"{node.name}/ones", op="OnesLike", input=[variance])
+        ones.attr["T"].type = dtype
+        gamma = ones.name
+    name = node.name
+    node.Clear()
+    node.name, node.op = name, "FusedBatchNormV3"
+    node.input.extend([x, gamma, beta, mean, variance])
+    node.attr["T"].type = node.attr["U"].type = dtype
+    node.attr["epsilon"].f = epsilon
+    node.attr["is_training"].b = False
+    node.attr["data_format"].s = b"NHWC"
+
+
+def _sha256(path: str) -> str:
+    """Of a file, or of all files of a folder by name."""
+    digest = hashlib.sha256()
+    files = [path]
+    if tf.io.gfile.isdir(path):
+        files = sorted(os.path.join(folder, name) for folder, _, names in tf.io.gfile.walk(path) for name in names)
+    for file in files:
+        digest.update(f"{os.path.relpath(file, path)}\n".encode())
+        digest.update(read_file(file))
+    return digest.hexdigest()

@@ -1,0 +1,276 @@
+"""Scores a run's samples against real images: samples, features, metrics; and keeps the best checkpoint.
+
+Scores of Inception's features carry the published names (`fid`, `kid`, `inception_score`); those of any other network
+name it (`frechet_digits`, `frechet_pixels`), so that no one takes the one for the other.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_tf.data.source import ImageReader, ImageSource, identity
+from diffusion_tf.diffusion_utils import x_to_pixels
+from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.evaluation import metrics
+from diffusion_tf.evaluation.feature_networks import FeatureNetwork
+from diffusion_tf.evaluation.tfgan_eval import classifier_metrics
+from diffusion_tf.presets import Preset
+from diffusion_tf.runtime.replicas import over_replicas
+from diffusion_tf.samplers import Sampler
+from diffusion_tf.solvers import SamplerSettings
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import read_json, read_npz, write_json, write_npz
+from diffusion_tf.storage.resumable import Arrays, Parts
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import TrainedModel, load_ema
+
+METRICS = ("fid", "inception_score", "kid", "precision_recall")
+# Names by network: only Inception's features make a FID.
+_NAMES = {
+    "inception": {"fid": "fid", "kid": "kid", "inception_score": "inception_score"},
+    "digits": {"fid": "frechet_digits", "kid": "kernel_digits", "inception_score": "classifier_score_digits"},
+    "pixels": {"fid": "frechet_pixels", "kid": "kernel_pixels"},
+}
+_HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", "recall")
+_SPLITS = 10
+_SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
+_NEIGHBORS = 3
+MAX_REFERENCE = 50_000  # real images, unless one says otherwise: the millions of LSUN would not fit memory
+_KERNEL_BLOCK = 1024  # images in a block of TF-GAN's kernel distance
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images to compare, wherever they come from.
+
+    Attributes:
+      description: what identifies them, as JSON can hold it.
+      count: how many.
+      pixels: pixels(first, count) are images first .. first + count - 1, [count, H, W, C] in [0, 255], uint8 or float.
+    """
+
+    description: dict[str, Any]
+    count: int
+    pixels: Callable[[int, int], Any]
+
+
+def source_images(source: ImageSource, dataset: str, split: str, count: int) -> Images:
+    """The first `count` images of a source."""
+    description = {"dataset": dataset, "split": split, "num_images": count, **identity(source)}
+    return Images(description, count, ImageReader(source))
+
+
+def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
+    """The images of an .npz file, `samples` uint8 [N, H, W, C].
+
+    Raises:
+      InputError: the file cannot be read, or holds no such images.
+    """
+    images = read_npz(path).get("samples")
+    if images is None or images.dtype != np.uint8 or images.shape[1:] != image_shape:
+        found = "no `samples`" if images is None else f"{images.dtype} {images.shape}"
+        raise InputError(f"{path} holds {found}, not samples uint8 {('N', *image_shape)}".replace("'", ""))
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    description = {"file": os.path.basename(path), "file_sha256": digest, "num_images": len(images)}
+    return Images(description, len(images), lambda first, count: images[first : first + count])
+
+
+class RunSamples:
+    """Samples of a run's checkpoints by their EMA weights: clipped, and not rounded to levels.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        preset: Preset,
+        *,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        settings: SamplerSettings | None = None,
+    ):
+        self.trained = TrainedModel(preset, strategy)
+        self.num_samples = num_samples
+        self.sampling = {"seed": seed, **(settings or SamplerSettings()).describe(preset)}
+        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
+
+    def of_checkpoint(self, path: str) -> Images:
+        """The samples of the checkpoint at `path`, drawn when they are asked for, until another one's are.
+
+        Raises:
+          InputError: the checkpoint does not fit.
+        """
+        load_ema(self.trained.model, path)
+        digest = checkpoints.load_digest(path)
+        description = {"checkpoint": digest, "num_images": self.num_samples, **self.sampling}
+        return Images(description, self.num_samples, lambda first, count: x_to_pixels(self.sampler(first)[:count]))
+
+
+class FeatureExtractor:
+    """The features of images by `network`, on the replicas of `strategy`.
+
+    Args:
+      partial: the folder where batches are kept, so that an interrupted extraction goes on.
+
+    Raises:
+      InputError: the batch size is not divisible by the replicas.
+    """
+
+    def __init__(self, network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int, partial: str):
+        self.network = network
+        self.batch_size = batch_size
+        self.partial = partial
+        self._apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
+
+    def describe(self, images: Images) -> dict[str, Any]:
+        """What the features of `images` depend on."""
+        network = {"features": self.network.name, "sha256": self.network.sha256, "resize": self.network.resize}
+        return {**images.description, **network}
+
+    def parts(self, images: Images) -> Parts:
+        """The extraction from `images` as it lies on disk."""
+        return Parts(self.partial, self.describe(images), num_examples=images.count, batch_size=self.batch_size)
+
+    def __call__(self, images: Images, label: str) -> Arrays:
+        """`features` [N, D], of a classifier `logits` [N, classes], and `pixels` [N, D] where distances are theirs.
+
+        Raises:
+          InputError: a feature is not finite.
+        """
+
+        def compute(first: int, count: int) -> Arrays:
+            pixels = tf.cast(images.pixels(first, count), tf.float32)
+            arrays = {name: value.numpy() for name, value in self._apply(first, pixels).items()}
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise InputError(f"{self.network.name} features of {label} {first}.. hold NaN or infinity: no score")
+            return arrays
+
+        parts = list(self.parts(images).compute(compute, f"{self.network.name} features, {label}"))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def reference_path(workdir: Workdir, network: FeatureNetwork, images: Images) -> str:
+    """Where the features of real images are kept, unless one says otherwise."""
+    label = images.description.get("split") or images.description["file_sha256"][:8]
+    return os.path.join(workdir.path, f"reference_{network.name}_{label}.npz")
+
+
+def reference_features(extractor: FeatureExtractor, images: Images, path: str) -> Arrays:
+    """The features of real images, from the file at `path` where it holds just these, else computed and kept there.
+
+    Raises:
+      InputError: the file was made of other images, or by another network; the difference is named.
+    """
+    description = extractor.describe(images)
+    if tf.io.gfile.exists(path):
+        arrays = read_npz(path)
+        try:
+            there = dict(json.loads(str(arrays.pop("description", "{}"))))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DamagedFileError(f"{path} is no reference, or is damaged: remove it") from error
+        differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{path} holds a reference with {name} {there.get(name)}, not {description.get(name)}: remove it, or"
+                " name another by `reference_cache`"
+            )
+        return arrays
+    arrays = extractor(images, "real images")
+    write_npz(path, **arrays, description=np.array(json.dumps(description)))
+    extractor.parts(images).remove()
+    return arrays
+
+
+def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int) -> None:
+    """Makes sure, before the work, that these numbers of images and this network can give the metrics.
+
+    Raises:
+      InputError: they cannot.
+    """
+    classifier_metrics()  # InputError where TF-GAN is missing
+    if "inception_score" in names and "inception_score" not in _NAMES[network]:
+        raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
+    # TF-GAN's blocks are of equal number in both sets, and each needs two images of either.
+    blocks = -(-max(num_samples, num_real) // _KERNEL_BLOCK)
+    least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
+    for name in names:
+        for count, images in ((num_samples, "samples"), (num_real, "real images")):
+            if count < least[name] and (name, images) != ("inception_score", "real images"):
+                raise ConfigError("metrics", f"={name} needs at least {least[name]} {images}, and there are {count}")
+
+
+def score_names(metric: str, network: str) -> tuple[str, ...]:
+    """What the scores of one of METRICS are called."""
+    if metric == "precision_recall":
+        space = "" if network == "inception" else "_pixels"
+        return f"precision{space}", f"recall{space}"
+    name = _NAMES[network][metric]
+    suffixes = {"fid": ("",), "kid": ("", "_standard_error"), "inception_score": ("", *_SPLIT_SUFFIXES)}
+    return tuple(f"{name}{suffix}" for suffix in suffixes[metric])
+
+
+def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
+    """The metrics `names` of generated against real features, by `score_names`."""
+    compute: dict[str, Callable[[], tuple[float, ...]]] = {
+        "fid": lambda: (metrics.frechet_distance(real["features"], generated["features"]),),
+        # In random order, as the blocks must be.
+        "kid": lambda: metrics.kernel_distance(_shuffled(real["features"]), _shuffled(generated["features"])),
+        "inception_score": lambda: (
+            metrics.classifier_score(generated["logits"]),
+            *metrics.classifier_score_splits(generated["logits"], _SPLITS),
+        ),
+        "precision_recall": lambda: metrics.precision_recall(
+            *(arrays.get("pixels", arrays["features"]) for arrays in (real, generated)), k=_NEIGHBORS
+        ),
+    }
+    scores: dict[str, float] = {}
+    for name in names:
+        scores.update(zip(score_names(name, network), compute[name](), strict=True))
+    return scores
+
+
+def _shuffled(features: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(features)
+
+
+def record_evaluation(
+    workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
+) -> None:
+    """Adds a line to `evaluations.jsonl`, scalars to TensorBoard, and keeps the best checkpoint by the score `best_by`.
+
+    `checkpoints/best/` holds the checkpoint that scored best of all that were measured in the same way. One that was
+    chosen by another measurement is left alone: to begin a new contest, remove it.
+    """
+    line = {**result, **scores}
+    writer = tf.summary.create_file_writer(os.path.join(workdir.tensorboard, "evaluation"))
+    with writer.as_default(step=result["step"]):
+        for name, score in scores.items():
+            tf.summary.scalar(f"evaluation/{name}", score)
+    writer.close()
+    workdir.append_evaluation(line)
+
+    folder = os.path.join(workdir.checkpoints, "best")
+    record = os.path.join(folder, "evaluation.json")
+    best = workdir.complete(read_json(record)) if tf.io.gfile.exists(record) else None
+    if best and not (is_alike(best, result) and best["best_by"] == best_by):
+        print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
+        return
+    sign = -1.0 if best_by.startswith(_HIGHER_IS_BETTER) else 1.0
+    if best is None or sign * scores[best_by] < sign * best[best_by]:
+        checkpoints.copy_into(folder, checkpoint)
+        write_json(record, {**line, "best_by": best_by})
+
+
+def is_alike(line: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether a line of `evaluations.jsonl` was measured as `result` is, whatever the checkpoint."""
+    return all(line.get(name) == value for name, value in result.items() if name not in ("step", "checkpoint_sha256"))

@@ -1,0 +1,160 @@
+"""What diffusers' configurations say of a network and a diffusion, and whether that is what a preset says."""
+
+import json
+from typing import Any
+
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.presets import Preset
+from diffusion_tf.storage.files import read_json
+from diffusion_tf.unet import NUM_GROUPS
+
+PIPELINE = {
+    "_class_name": "DDPMPipeline",
+    "_diffusers_version": "0.35.0",
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}
+# What diffusers takes where a configuration is silent, of what it says below.
+_UNET_DEFAULTS = {
+    "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "act_fn": "silu",
+    "norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default", "class_embed_type": None,
+    "num_class_embeds": None, "num_train_timesteps": None, "add_attention": True,
+}  # fmt: skip
+_SCHEDULER_DEFAULTS = {
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None,
+    "prediction_type": "epsilon", "variance_type": "fixed_small", "rescale_betas_zero_snr": False,
+}  # fmt: skip
+_FLAGS = {
+    "sample_size": "`image_size`", "in_channels": "`channels`", "out_channels": "`channels`",
+    "block_out_channels": "`ch` and `ch_mult`", "layers_per_block": "`num_res_blocks`",
+    "down_block_types": "`attn_resolutions`", "up_block_types": "`attn_resolutions`",
+    "num_train_timesteps": "`num_timesteps`", "beta_schedule": "`beta_schedule`", "beta_start": "`beta_start`",
+    "beta_end": "`beta_end`", "prediction_type": "`model_mean_type`", "variance_type": "`model_var_type`",
+}  # fmt: skip
+_PREDICTION_TYPES = {"eps": "epsilon", "xstart": "sample"}
+_VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
+
+
+def unet_config(preset: Preset) -> dict[str, Any]:
+    """The `unet/config.json` of the preset's network, every field given."""
+    attention = [preset.image_size // 2**level in preset.attn_resolutions for level in range(len(preset.ch_mult))]
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": PIPELINE["_diffusers_version"],
+        **_UNET_DEFAULTS,
+        "sample_size": preset.image_size,
+        "in_channels": preset.channels,
+        "out_channels": preset.channels,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+        "block_out_channels": [preset.ch * mult for mult in preset.ch_mult],
+        "layers_per_block": preset.num_res_blocks,
+        "downsample_padding": 0,
+        "norm_num_groups": NUM_GROUPS,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,  # one head; left out, it would mean heads of 8 channels
+        "dropout": preset.dropout,
+    }
+
+
+def scheduler_config(preset: Preset) -> dict[str, Any]:
+    """The `scheduler/scheduler_config.json` of the preset's diffusion.
+
+    Raises:
+      InputError: diffusers has no words for it.
+    """
+    words = {"model_mean_type": _PREDICTION_TYPES, "model_var_type": _VARIANCE_TYPES, "beta_schedule": {"linear": ""}}
+    for name, known in words.items():
+        if getattr(preset, name) not in known:
+            raise InputError(f"diffusers has no words for --{name}={getattr(preset, name)}, only {', '.join(known)}")
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": PIPELINE["_diffusers_version"],
+        **_SCHEDULER_DEFAULTS,
+        "num_train_timesteps": preset.num_timesteps,
+        "beta_start": preset.beta_start,
+        "beta_end": preset.beta_end,
+        "prediction_type": _PREDICTION_TYPES[preset.model_mean_type],
+        "variance_type": _VARIANCE_TYPES[preset.model_var_type],
+        "clip_sample": True,
+    }
+
+
+def check_unet(path: str, preset: Preset, attention_head_dim: str | None) -> None:
+    """Whether the network's configuration at `path` is that of the preset.
+
+    Args:
+      path: the file.
+      preset: the preset.
+      attention_head_dim: stands in where the file has none, in its syntax: `null` or a number.
+
+    Raises:
+      InputError: it is of another network; the field is named.
+    """
+    config = _read(path)
+    config.pop("dropout", None)  # the preset's own: weights do not depend on it
+    wanted = unet_config(preset)
+    wanted = {name: wanted[name] for name in _UNET_DEFAULTS}
+    _check_attention(path, config, preset, attention_head_dim)
+    for name, value in config.items():
+        if name not in wanted and name != "attention_head_dim" and not name.startswith("_") and value:
+            raise InputError(f"{path} has {name}={json.dumps(value)}, which this program does not know")
+    _compare(path, {**_UNET_DEFAULTS, **config}, wanted)
+
+
+def check_scheduler(path: str, preset: Preset) -> None:
+    """Whether the diffusion of the scheduler's configuration at `path` is that of the preset.
+
+    Raises:
+      InputError: it is of another diffusion; the field is named.
+    """
+    config = _read(path)
+    wanted = {name: value for name, value in scheduler_config(preset).items() if name in _SCHEDULER_DEFAULTS}
+    if config.get("_class_name") != "DDPMScheduler":
+        del wanted["variance_type"]  # other schedulers have none
+    _compare(path, {**_SCHEDULER_DEFAULTS, **config}, wanted)
+
+
+def _read(path: str) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no configuration: it holds no JSON object")
+    return config
+
+
+def _compare(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found[name] != value:
+            flag = f" ({_FLAGS[name]})" if name in _FLAGS else ""
+            raise InputError(
+                f"{path} has {name}={json.dumps(found[name])}, and the preset's network or diffusion has"
+                f" {json.dumps(value)}{flag}"
+            )
+
+
+def _check_attention(path: str, config: dict[str, Any], preset: Preset, stand_in: str | None) -> None:
+    """Our attention has one head: as many channels as there are, or null."""
+    if "attention_head_dim" in config:
+        head_dim = json.dumps(config["attention_head_dim"])
+        if stand_in not in (None, head_dim):
+            raise ConfigError("attention_head_dim", f"={stand_in}: {path} itself says {head_dim}")
+    elif stand_in is None:
+        raise InputError(
+            f"{path} has no attention_head_dim, which means heads of 8 channels to diffusers, and this network has one"
+            " head: if it was trained so, say `attention_head_dim=null`"
+        )
+    else:
+        head_dim = stand_in
+    levels = [i for i in range(len(preset.ch_mult)) if preset.image_size // 2**i in preset.attn_resolutions]
+    channels = {str(preset.ch * preset.ch_mult[level]) for level in (*levels, -1)}
+    if head_dim != "null" and channels != {head_dim}:
+        raise InputError(f"{path}: attention_head_dim={head_dim} makes several heads, and this network has one")

@@ -1,0 +1,1 @@
+"""The operations that the network and its training are made of."""

@@ -1,0 +1,1 @@
+"""Training (Algorithm 1): the step, the optimizer, the loop around them and what it reports."""

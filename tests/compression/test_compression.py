@@ -1,0 +1,309 @@
+"""Compression: the channel sends samples of q, the bits are those of theory, and damaged files are refused."""
+
+import math
+import statistics
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+from support import gaussian_data, golden
+
+from diffusion_tf.compression import bitstream, channel
+from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepLaw
+from diffusion_tf.compression.channel import SharedRandomness
+from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.image_files import Measured, Targets
+from diffusion_tf.compression.table import Table, cheapest_path, make_table
+from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
+
+# --- The channel -------------------------------------------------------------------------------------------
+
+
+def philox4x64(counter, key):
+    """One block of Philox4x64-10 as its paper has it (Salmon et al. 2011): four words of 64 bits."""
+    counter, key = list(counter), list(key)
+    for _ in range(10):
+        low, high = 0xD2E7470EE14C6C93 * counter[0], 0xCA5A826395121157 * counter[2]
+        counter = [(high >> 64) ^ counter[1] ^ key[0], high % 2**64, (low >> 64) ^ counter[3] ^ key[1], low % 2**64]
+        key = [(key[0] + 0x9E3779B97F4A7C15) % 2**64, (key[1] + 0xBB67AE8584CAA73B) % 2**64]
+    return counter
+
+
+def test_shared_normals_are_philox_words_through_a_table():
+    row = SharedRandomness(7).row(step=3, chunk=2, part=1, row=10, width=20)
+    # Two blocks of 64 bits x 4, from the row's own on; NumPy's counter is incremented before use.
+    words = [word for block in (10, 11) for word in philox4x64([block + 1, 1, 0, 0], [7, (3 << 32) | 2])]
+    pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:20]
+    expected = [statistics.NormalDist().inv_cdf((piece + 0.5) / 2**16) for piece in pieces]
+    np.testing.assert_allclose(row, expected, rtol=3e-4)  # the table is scaled to variance 1
+    golden = [-0.3524105, -0.5813332, -0.07801037, 0.9452656, -0.1056665, -0.2341568]
+    np.testing.assert_allclose(row[:6], golden, rtol=1e-6)
+
+
+def test_shared_normals_are_standard_and_do_not_depend_on_what_is_drawn_with_them():
+    shared = SharedRandomness(1)
+    blocks = shared.blocks(0, 0, 0, 0, 4000)
+    assert abs(blocks.mean()) < 4 / math.sqrt(blocks.size) and abs(blocks.var() - 1) < 4 * math.sqrt(2 / blocks.size)
+    np.testing.assert_array_equal(shared.blocks(0, 0, 0, 123, 7), blocks[123:130])
+    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), blocks[5:8].reshape(-1)[:40])
+    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), blocks[0])
+    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), blocks[0])
+
+
+def test_projections_are_products_with_rows():
+    shared = SharedRandomness(3)
+    for width in (5, 16, 50):  # of one block, and of several, in stretches
+        mu = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+        projections = channel._project(shared, 1, 2, 0, mu, 1 << 17)
+        for row in (0, 1, 4095, 65535, 65536, (1 << 17) - 1):
+            np.testing.assert_allclose(projections[row], shared.row(1, 2, 0, row, width) @ mu, atol=1e-4)
+
+
+def test_the_rotation_is_orthogonal_and_spreads_what_is_concentrated():
+    shared, x = SharedRandomness(4), np.zeros(100)
+    x[17] = 3.0
+    rotated = shared.rotate(5, x)
+    assert np.linalg.norm(rotated) == pytest.approx(3.0) and np.abs(rotated).max() < 0.43
+    np.testing.assert_allclose(shared.rotate_back(5, rotated), x, atol=1e-12)
+
+
+def test_a_candidate_has_one_place():
+    rng = np.random.default_rng(0)
+    for num_rows in (1 << 16, 1 << 20):
+        last = num_rows**3 - 1
+        for index in (0, 1, 65535, 65536, 1 << 32, last, *rng.integers(last, size=100)):
+            rows = channel._rows(int(index), num_rows)
+            assert channel._index(*map(np.int64, rows), num_rows) == index
+
+
+def test_the_search_finds_the_best_of_all_candidates(monkeypatch):
+    for name, value in {"_PIECE": 64, "_FIRST_SCANNED": 2, "_ARRIVALS": 64, "_MAX_PAIRS": 200}.items():
+        monkeypatch.setattr(channel, name, value)
+    rows, index = 64, np.arange(64**3)
+    places = np.array([channel._rows(int(i), rows) for i in index]).T
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        parts = (rng.standard_normal((3, rows)) * rng.uniform(0.5, 3.0, (3, 1))).astype(np.float32)
+        monkeypatch.setattr(channel, "_project", lambda shared, step, chunk, part, *_: parts[part])  # noqa: B023
+        times = index.astype(float)
+        times[:64] = np.cumsum(np.random.default_rng(seed).standard_exponential(64))
+        expected = parts[0][places[0]] + parts[1][places[1]] + parts[2][places[2]] - np.log(times)
+        found = channel.select(None, 0, 0, np.zeros(6), rows, np.random.default_rng(seed))
+        assert expected[found] == pytest.approx(expected.max(), abs=1e-5)
+
+
+def test_pairs_above_a_threshold():
+    rng = np.random.default_rng(0)
+    u, v = rng.standard_normal((2, 300))
+    i, j = channel._pairs_above(u, v, 3.0)
+    expected = np.argwhere(u[:, None] + v > 3.0)
+    assert {*zip(i, j, strict=True)} == {tuple(pair) for pair in expected} and len(i) == len(expected)
+    i, j = channel._pairs_above(*rng.standard_normal((2, 1 << 14)), -10.0)  # all of 2^28, which is too many
+    assert 1 << 18 < len(i) <= 1 << 22
+
+
+def test_rows_are_enough_for_the_chunks():
+    """Rows by their weights are as q has them: with 2^16 for 20 bits, their variance in place of 1 would be 0.82."""
+    bits, width = 20, 8
+    rng = np.random.default_rng(0)
+    variances = []
+    for stream in range(60):
+        mu = rng.standard_normal(width).astype(np.float32)
+        mu *= math.sqrt(2.0 * math.log(2.0) * bits / 3.0) / np.linalg.norm(mu)  # a third of the chunk's
+        projections = channel._project(SharedRandomness(stream), 0, 0, 0, mu, channel.rows_for(bits)).astype(float)
+        weights = np.exp(projections - projections.max())
+        mean = np.average(projections, weights=weights)
+        variances.append(np.average((projections - mean) ** 2, weights=weights) / np.sum(mu.astype(float) ** 2))
+    assert np.mean(variances) > 0.88
+
+
+def test_samples_are_of_q_and_cost_what_theory_says():
+    bits, num_dims, count, rows = 12.0, 48, 150, channel.rows_for(12)
+    length = math.sqrt(2.0 * math.log(2.0) * bits)
+    rng = np.random.default_rng(0)
+    along, across, indices = [], [], []
+    for stream in range(count):
+        mu, other = rng.standard_normal((2, num_dims))
+        mu *= length / np.linalg.norm(mu)
+        other -= mu * (other @ mu) / length**2
+        index = channel.select(SharedRandomness(stream), 2, 0, mu, rows, rng)
+        z = channel.draw(SharedRandomness(stream), 2, 0, num_dims, index, rows)
+        along.append(z @ mu / length - length)
+        across.append(z @ other / np.linalg.norm(other))
+        indices.append(index)
+    for projection in (along, across):  # N(0, 1): with too few candidates the first one's mean and variance are short
+        assert abs(np.mean(projection)) < 3.5 / math.sqrt(count)
+        assert abs(np.var(projection) - 1.0) < 3.5 * math.sqrt(2.0 / count)
+    lengths = np.log2(np.array(indices) + 1.0)
+    law = np.log2(channel.sample_indices(np.full(20000, bits), rng) + 1.0)
+    assert abs(lengths.mean() - law.mean()) < 3.5 * law.std() / math.sqrt(count)
+
+
+# --- The bytes ---------------------------------------------------------------------------------------------
+
+LAWS = [StepLaw([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
+STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
+
+
+def a_file(body=b""):
+    body = body or bitstream.encode_steps(LAWS, STEPS)
+    header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), zlib.crc32(body))
+    return header, bitstream.pack(header, body)
+
+
+def test_the_bytes_of_this_version():
+    assert bitstream.encode_steps(LAWS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba5275"
+
+
+@hypothesis.given(
+    st.lists(st.lists(st.integers(0, 2**60 - 1) | st.integers(0, 5000), max_size=5), min_size=6, max_size=6)
+)
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_every_prefix_says_its_whole_steps(steps):
+    data = bitstream.encode_steps(LAWS, steps)
+    bits = bitstream.prefix_bits(LAWS, data, len(steps))
+    assert len(data) == -(-bits[-1] // 8)
+    for size in range(8 * len(data) + 1):
+        said = bitstream.decode_steps(LAWS, data, size)
+        assert said == steps[: len(said)] and bits[len(said)] <= size
+        assert len(said) == len(steps) or bits[len(said) + 1] > size
+        assert size % 8 or said == bitstream.decode_steps(LAWS, data[: size // 8])
+
+
+@hypothesis.given(st.binary(max_size=200))
+@hypothesis.settings(deadline=None)
+def test_random_bytes_are_read_to_their_end_or_refused(data):
+    steps = bitstream.decode_steps(LAWS, data)
+    assert all(0 <= index < 2**61 for step in steps for index in step)
+    assert bitstream.decode_residual([1] * 256, data, (8, 8, 1)).shape == (8, 8, 1)
+    with pytest.raises(InputError, match="x is no compressed image|x is cut off|x is damaged"):
+        bitstream.unpack(data, "x")
+
+
+def test_a_file_cut_anywhere_is_shorter_or_refused():
+    header, data = a_file()
+    assert bitstream.unpack(data, "x") == (header, data[HEADER_BYTES:])
+    for size in range(len(data)):
+        if size < HEADER_BYTES:
+            with pytest.raises(InputError, match="is cut off inside its header" if size else "no compressed image"):
+                bitstream.unpack(data[:size], "x")
+        else:
+            assert bitstream.unpack(data[:size], "x") == (header, data[HEADER_BYTES:size])
+    with pytest.raises(InputError, match="x is damaged"):
+        bitstream.unpack(data + b"\0", "x")
+
+
+def test_every_flipped_bit_is_refused():
+    _, data = a_file()
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InputError, match="x is no compressed image|x is damaged"):
+            bitstream.unpack(bytes(flipped), "x")
+
+
+def test_a_later_version_is_named(monkeypatch):
+    monkeypatch.setattr(bitstream, "VERSION", 2)
+    _, data = a_file()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="x is of version 2, and this program reads 1"):
+        bitstream.unpack(data, "x")
+
+
+def test_a_residual_comes_back():
+    residual = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    law = [1 + 256 // (1 + i) for i in range(256)]
+    data = bitstream.encode_residual(law, residual)
+    np.testing.assert_array_equal(bitstream.decode_residual(law, data, residual.shape), residual)
+
+
+# --- The codec ---------------------------------------------------------------------------------------------
+
+
+def test_cheapest_path():
+    costs = {(0, 1): 10, (0, 2): 50, (0, 3): 90, (1, 2): 10, (1, 3): 30, (2, 3): 15}
+    costs_into = lambda j: (np.full(j, 0.9 * 10 * j), np.array([costs[i, j] for i in range(j)], float))
+    assert cheapest_path(4, costs_into, max_overhead=9.0) == [0, 1, 2, 3]
+    few = lambda j: (np.array([0.1, 30.0, 60.0, 90.0][:j])[::-1] * (j > 1) + 2.0, costs_into(j)[1])
+    assert cheapest_path(4, few, max_overhead=0.6) == [0, 3]
+
+
+STD = 0.2
+
+
+@pytest.fixture(scope="module")
+def gaussian_codec():
+    """A codec of the best possible network for pixels that are N(MEAN, STD^2), its table, and such images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussian_data, "STD", STD)
+        preset = get_preset("digits", num_timesteps=60, beta_start=0.01, beta_end=0.2, model_var_type="fixedlarge")
+        diffusion = GaussianDiffusion.from_preset(preset)
+        denoise_fn = gaussian_data.denoise_fn(diffusion)
+        strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+        trained = golden.KnownModel(preset, strategy, diffusion, denoise_fn)
+        pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
+        images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+        table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
+        codec = Codec(trained, table)
+        encoded = codec.encode(images[32:], range(8))
+        yield diffusion, codec, table, images[32:], encoded
+
+
+def test_rate_and_distortion_are_those_of_theory(gaussian_codec):
+    diffusion, _, table, images, encoded = gaussian_codec
+    abar = diffusion.schedule.alphas_cumprod[list(table.timesteps)]
+    # What is left of the pixels' variance when x_t is known.
+    expected = STD**2 * (1 - abar) / (abar * STD**2 + 1 - abar)
+    mse = np.square(encoded.pred_xstart - images_to_x(images)).mean(axis=(1, 2, 3, 4))
+    assert np.abs(mse / expected - 1).max() < 4 * math.sqrt(2.0 / images.size)
+    snr = abar / (1 - abar)
+    expected_bits = 64 * np.cumsum(np.diff(snr) * expected[:-1]) / (2.0 * math.log(2.0))
+    kl_bits = np.cumsum(encoded.kl_bits.mean(axis=0))
+    assert np.abs(kl_bits / expected_bits - 1).max() < 0.1
+    laws = table.step_laws()
+    bits = np.mean([8 * len(bitstream.encode_steps(laws, steps)) for steps in encoded.steps])
+    assert kl_bits[-1] < bits < 1.5 * kl_bits[-1]
+
+
+def test_decoding_is_what_the_encoder_saw(gaussian_codec, tmp_path):
+    _, codec, table, _, encoded = gaussian_codec
+    (tmp_path / "t.json").write_bytes(table.to_json())
+    assert Table.read(str(tmp_path / "t.json")) == table
+    laws = table.step_laws()
+    lengths = [len(laws), 0, 1, 2, 3, 2, 1, len(laws)]
+    prefixes = []
+    for steps, length in zip(encoded.steps, lengths, strict=True):
+        data = bitstream.encode_steps(laws, steps)
+        said = bitstream.decode_steps(laws, data, bitstream.prefix_bits(laws, data, length)[-1])
+        assert len(said) >= length  # a step without chunks may come for nothing
+        prefixes.append(said[:length])
+    decoded = codec.decode(prefixes, range(8))
+    np.testing.assert_allclose(decoded, encoded.pred_xstart[lengths, range(8)], atol=1e-5)
+    (tmp_path / "t.json").write_bytes(b'{"chunk_bits": 3}')
+    with pytest.raises(InputError, match="t.json is no table of this version"):
+        Table.read(str(tmp_path / "t.json"))
+
+
+def test_targets():
+    bits, mse = np.array([0, 20, 41, 200]), np.array([100.0, 64.0, 36.0, 1.0]) ** 2
+    measured = Measured(bits, bits / 1.3, mse)
+    header = 8 * HEADER_BYTES
+    for targets, steps in (
+        (Targets(), 3),
+        (Targets(rmse=64.0), 1),
+        (Targets(rmse=40.0), 2),
+        (Targets(rmse=0.5), 3),
+        (Targets(bits_per_dim=(header + 24) / 64), 1),
+        (Targets(bits_per_dim=(header + 47) / 64), 1),  # 41 bits are 6 bytes
+        (Targets(bits_per_dim=(header + 48) / 64), 2),
+        (Targets(rmse=40.0, bits_per_dim=header / 64), 0),
+    ):
+        assert targets.steps(measured, 64) == steps, targets
+    Targets(bits_per_dim=4.875).check(64)
+    with pytest.raises(InputError, match="--target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
+        Targets(bits_per_dim=4.8).check(64)

@@ -1,0 +1,220 @@
+"""Images from every kind of source, their order, and damaged files."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from diffusion_tf.data import open_source
+from diffusion_tf.data import source as sources
+from diffusion_tf.data.digits import load_digit_labels, load_digits
+from diffusion_tf.data.source import ImageReader, training_batches
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
+
+DIGITS = get_preset("digits")
+SMALL_IMAGES = get_preset("lsun_church", image_size=16, ch_mult=(1, 2), attn_resolutions=(8,))
+TINY_TFRECORD = pathlib.Path(__file__).parent.parent / "fixtures" / "stylegan2_4x4.tfrecords"
+
+
+def write_tfrecord(path, images):
+    """As StyleGAN's dataset_tool does: uint8 CHW."""
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for image in images.transpose(0, 3, 1, 2):
+            feature = {
+                "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=image.shape)),
+                "data": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image.tobytes()])),
+            }
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+
+
+@pytest.fixture
+def images():
+    return np.random.RandomState(0).randint(0, 256, (10, 16, 16, 3)).astype(np.uint8)
+
+
+def batches(source, count, *, start_step=0, batch_size=4, per_replica=None, seed=0, **kwargs):
+    dataset = training_batches(
+        source, batch_size=batch_size, per_replica=per_replica or batch_size, seed=seed, start_step=start_step, **kwargs
+    )
+    return np.stack(list(dataset.take(count).as_numpy_iterator()))
+
+
+def rows(images):
+    return sorted(image.tobytes() for image in images.reshape(-1, *images.shape[-3:]))
+
+
+def test_digits_are_scikit_learns():
+    digits = load_digits()
+    assert digits.shape == (1797, 8, 8, 1) and digits.dtype == np.uint8
+    assert digits.max() == 255 and len(np.unique(digits)) == 17
+    train, test = load_digits("train"), load_digits("test")
+    assert (len(train), len(test)) == (1618, 179)
+    assert rows(np.concatenate([train, test])) == rows(digits)
+
+
+def test_measurements_read_a_split_in_its_order(tmp_path, images):
+    source = open_source(DIGITS, "test")
+    assert source.num_examples == 179
+    read = ImageReader(source)
+    for first, count in ((170, 9), (0, 100), (100, 50)):
+        np.testing.assert_array_equal(read(first, count), load_digits("test")[first : first + count])
+    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, and promised more"):
+        read(150, 30)
+    write_tfrecord(tmp_path / "a.tfrecords", images[:6])
+    write_tfrecord(tmp_path / "b.tfrecords", images[6:])
+    source = open_source(SMALL_IMAGES, "test", tfrecord=str(tmp_path / "*.tfrecords"))
+    np.testing.assert_array_equal(ImageReader(source)(4, 5), images[4:9])
+
+
+def test_labels_belong_to_the_digits():
+    digits, labels = load_digits("test"), load_digit_labels("test")
+    means = np.stack([load_digits("train")[load_digit_labels("train") == label].mean(axis=0) for label in range(10)])
+    nearest = np.argmin(((digits[:, None] - means) ** 2).sum(axis=(2, 3, 4)), axis=1)
+    assert (nearest == labels).mean() > 0.85
+
+
+def test_an_epoch_holds_each_image_once():
+    source = open_source(DIGITS)
+    assert source.num_examples == 1618
+    two_epochs = batches(source, 2 * 2, batch_size=809)
+    assert rows(two_epochs[:2]) == rows(two_epochs[2:]) == rows(load_digits("train"))
+    assert not np.array_equal(two_epochs[:2], two_epochs[2:])
+
+
+def test_order_follows_seed_and_step(tmp_path, images):
+    write_tfrecord(tmp_path / "a.tfrecords", images)
+    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"))
+    whole = batches(source, 12)  # several epochs; batches straddle their ends
+    np.testing.assert_array_equal(batches(source, 12), whole)
+    for start_step in (1, 2, 5, 11):
+        np.testing.assert_array_equal(batches(source, 12 - start_step, start_step=start_step), whole[start_step:])
+    assert not np.array_equal(batches(source, 12, seed=1), whole)
+
+
+def test_replicas_and_workers_share_the_global_batch():
+    source = open_source(DIGITS)
+    whole = batches(source, 5, batch_size=16)
+    by_replica = batches(source, 20, batch_size=16, per_replica=4)
+    np.testing.assert_array_equal(by_replica.reshape(whole.shape), whole)
+    workers = [batches(source, 5, batch_size=16, per_replica=8, worker=w, workers=2) for w in range(2)]
+    np.testing.assert_array_equal(np.concatenate(workers, axis=1), whole)
+
+
+def test_tfrecord_shards_are_read_exactly(tmp_path, images):
+    write_tfrecord(tmp_path / "s-00.tfrecords", images[:3])
+    write_tfrecord(tmp_path / "s-01.tfrecords", images[3:])
+    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "s-*.tfrecords"))
+    assert source.num_examples == 10
+    assert rows(batches(source, 5, batch_size=2)) == rows(images)
+
+
+def test_a_file_of_stylegan2s_own_tool():
+    preset = get_preset("lsun_church", image_size=4, ch_mult=(1,), attn_resolutions=(4,))
+    source = open_source(preset, tfrecord=str(TINY_TFRECORD))
+    assert source.num_examples == 24
+    means = batches(source, 6).mean(axis=(0, 1, 2, 3))
+    record = next(tf.data.TFRecordDataset(str(TINY_TFRECORD)).as_numpy_iterator())
+    example = tf.train.Example.FromString(record)
+    chw = np.frombuffer(example.features.feature["data"].bytes_list.value[0], np.uint8).reshape(3, 4, 4)
+    assert chw.transpose(1, 2, 0).tobytes() in rows(batches(source, 6))
+    assert (means > 10).all()
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """A prepared TFDS cifar10 of ten images, and the images."""
+    folder = tmp_path_factory.mktemp("tfds")
+    pixels = np.random.RandomState(1).randint(0, 256, (10, 32, 32, 3)).astype(np.uint8)
+    examples = lambda: ((f"{i}", {"id": f"{i}", "image": image, "label": i}) for i, image in enumerate(pixels))
+    builder = tfds.builder("cifar10", data_dir=folder)
+    builder._split_generators = lambda *_, **__: {split: examples() for split in ("train", "test")}
+    builder.download_and_prepare()
+    return str(folder), pixels
+
+
+def test_tfds(tfds_folder):
+    folder, pixels = tfds_folder
+    source = open_source(get_preset("cifar10"), data_dir=folder)
+    assert source.num_examples == 10
+    whole = batches(source, 10)
+    assert rows(whole[:5]) == sorted(rows(pixels) * 2)
+    test = open_source(get_preset("cifar10"), "test", data_dir=folder)
+    in_order = ImageReader(test)(0, 10)
+    assert rows(in_order) == rows(pixels)
+    np.testing.assert_array_equal(ImageReader(test)(3, 4), in_order[3:7])
+    np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
+
+
+def test_tfds_of_another_size(tfds_folder):
+    with pytest.raises(InputError, match=r"images are \(32, 32, 3\), the preset wants \(64, 64, 3\)"):
+        open_source(get_preset("cifar10", image_size=64), data_dir=tfds_folder[0])
+
+
+def test_missing_data_names_the_flag(tmp_path):
+    with pytest.raises(InputError, match="--data_dir=.*nowhere holds no prepared cifar10: make it with `tfds build"):
+        open_source(get_preset("cifar10"), data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="--tfrecord=.*nothing.* matches no file"):
+        open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "nothing*"))
+    with pytest.raises(InputError, match="--dataset=lsun_church is read from StyleGAN TFRecords"):
+        open_source(SMALL_IMAGES)
+
+
+def test_wrong_tfrecords_name_the_file(tmp_path, images):
+    good = tmp_path / "good.tfrecords"
+    write_tfrecord(good, images)
+    wrong_size = dataclasses.replace(SMALL_IMAGES, image_size=32)
+    with pytest.raises(InputError, match=r"good.tfrecords: images are \(16, 16, 3\), the preset wants \(32, 32, 3\)"):
+        open_source(wrong_size, tfrecord=str(good))
+
+    cut = tmp_path / "cut.tfrecords"
+    cut.write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut.tfrecords is truncated: record 9 has 723 of the 823 bytes"):
+        open_source(SMALL_IMAGES, tfrecord=str(cut))
+    cut.write_bytes(good.read_bytes()[:100])
+    with pytest.raises(InputError, match="cut.tfrecords is not a StyleGAN TFRecord"):
+        open_source(SMALL_IMAGES, tfrecord=str(cut))
+    cut.write_bytes(b"")
+    with pytest.raises(InputError, match="cut.tfrecords holds no records"):
+        open_source(SMALL_IMAGES, tfrecord=str(cut))
+
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(tf.io.encode_png(images[0]).numpy())
+    with pytest.raises(InputError, match="picture.png is not a StyleGAN TFRecord"):
+        open_source(SMALL_IMAGES, tfrecord=str(picture))
+    with pytest.raises(InputError, match="is a folder: name the .tfrecords files"):
+        open_source(SMALL_IMAGES, tfrecord=str(tmp_path))
+
+
+def test_bad_records_are_named_and_replaced(tmp_path, images):
+    sound, bad = tmp_path / "sound.tfrecords", tmp_path / "bad.tfrecords"
+    write_tfrecord(sound, images)
+    content = bytearray(sound.read_bytes())
+    record = len(content) // 10
+    for index in (3, 4):
+        content[index * record + 100] ^= 1
+    content[7 * record] ^= 1  # its length
+    bad.write_bytes(content[: 9 * record + 5])  # and the last one is cut off
+
+    with pytest.raises(InputError, match="--skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
+        open_source(SMALL_IMAGES, tfrecord=str(bad), skip_bad_records=3)
+    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=4)
+    assert source.bad_records == 4 and source.num_examples == 20
+    replaced = images[[0, 1, 2, 2, 2, 5, 6, 6, 8, 8]]
+    np.testing.assert_array_equal(ImageReader(source)(0, 20), np.concatenate([replaced, images]))
+    whole = batches(source, 10)
+    assert rows(whole[:5]) == rows(np.concatenate([replaced, images]))
+    np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
+
+    bad.write_bytes(content[: 9 * record])
+    source = open_source(SMALL_IMAGES, tfrecord=str(bad))
+    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: mend the file, or"):
+        ImageReader(source)(0, 9)
+
+
+def test_records_are_shuffled_within_bounded_memory():
+    assert sources.shuffle_buffer(50_000, (32, 32, 3)) == 50_000
+    assert sources.shuffle_buffer(3_000_000, (256, 256, 3)) * 256 * 256 * 3 <= 2**30

@@ -1,0 +1,292 @@
+"""A table of faults: each ends a program with its line and its exit code, and leaves every earlier file as it was."""
+
+import hashlib
+import io
+import pathlib
+import pickle
+import re
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from support.forked_programs import ROOT, run_fork
+
+from diffusion_tf.data.digits import load_digits
+from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.training.state import TrainState
+
+pytestmark = pytest.mark.slow  # most of a minute: programs are started and end
+
+PRESET = get_preset("digits", ch_mult=(1,), num_timesteps=4, batch_size=8, num_steps=8)
+RECORDS = (ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
+RECORD = len(RECORDS) // 24
+
+
+# --- what is broken, and how --------------------------------------------------------------------------------
+
+
+def text(name, content):
+    return lambda run: (run / name).write_text(content)
+
+
+def data(name, content):
+    return lambda run: (run / name).write_bytes(content)
+
+
+def change(name, edit):
+    """`edit` of a file's bytes, given and returned as a bytearray."""
+
+    def break_it(run):
+        (run / name).write_bytes(edit(bytearray((run / name).read_bytes())))
+
+    return break_it
+
+
+def flip(place):
+    def edit(content):
+        content[place] ^= 1
+        return content
+
+    return edit
+
+
+def several(*breaks):
+    return lambda run: [break_it(run) for break_it in breaks]
+
+
+def npz(name, **arrays):
+    return lambda run: np.savez(run / name, **arrays)
+
+
+def bomb(name):
+    """An array of 2^40 bytes, of which the archive has 8."""
+
+    def break_it(run):
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (2**40,)})
+        with zipfile.ZipFile(run / name, "w") as archive:
+            archive.writestr("samples.npy", header.getvalue() + bytes(8))
+
+    return break_it
+
+
+def records_of(dtype=np.uint8, shape=(3, 4, 4), second=None):
+    """StyleGAN TFRecords of two pictures, the second with another `shape` if that is given."""
+
+    def break_it(run):
+        with tf.io.TFRecordWriter(str(run / "x.tfrecords")) as writer:
+            for stated in (shape, second or shape):
+                feature = {
+                    "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=stated)),
+                    "data": tf.train.Feature(bytes_list=tf.train.BytesList(value=[np.zeros(shape, dtype).tobytes()])),
+                }
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+
+    return break_it
+
+
+def checkpoint_of(preset):
+    def break_it(run):
+        arrays = TrainState(preset, make_strategy("one_device")).to_arrays()
+        checkpoints.save(str(run / "checkpoints"), 4, arrays)
+
+    return break_it
+
+
+def newer_format(run):
+    format_then, checkpoints.FORMAT = checkpoints.FORMAT, 99
+    try:
+        checkpoints.save(str(run / "checkpoints"), 4, {"x": np.zeros(3, np.float32)})
+    finally:
+        checkpoints.FORMAT = format_then
+
+
+class Pickled:
+    """What a hostile file would run."""
+
+    def __reduce__(self):
+        return pathlib.Path("was_run").touch, ()
+
+
+def cats(run):
+    """Makes it a run of 4x4 pictures, with samples of it."""
+    (run / "config.json").unlink()
+    preset = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
+    Workdir(str(run)).write_config(preset, 24, "")
+    np.savez(run / "x.npz", samples=np.zeros((9, 4, 4, 3), np.uint8))
+
+
+NEWEST, OLDER = "checkpoints/step_00000004.safetensors", "checkpoints/step_00000002.safetensors"
+TRAIN = ["--ch_mult=1", "--num_timesteps=4", "--batch_size=8", "--num_steps=8"]
+CAT = [
+    "--dataset=lsun_cat",
+    "--image_size=4",
+    "--ch=32",
+    "--ch_mult=1",
+    "--attn_resolutions=",
+    "--tfrecord=run/x.tfrecords",
+]
+SAMPLE = ["--out=new.npz"]
+SCORE = ["--features=pixels", "--metrics=fid", "--samples=run/x.npz", "--out=new.json"]
+sound = lambda run: None
+
+FLAGS = [
+    ("an unknown preset", sound, ["--dataset=mnist"], "--dataset=mnist: choose one of digits"),
+    ("an unknown flag", sound, ["--learning_rat=1"], "Unknown command line flag 'learning_rat'"),
+    ("an unknown choice", sound, ["--loss_type=l1"], "flag --loss_type=l1: value should be one of <mse|kl>"),
+    ("no number", sound, ["--batch_size=many"], "flag --batch_size=many"),
+    ("no whole numbers", sound, ["--ch_mult=1,two"], "--ch_mult=1,two: whole numbers with commas"),
+    ("not positive", sound, ["--batch_size=0"], "--batch_size=0: must be greater than 0"),
+    ("not a number", sound, ["--learning_rate=nan"], "--learning_rate=nan: must be greater than 0"),
+    ("out of range", sound, ["--ema_decay=1"], "--ema_decay=1.0: must be in [0, 1)"),
+    ("a negative seed", sound, ["--seed=-1"], "--seed=-1: must be in [0, 2^32)"),
+    ("no skipping", sound, ["--max_skipped_steps=0"], "--max_skipped_steps=0: must be greater than 0"),
+    ("negative skipping", sound, ["--skip_bad_records=-1"], "flag --skip_bad_records=-1"),
+    ("skipping of digits", sound, ["--skip_bad_records=1"], "--skip_bad_records=1 goes with --tfrecord"),
+    ("no multiple", sound, ["--checkpoint_every=7"], "--checkpoint_every=7: must be a multiple of"),
+    ("an argument", sound, ["resume"], "unknown argument resume: flags start with --"),
+    ("another recipe", sound, ["--dropout=0.5"], "another recipe (dropout: 0.5 != 0.0"),
+    ("a workdir that is a file", sound, ["--workdir=run/flags.txt"], "cannot write run/flags.txt/lock"),
+    ("a read-only workdir", sound, ["--workdir=/proc/sys"], "cannot write /proc/sys/lock"),
+    ("no TPU", sound, ["--strategy=tpu"], "--tpu=local: "),
+]
+DATA = [
+    ("no file", sound, "--tfrecord=run/x.tfrecords matches no file"),
+    ("a folder", lambda run: (run / "x.tfrecords").mkdir(), "x.tfrecords is a folder"),
+    ("an empty file", data("x.tfrecords", b""), "x.tfrecords holds no records"),
+    ("a picture", data("x.tfrecords", b"\x89PNG" + bytes(99)), "x.tfrecords is not a StyleGAN TFRecord"),
+    ("a cut tail", data("x.tfrecords", RECORDS[:-3]), f"record 23 has {RECORD - 3} of the {RECORD} bytes"),
+    ("a bad CRC in front", data("x.tfrecords", flip(40)(bytearray(RECORDS))), "its first record is cut off"),
+    ("another size", records_of(shape=(3, 8, 8)), "images are (8, 8, 3), the preset wants (4, 4, 3)"),
+    ("another dtype", records_of(dtype=np.float32), "record 0 holds 192 bytes, not uint8 pixels"),
+]
+RECORD_FAULTS = [
+    ("a bad CRC", data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS))), "x.tfrecords: record 5 (its bytes"),
+    ("a bad length", data("x.tfrecords", flip(7 * RECORD)(bytearray(RECORDS))), "x.tfrecords: record 7 (its bytes"),
+    ("another shape", records_of(second=(4, 4, 3)), "x.tfrecords: record 1 (no picture of the wanted shape"),
+]
+CATS_SCORE = ["--features=pixels", "--metrics=fid", "--samples=run/x.npz", CAT[-1], "--out=new.json"]
+CHECKPOINTS = [
+    ("cut off", change(NEWEST, lambda content: content[:-1]), f"{NEWEST} is no checkpoint, or is damaged (it has"),
+    ("a flipped bit", change(NEWEST, flip(-5)), f"{NEWEST} is damaged, its contents do not match their SHA-256"),
+    ("a flipped manifest", change(NEWEST, flip(40)), f"{NEWEST} is"),
+    ("an empty file", data(NEWEST, b""), f"{NEWEST} is no checkpoint, or is damaged (no room for its header)"),
+    ("a huge header", data(NEWEST, b"\xff" * 8 + b"{}"), f"{NEWEST} is no checkpoint, or is damaged (no room"),
+    ("a deep header", data(NEWEST, (10**6).to_bytes(8, "little") + b"[" * 10**6), f"{NEWEST} is no checkpoint"),
+    ("a pickle", data(NEWEST, pickle.dumps(Pickled())), f"{NEWEST} is no checkpoint, or is damaged"),
+    ("a newer format", newer_format, f"{NEWEST} is of format 99, and this version reads up to 2: update it"),
+    (
+        "another network",
+        checkpoint_of(get_preset("digits", ch_mult=(1, 1))),
+        f"{NEWEST} is of another network: its arr",
+    ),
+]
+RUN = [
+    ("no configuration", lambda run: (run / "config.json").unlink(), "--workdir=run holds no run (no config.json)"),
+    ("a cut configuration", change("config.json", lambda c: c[:-9]), "run/config.json is no JSON, or is damaged"),
+    ("an unknown field", change("config.json", lambda c: c.replace(b'"ch"', b'"cx"')), "not a configuration of this"),
+    ("a deep configuration", text("config.json", "[" * 10**5), "run/config.json is no JSON, or is damaged"),
+    ("no checkpoint", lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoint; there are: none"),
+]
+SAMPLES = [
+    ("no samples", sound, "cannot read run/x.npz"),
+    ("a text", text("x.npz", "no archive"), "x.npz is no .npz of arrays, or is damaged"),
+    ("cut off", several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])), "x.npz is no .npz of"),
+    ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is no .npz of arrays, or is damaged"),
+    ("a bomb", bomb("x.npz"), "x.npz is no .npz of arrays, or is damaged (samples.npy claims to be uint8"),
+    ("another name", npz("x.npz", images=load_digits()), "x.npz holds no `samples`, not samples uint8"),
+    ("another dtype", npz("x.npz", samples=np.zeros((9, 8, 8, 1))), "x.npz holds float64 (9, 8, 8, 1), not samples"),
+    ("another shape", npz("x.npz", samples=np.zeros((9, 4, 4, 1), np.uint8)), "x.npz holds uint8 (9, 4, 4, 1), not"),
+]
+digits = npz("x.npz", samples=load_digits()[:32])
+cache = "reference_pixels_train.npz"
+STATISTICS = [
+    ("a text", several(digits, text(cache, "features")), f"run/{cache} is no .npz of arrays, or is damaged"),
+    ("a bomb", several(digits, bomb(cache)), f"run/{cache} is no .npz of arrays, or is damaged"),
+    ("a pickle", several(digits, npz(cache, features=np.array([Pickled()], object))), f"run/{cache} is no .npz of"),
+    (
+        "of others",
+        several(digits, npz(cache, description=np.array('{"split": "test"}'))),
+        f"run/{cache} holds a reference",
+    ),
+    ("no JSON", several(digits, npz(cache, description=np.array("{"))), f"run/{cache} is no reference"),
+]
+two_bad = data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS[:-3])))
+both_damaged = several(change(NEWEST, flip(-5)), change(OLDER, flip(-5)))
+damaged_metrics = text("metrics.jsonl", '{"step": 2}\nstep 4\n')
+TABLE = [
+    *[("train", f"flags: {name}", fault, [*TRAIN, *args], line) for name, fault, args, line in FLAGS],
+    *[("train", f"data: {name}", fault, ["--workdir=new", *CAT], line) for name, fault, line in DATA],
+    *[("evaluate", f"data: {name}", several(fault, cats), CATS_SCORE, line) for name, fault, line in RECORD_FAULTS],
+    ("train", "data: more bad records than tolerated", two_bad, ["--workdir=new", *CAT, "--skip_bad_records=1"],
+     "--skip_bad_records=1: there are more bad records: run/x.tfrecords: record 5"),
+    *[("sample", f"checkpoints: {name}", fault, SAMPLE, line) for name, fault, line in CHECKPOINTS],
+    ("train", "checkpoints: all damaged", both_damaged, TRAIN,
+     "run/checkpoints holds no sound checkpoint, and damaged ones of the steps [2, 4]"),
+    ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
+    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl is damaged: line 2 is no JSON object with a"),
+    *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
+    *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
+    *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],
+]  # fmt: skip
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound_run(tmp_path_factory):
+    """A run of two checkpoints that has nothing wrong."""
+    workdir = Workdir(str(tmp_path_factory.mktemp("sound") / "run"))
+    workdir.write_config(PRESET, 1618, "")
+    arrays = TrainState(PRESET, make_strategy("one_device")).to_arrays()
+    for step in (2, 4):
+        checkpoints.save(workdir.checkpoints, step, {**arrays, "step": np.asarray(step, np.int64)})
+        workdir.append_metrics({"step": step, "loss": 1.0})
+    return pathlib.Path(workdir.path)
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("lock", "flags.txt")
+    }
+
+
+@pytest.mark.parametrize(
+    ("program", "fault", "args", "line"),
+    [pytest.param(program, *rest, id=name) for program, name, *rest in TABLE],
+)
+def test_a_fault_ends_in_its_line(tmp_path, sound_run, program, fault, args, line):
+    run = tmp_path / "run"
+    shutil.copytree(sound_run, run)
+    fault(run)
+    before = digests(tmp_path)
+    ended = run_fork(program, "--workdir=run", *args, folder=tmp_path)
+    # Without bars of progress.
+    *others, last = [text for text in ended.stderr.splitlines() if text.strip() and "%|" not in text]
+    assert ended.returncode == 1 and last.startswith(f"{program}: ") and line in last, ended.stderr
+    assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", text) for text in others), ended.stderr
+    assert not ended.stdout
+    after = digests(tmp_path)
+    assert {path: after.get(path) for path in before} == before
+    assert {path.parts[0] for path in after} == {"run"}  # nothing new, and nothing in a file was run
+
+
+def test_a_full_disk_changes_nothing(tmp_path, sound_run):
+    run = tmp_path / "run"
+    shutil.copytree(sound_run, run)
+    before = digests(run)
+    ended = run_fork("train", "--workdir=run", *TRAIN, "--num_steps=9", folder=tmp_path, most_bytes=100)
+    assert ended.returncode == 1 and ended.stderr.startswith("train: cannot write run/config.json (")
+    assert digests(run) == before
+
+
+def test_the_table_is_long():
+    assert len(TABLE) >= 40

@@ -1,0 +1,332 @@
+"""Weights from elsewhere against real files of the authors' program and of diffusers, and files that are none."""
+
+import json
+import pathlib
+import pickle
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+from support import golden
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.interop.diffusers import read_diffusers, write_diffusers
+from diffusion_tf.interop.tf1 import read_tf1, tf1_name
+from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.training.state import TrainState
+from diffusion_tf.unet import UNet
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
+DIFFUSERS = json.loads((FIXTURES / "diffusers_small.json").read_text())
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return UNet.from_preset(golden.SMALL)
+
+
+def relative_error(ours, expected):
+    return np.abs(ours - expected).max() / np.abs(expected).max()
+
+
+def output(model, arrays, group, x, t):
+    params = [arrays[f"{group}/{name}"] for name in model.weight_names]
+    return model.denoise_fn(params)(x, t)
+
+
+# --- The authors' checkpoints ----------------------------------------------------------------------------------
+
+
+def tf1_variables(model):
+    """The variables of the authors' small checkpoint, drawn as its description says."""
+    weights, rest = np.random.RandomState(4242), np.random.RandomState(790)
+    shapes = {golden.tf1_name(v.path): v.shape for v in model.trainable_variables}
+    plus_one = lambda name, w: w + np.float32(1) if name.endswith("gamma") else w
+    draw = lambda stream, scale, name: (scale * stream.standard_normal(shapes[name])).astype(np.float32)
+    variables, order = {}, golden.tf1_order(model)
+    for name in order:
+        variables[name] = plus_one(name, draw(weights, 0.05, name))
+        variables[f"{name}/ExponentialMovingAverage"] = plus_one(name, draw(rest, 0.05, name))
+    for name in order:
+        variables[f"{name}/Adam"] = draw(rest, 1e-3, name)
+        variables[f"{name}/Adam_1"] = (1e-6 * rest.standard_normal(shapes[name]) ** 2).astype(np.float32)
+    variables["beta1_power"], variables["beta2_power"] = np.float32(0.9**791), np.float32(0.999**791)
+    return {**variables, "global_step": np.int64(790)}
+
+
+def save_tf1(prefix, variables):
+    """Writes variables as tf.train.Saver does."""
+    names = sorted(variables)
+    tensors = [tf.constant(variables[name]) for name in names]
+    shard = f"{prefix}_part"
+    tf.raw_ops.SaveV2(prefix=shard, tensor_names=names, shape_and_slices=[""] * len(names), tensors=tensors)
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=[shard], destination_prefix=str(prefix))
+
+
+@pytest.fixture(scope="module")
+def tf1_checkpoint(tmp_path_factory, model):
+    """The authors' small checkpoint: its index, as TF 1.15 wrote it with digests of all data, and that data again."""
+    prefix = tmp_path_factory.mktemp("tf1") / "model.ckpt-790"
+    variables = tf1_variables(model)
+    prefix.with_name("model.ckpt-790.index").write_bytes((FIXTURES / "tf1_small.index").read_bytes())
+    data = b"".join(np.asarray(variables[name]).tobytes() for name in sorted(variables))
+    prefix.with_name("model.ckpt-790.data-00000-of-00001").write_bytes(data)
+    return prefix
+
+
+def test_the_authors_checkpoint_becomes_a_runs(tf1_checkpoint, model, tmp_path):
+    arrays = read_tf1(str(tf1_checkpoint), model)
+    for group, fixture, key in (("params", "unet_small", "output"), ("ema", "ema_small", "output_ema")):
+        inputs = golden.load(fixture)
+        assert relative_error(output(model, arrays, group, inputs["x"], inputs["t"]), inputs[key]) < 1e-5
+    variables = tf1_variables(model)
+    for name in model.weight_names:
+        for group, suffix in (("adam_m", "/Adam"), ("adam_v", "/Adam_1")):
+            np.testing.assert_array_equal(arrays[f"{group}/{name}"], variables[tf1_name(name) + suffix])
+    # And training goes on from it.
+    path = checkpoints.save(str(tmp_path), 790, arrays)
+    state = TrainState(golden.SMALL, make_strategy("one_device"))
+    state.restore(path)
+    assert int(state.step) == 790
+    for name, array in state.to_arrays().items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_a_checkpoint_without_adam_starts_from_step_0(model, tmp_path):
+    variables = {name: v for name, v in tf1_variables(model).items() if "/Adam" not in name and "power" not in name}
+    save_tf1(tmp_path / "model.ckpt", variables)
+    arrays = read_tf1(str(tmp_path / "model.ckpt"), model)
+    assert arrays["step"] == 0 and not any(arrays[f"adam_v/{name}"].any() for name in model.weight_names)
+    name = "down_0_block_0/conv1/kernel"
+    np.testing.assert_array_equal(arrays[f"ema/{name}"], variables[f"{tf1_name(name)}/ExponentialMovingAverage"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: {n: a for n, a in v.items() if "Exponential" not in n}, "model.ckpt has no EMA weights"),
+        (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no scalar global_step"),
+        (
+            lambda v: {n: a for n, a in v.items() if n != "model/conv_out/b/ExponentialMovingAverage"},
+            "is of another network: model/conv_out/b/ExponentialMovingAverage is missing",
+        ),
+        (lambda v: {**v, "model/class_emb/W": np.float32(1)}, "is of another network: model/class_emb/W is unknown"),
+        (
+            lambda v: {**v, "model/conv_in/W": np.zeros((3, 3, 3, 64), np.float32)},
+            r"is of another network: model/conv_in/W is \(3, 3, 3, 64\), not \(3, 3, 3, 32\)",
+        ),
+        (lambda v: {**v, "global_step": np.int64(-1)}, "global_step is -1"),
+        (lambda v: {**v, "model/conv_in/b": np.zeros(32, np.float64)}, "model/conv_in/b is not float32"),
+    ],
+)
+def test_other_tf1_checkpoints_are_refused(model, tmp_path, change, message):
+    save_tf1(tmp_path / "model.ckpt", change(tf1_variables(model)))
+    with pytest.raises(InputError, match=message):
+        read_tf1(str(tmp_path / "model.ckpt"), model)
+
+
+def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
+    names = [f"model.ckpt-790.{part}" for part in ("index", "data-00000-of-00001")]
+    index, data = (tf1_checkpoint.with_name(name).read_bytes() for name in names)
+    changed = data[:1000] + b"?" + data[1001:]
+    for content, message in (
+        ((index, data[:-5000]), "is damaged, or not all there"),
+        ((index, changed), "is damaged, or not all there"),
+        ((index[:5000], data), "is no TF1 checkpoint"),
+        ((b"", data), "is no TF1 checkpoint"),
+    ):
+        for name, part in zip(names, content, strict=True):
+            (tmp_path / name).write_bytes(part)
+        with pytest.raises(InputError, match=message) as error:
+            read_tf1(str(tmp_path / "model.ckpt-790"), model)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"--source=.*nothing is no TF1 checkpoint .*: give its prefix"):
+        read_tf1(str(tmp_path / "nothing"), model)
+
+
+@pytest.mark.slow
+def test_the_full_cifar10_network_is_imported(tmp_path):
+    model, variables = UNet.from_preset(get_preset("cifar10")), {"global_step": np.int64(5)}
+    for variable in model.trainable_variables:
+        name = golden.tf1_name(variable.path)
+        stream = np.random.RandomState(zlib.crc32(name.encode()))
+        w = stream.standard_normal(variable.shape).astype(np.float32) * np.float32(0.02)
+        variables[f"{name}/ExponentialMovingAverage"] = w + np.float32(1) if name.endswith("gamma") else w
+        variables[name] = np.zeros_like(w)
+    save_tf1(tmp_path / "model.ckpt-5", variables)
+    arrays, fixture = read_tf1(str(tmp_path / "model.ckpt-5"), model), golden.load("full_forward")
+    x = np.random.RandomState(1).standard_normal([1, 32, 32, 3]).astype(np.float32)
+    for t in (37, 911):
+        assert relative_error(output(model, arrays, "ema", x, np.array([t])), fixture[f"cifar10_t{t}"]) < 5e-5
+    # And by way of diffusers' format.
+    weights = [arrays[f"ema/{name}"] for name in model.weight_names]
+    write_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model.weight_names, weights)
+    again = read_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model, None)
+    for name in model.weight_names:
+        np.testing.assert_array_equal(again[f"ema/{name}"], arrays[f"ema/{name}"])
+
+
+# --- diffusers -----------------------------------------------------------------------------------------------------
+
+
+def diffusers_weights(scale=0.02):
+    """The weights of the small folders, drawn as their description says."""
+    weights = {}
+    for key, shape in DIFFUSERS["shapes"].items():
+        stream = np.random.RandomState(zlib.crc32(key.encode()))
+        w = stream.standard_normal(shape).astype(np.float32) * np.float32(scale)
+        weights[key] = w + np.float32(1) if "norm" in key and key.endswith("weight") else w
+    return weights
+
+
+def save_diffusers(folder, kind, weights, **changes):
+    """Writes one of the small folders with their own configurations, or `changes` of the network's."""
+    for name, config in DIFFUSERS[kind].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("scheduler_config.json") or path.name == "model_index.json":
+            path.write_text(json.dumps(config))
+            continue
+        config = {field: value for field, value in {**config, **changes}.items() if value != "absent"}
+        path.write_text(json.dumps(config))
+        if kind == "diffusers_small_hub":
+            weights = {DIFFUSERS["old_names"].get(key, key): w for key, w in weights.items()}
+        safetensors.numpy.save_file(weights, path.with_name(WEIGHTS))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["diffusers_small", "diffusers_small_hub"])
+@pytest.mark.parametrize(("scale", "key"), [(0.02, "y"), (0.1, "y_scale0p1")])
+def test_folders_of_diffusers_give_its_output(kind, scale, key, model, tmp_path):
+    fixture = golden.load("diffusers_small")
+    arrays = read_diffusers(save_diffusers(tmp_path, kind, diffusers_weights(scale)), golden.SMALL, model, None)
+    for group in ("params", "ema"):
+        assert relative_error(output(model, arrays, group, fixture["x"], fixture["t"]), fixture[key]) < 5e-5
+    assert arrays["step"] == 0 and not any(arrays[f"adam_m/{name}"].any() for name in model.weight_names)
+
+
+def test_export_writes_what_diffusers_would(model, tmp_path):
+    """The very arrays, names and configurations of the folder that diffusers saved."""
+    arrays = read_diffusers(
+        save_diffusers(tmp_path / "theirs", "diffusers_small", diffusers_weights()), golden.SMALL, model, None
+    )
+    weights = [arrays[f"ema/{name}"] for name in model.weight_names]
+    write_diffusers(str(tmp_path / "ours"), golden.SMALL, model.weight_names, weights)
+    written = safetensors.numpy.load_file(tmp_path / "ours/unet" / WEIGHTS)
+    assert written.keys() == DIFFUSERS["shapes"].keys()
+    for key, w in diffusers_weights().items():
+        np.testing.assert_array_equal(written[key], w)
+    for name, config in DIFFUSERS["diffusers_small"].items():
+        ours = json.loads((tmp_path / "ours" / name).read_text())
+        differing = {field for field in ours if ours[field] != config[field]}
+        assert differing == {"_diffusers_version"}, name
+    again = read_diffusers(str(tmp_path / "ours"), golden.SMALL, model, None)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(again[name], array)
+    with pytest.raises(InputError, match="ours is there already: name a new folder"):
+        write_diffusers(str(tmp_path / "ours"), golden.SMALL, model.weight_names, weights)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ({"beta_schedule": "quad"}, "diffusers has no words for --beta_schedule=quad, only linear"),
+        ({"model_mean_type": "xprev"}, "no words for --model_mean_type=xprev, only eps, xstart"),
+        ({"model_var_type": "learned", "loss_type": "kl"}, "no words for --model_var_type=learned"),
+    ],
+)
+def test_what_diffusers_does_not_know_is_not_exported(preset, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        write_diffusers(str(tmp_path / "exported"), get_preset("digits", **preset), [], [])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "head_dim", "message"),
+    [
+        ({"attention_head_dim": "absent"}, None, "no attention_head_dim, which means heads of 8 channels to diffusers"),
+        ({"attention_head_dim": "absent"}, "null", None),
+        ({"attention_head_dim": "absent"}, "64", None),
+        ({"attention_head_dim": "absent"}, "8", "attention_head_dim=8 makes several heads, and this network has one"),
+        ({"attention_head_dim": 8}, None, "attention_head_dim=8 makes several heads"),
+        ({"attention_head_dim": 64}, None, None),
+        ({"attention_head_dim": 8}, "null", "--attention_head_dim=null: .*config.json itself says 8"),
+        ({"norm_eps": "absent"}, None, "norm_eps=1e-05, and the preset's network or diffusion has 1e-06"),
+        ({"block_out_channels": [64, 64]}, None, r"=\[64, 64\], .* has \[32, 64\] \(--ch and --ch_mult\)"),
+        ({"act_fn": "gelu"}, None, 'act_fn="gelu"'),
+        ({"sample_size": 32}, None, r"sample_size=32, .* has 16 \(--image_size\)"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, None, r"down_block_types.*\(--attn_resolutions\)"),
+        ({"use_flux": True}, None, "has use_flux=true, which this program does not know"),
+        ({"dropout": 0.5, "_name_or_path": "google/ddpm"}, None, None),
+    ],
+)  # fmt: skip
+def test_configurations_are_checked(changes, head_dim, message, model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **changes)
+    if message is None:
+        read_diffusers(folder, golden.SMALL, model, head_dim)
+    else:
+        with pytest.raises(InputError, match=message):
+            read_diffusers(folder, golden.SMALL, model, head_dim)
+
+
+def test_schedulers_are_checked(model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    path = tmp_path / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    for change, message in (
+        ({"variance_type": "fixed_small"}, r'variance_type="fixed_small", .* has "fixed_large" \(--model_var_type\)'),
+        ({"beta_schedule": "squaredcos_cap_v2"}, r'"squaredcos_cap_v2", .* has "linear" \(--beta_schedule\)'),
+        ({"prediction_type": "v_prediction"}, r"--model_mean_type"),
+        ({"num_train_timesteps": 500}, r"num_train_timesteps=500, .* has 1000 \(--num_timesteps\)"),
+    ):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=message):
+            read_diffusers(folder, golden.SMALL, model, None)
+    path.write_text("{")
+    with pytest.raises(InputError, match=r"scheduler_config.json is no JSON"):
+        read_diffusers(folder, golden.SMALL, model, None)
+    path.unlink()  # a UNet2DModel alone
+    read_diffusers(folder, golden.SMALL, model, None)
+
+
+def test_what_is_no_safetensors_file_is_refused(model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    path = tmp_path / "unet" / WEIGHTS
+    whole = path.read_bytes()
+    header_size = int.from_bytes(whole[:8], "little")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:  # as torch.save writes
+        archive.writestr("archive/data.pkl", pickle.dumps({"conv_in.weight": 1}))
+    half = {key: w.astype(np.float16) for key, w in diffusers_weights().items()}
+    missing = {key: w for key, w in diffusers_weights().items() if key != "conv_in.bias"}
+    both = {**diffusers_weights(), "mid_block.attentions.0.query.bias": np.zeros(64, np.float32)}
+    for content, message in (
+        (whole[:-1], "is damaged, or not all there"),
+        (whole[: header_size + 8], "is damaged, or not all there"),
+        (whole[: header_size // 2], "is no safetensors file, or not all there: its header would not fit"),
+        (b"", "its header would not fit"),
+        (b"\xff" * 7 + b"\x7f" + whole[8:], "its header would not fit"),
+        (whole[:8] + b"?" + whole[9:], "its header is no JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
+        ((9).to_bytes(8, "little") + b'{"a": []}', "its header names no shapes"),
+        ((tmp_path / "model.zip").read_bytes(), "safetensors is a pickle, which may hold code to run, and is not read"),
+        (pickle.dumps(missing, protocol=2), "is a pickle"),
+        (pickle.dumps(missing, protocol=4), "is a pickle"),
+        (safetensors.numpy.save(half), "is F16, not F32"),
+        (safetensors.numpy.save(missing), "is of another network: conv_in.bias is missing"),
+        (safetensors.numpy.save(both), "holds parts of attention under old and new names"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            read_diffusers(folder, golden.SMALL, model, None)
+        assert "\n" not in str(error.value)
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save it as"):
+        read_diffusers(folder, golden.SMALL, model, None)
+    with pytest.raises(InputError, match=r"cannot read .*nothing/config.json"):
+        read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model, None)

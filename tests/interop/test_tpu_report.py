@@ -1,0 +1,120 @@
+"""The TPUs' compiler on a CPU, and the report that rests on it."""
+
+import json
+
+import pytest
+from support.forked_programs import run_fork
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.interop import tpu_compiler
+from diffusion_tf.interop.tpu_compiler import (
+    TOPOLOGIES,
+    all_reduce_seconds,
+    compile_stablehlo,
+    largest_batch,
+    roofline_seconds,
+)
+
+V3, V5E = TOPOLOGIES["v3-8"], TOPOLOGIES["v5e-8"]
+
+
+def matmul(m, k, n):
+    a, b, c = (f"tensor<{rows}x{columns}xbf16>" for rows, columns in ((m, k), (k, n), (m, n)))
+    return f"""module @matmul {{
+      func.func @main(%a: {a}, %b: {b}) -> {c} {{
+        %c = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : ({a}, {b}) -> {c}
+        return %c : {c}
+      }}
+    }}"""
+
+
+def test_devices_are_what_cloud_tpu_sells():
+    devices = {name: (slice_.num_devices, slice_.hbm_bytes / 2**30) for name, slice_ in TOPOLOGIES.items()}
+    assert devices == {"v2-8": (8, 8), "v3-8": (8, 16), "v4-8": (4, 32), "v5e-8": (8, 16), "v6e-8": (8, 32)}
+
+
+def test_roofline():
+    assert roofline_seconds(61.5e12, 1, V3.chip) == pytest.approx(1)  # a core has half of the chip
+    assert roofline_seconds(1, 450e9, V3.chip) == pytest.approx(1)
+    assert roofline_seconds(197e12, 2 * 819e9, V5E.chip) == pytest.approx(2)
+
+
+def test_all_reduce():
+    # Seven eighths of the bytes twice, over two directions of 50 GB/s.
+    assert all_reduce_seconds(8e9, V5E) == pytest.approx(2 * 7e9 / 100e9)
+    # Three quarters twice, over two directions of 656 Gbit/s; five passes of 900 GB/s for the two cores.
+    assert all_reduce_seconds(4e9, V3) == pytest.approx(2 * 3e9 / (2 * 82e9) + 20e9 / 900e9)
+
+
+@pytest.mark.parametrize(
+    ("limit", "start", "found", "tries"), [(100, 16, 96, 7), (16, 16, 16, 5), (5, 64, 5, 7), (1, 8, 1, 4), (0, 4, 0, 3)]
+)
+def test_largest_batch(limit, start, found, tries):
+    tried = []
+    assert largest_batch(lambda batch: tried.append(batch) or batch <= limit, start) == found
+    assert len(tried) == tries == len(set(tried))
+
+
+def test_compiles_a_product():
+    m, k, n = 2048, 4096, 1024
+    compiled = compile_stablehlo(matmul(m, k, n), V3)
+    assert compiled.error is None and compiled.compile_seconds > 0
+    assert compiled.flops == 2 * m * n * k and compiled.hbm_bytes == 2 * (m * k + k * n + m * n)
+    roofline = roofline_seconds(compiled.flops, compiled.bytes_accessed, V3.chip)
+    assert 0.9 * roofline < compiled.estimated_seconds < 1.5 * roofline
+    assert 0.9 * roofline < compiled.cycles_seconds < 1.5 * roofline
+
+
+def test_a_result_in_place_takes_no_memory():
+    side = 2048
+    compiled = compile_stablehlo(matmul(side, side, side), V5E, in_place={1: 0})
+    assert compiled.error is None and compiled.hbm_bytes < 3 * 2 * side**2
+
+
+def test_what_does_not_fit_has_the_compilers_reason():
+    compiled = compile_stablehlo(matmul(65536, 65536, 65536), V3)
+    assert compiled.error.startswith("RESOURCE_EXHAUSTED") and "exceeds available HBM" in compiled.error
+    assert compiled.flops is None
+
+
+def test_a_crash_is_a_reason():
+    assert "ended with code 1 and said: " in compile_stablehlo("no program", V3).error
+
+
+def test_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(tpu_compiler.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"needs jax and libtpu: pip install '\.\[tpu_report\]'"):
+        compile_stablehlo("", V3)
+
+
+def test_report(tmp_path):
+    network = ["--ch=32", "--ch_mult=1", "--num_res_blocks=1", "--num_timesteps=50"]
+    args = ["--dataset=digits", *network, "--batch_size=16", "--sample_batch_size=8", "--precision=bfloat16"]
+    result = run_fork("tpu_report", *args, "--topology=v3-8", f"--out={tmp_path}/report.json")
+    assert result.returncode == 0, result.stderr
+    assert "v3-8: compiling train_step for 2 images a device" in result.stderr
+    assert "nothing ran on a TPU" in result.stdout and "projected steps/s" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    train, sample = (report["topologies"]["v3-8"][what] for what in ("train_step", "sample_step"))
+    for row in (train, sample):
+        assert row["error"] is None and 0 < row["hbm_bytes"] < row["hbm_available_bytes"] == 16 * 2**30
+        assert row["step_seconds"] >= row["roofline_seconds"] > 0
+        assert row["step_seconds"] * row["steps_per_second"] == pytest.approx(1)
+    assert train["flops"] > 2 * sample["flops"] and train["step_seconds"] > train["all_reduce_seconds"] > 0
+    assert train["images_per_second"] == pytest.approx(16 * train["steps_per_second"])
+    assert sample["images_per_second"] == pytest.approx(8 / sample["all_steps_seconds"])
+    assert sample["all_steps_seconds"] == pytest.approx(50 * sample["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--topology=v9-8"], "<v2-8|v3-8|v4-8|v5e-8|v6e-8>"),
+        (["--topology=v4-8", "--batch_size=6"], "--batch_size=6 must be divisible by the 4 devices of v4-8"),
+    ],
+)
+def test_bad_input_gets_one_line(args, message):
+    result = run_fork("tpu_report", *args)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert lines[0].startswith("tpu_report: ") and message in lines[0]

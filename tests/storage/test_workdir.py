@@ -1,0 +1,119 @@
+"""A run's folder: its configuration and metrics."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import get_preset
+from diffusion_tf.storage.workdir import Workdir
+
+
+def test_configuration_round_trips(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    preset = get_preset("cifar10", seed=3, attn_resolutions=(16, 8))
+    workdir.refuse_other_run(preset, 100)
+    workdir.write_config(preset, 100, "--seed=3\n")
+    workdir.refuse_other_run(preset, 100)
+    assert workdir.read_preset() == preset
+    assert (tmp_path / "run" / "flags.txt").read_text() == "--seed=3\n"
+
+
+def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 100, "first")
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"another recipe \(dropout: 0.1 != 0.0; learning_rate: 0.01 != 0.001"):
+        workdir.refuse_other_run(get_preset("digits", learning_rate=0.01, dropout=0.1), 100)
+    with pytest.raises(InputError, match=r"another recipe \(num_examples: 24 != 100"):
+        workdir.refuse_other_run(get_preset("digits"), 24)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert (tmp_path / "flags.txt").read_text() == "first"
+    workdir.refuse_other_run(get_preset("digits", num_steps=9000), 100)
+
+
+def test_weights_from_elsewhere_are_trained_on_any_number_of_images(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), None, "")
+    assert workdir.read_preset() == get_preset("digits")
+    workdir.refuse_other_run(get_preset("digits"), 24)
+    with pytest.raises(InputError, match=r"another recipe \(dropout"):
+        workdir.refuse_other_run(get_preset("digits", dropout=0.1), 24)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"dataset": "digits", "num_examples": 1}', '{"unknown": 1, "num_examples": 1}']
+)
+def test_a_foreign_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json is not a configuration of this version"):
+        Workdir(tmp_path).read_preset()
+
+
+def test_an_empty_folder_holds_no_run(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        Workdir(tmp_path).read_preset()
+
+
+def test_metrics_are_rewound_to_the_checkpoint(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.rewind_metrics(0)
+    for step in (1, 2, 3):
+        workdir.append_metrics({"step": step, "loss": 0.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a process died here
+    workdir.rewind_metrics(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+
+
+HOLD = """
+import fcntl, os, sys, time
+file = open(sys.argv[1] + "/lock", "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.truncate(0)
+print(os.getpid(), file=file, flush=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_processs_and_not_a_dead_ones(tmp_path):
+    workdir = Workdir(str(tmp_path / "run"))
+    with workdir.lock(), pytest.raises(InputError, match="in use by process [0-9]+: wait"), workdir.lock():
+        pass
+    process = subprocess.Popen([sys.executable, "-c", HOLD, workdir.path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"is in use by process {process.pid}: "), workdir.lock():
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with workdir.lock():
+        assert (tmp_path / "run" / "lock").read_text().strip().isdigit()
+
+
+def test_an_object_store_has_no_lock():
+    workdir = Workdir("ram://locked")
+    with workdir.lock(), workdir.lock():
+        workdir.write_config(get_preset("digits"), 100, "")
+    assert workdir.read_preset() == get_preset("digits")
+
+
+def test_a_configuration_from_before_a_flag_is_read(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 100, "")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["max_skipped_steps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workdir.refuse_other_run(get_preset("digits"), 100)
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
+    for use in (Workdir(tmp_path).read_metrics, lambda: Workdir(tmp_path).rewind_metrics(5)):
+        with pytest.raises(InputError, match="metrics.jsonl is damaged: line 2 is no JSON object with a step"):
+            use()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
