@@ -53,7 +53,7 @@ def test_values_out_of_range_name_their_flag(change, message):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(InputError, match="--dataset=mnist: choose one of digits, cifar10"):
+    with pytest.raises(InputError, match="dataset=mnist: choose one of digits, cifar10"):
         get_preset("mnist")
 
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from diffusion_tf.distribution import make_strategy
 from diffusion_tf.train_state import TrainState
 from support import golden
 
 from diffusion_tf import checkpoints, onednn, trained_model
 from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.trained_model import TrainedModel
 
 

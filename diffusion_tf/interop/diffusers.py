@@ -21,10 +21,9 @@ from diffusion_tf.interop import diffusers_config
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.checkpoints import check_names_and_shapes
 from diffusion_tf.storage.files import first_line, new_folder, read_file, write_file, write_json
+from diffusion_tf.storage.resumable import Arrays
 from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet
-
-Arrays = dict[str, np.ndarray]
 
 FORMATS = ("tf1", "diffusers")
 

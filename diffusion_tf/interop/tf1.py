@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.interop.diffusers import Arrays
 from diffusion_tf.storage.checkpoints import check_names_and_shapes
 from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.resumable import Arrays
 from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet
 

@@ -176,7 +176,7 @@ def compile_stablehlo(text: str, topology: Topology, in_place: Mapping[int, int]
     }
     start = time.monotonic()
     process = subprocess.run(
-        [sys.executable, "-m", "diffusion_tf.tpu_compiler"],
+        [sys.executable, "-m", "diffusion_tf.interop.tpu_compiler"],
         input=json.dumps(request),
         cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
         capture_output=True,

@@ -305,5 +305,5 @@ def test_targets():
     ):
         assert targets.steps(measured, 64) == steps, targets
     Targets(bits_per_dim=4.875).check(64)
-    with pytest.raises(InputError, match="--target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
+    with pytest.raises(InputError, match="target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
         Targets(bits_per_dim=4.8).check(64)

@@ -218,15 +218,15 @@ def test_bad_images_are_named_and_skipped_only_on_request(folder, tmp_path, caps
     good = (folder / "b1.jpg").read_bytes()
     (folder / "b1.jpg").write_bytes(good[:-99])
     (folder / "b5.jpg").write_bytes(b"<html>")
-    with pytest.raises(InputError, match=r"b1.jpg cannot be read \(.*truncated.*\), and --skip_bad_images is 0"):
+    with pytest.raises(InputError, match=r"b1.jpg cannot be read \(.*truncated.*\), and `skip_bad_images` is 0"):
         write(folder, tmp_path / "out")
-    with pytest.raises(InputError, match=r"b5.jpg cannot be read \(no image\), and --skip_bad_images is 1"):
+    with pytest.raises(InputError, match=r"b5.jpg cannot be read \(no image\), and `skip_bad_images` is 1"):
         write(folder, tmp_path / "out", skip_bad_images=1)
     pattern, manifest = write(folder, tmp_path / "out", skip_bad_images=2)
     assert "skipped b5.jpg: no image" in capsys.readouterr().err.splitlines()
     assert len(read(pattern)) == 5 and [entry["records"] for entry in manifest["shards"].values()] == [2, 1, 2]
     assert [list(entry["skipped"]) for entry in manifest["shards"].values()] == [[], ["b1.jpg"], ["b5.jpg"]]
-    with pytest.raises(InputError, match="none of its 1 images can be read: take fewer --num_shards"):
+    with pytest.raises(InputError, match="none of its 1 images can be read: take fewer `num_shards`"):
         write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
 
 

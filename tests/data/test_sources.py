@@ -155,11 +155,11 @@ def test_tfds_of_another_size(tfds_folder):
 
 
 def test_missing_data_names_the_flag(tmp_path):
-    with pytest.raises(InputError, match="--data_dir=.*nowhere holds no prepared cifar10: make it with `tfds build"):
+    with pytest.raises(InputError, match="data_dir=.*nowhere holds no prepared cifar10: make it with `tfds build"):
         open_source(get_preset("cifar10"), data_dir=str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="--tfrecord=.*nothing.* matches no file"):
+    with pytest.raises(InputError, match="tfrecord=.*nothing.* matches no file"):
         open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "nothing*"))
-    with pytest.raises(InputError, match="--dataset=lsun_church is read from StyleGAN TFRecords"):
+    with pytest.raises(InputError, match="dataset=lsun_church is read from StyleGAN TFRecords"):
         open_source(SMALL_IMAGES)
 
 
@@ -199,7 +199,7 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
     content[7 * record] ^= 1  # its length
     bad.write_bytes(content[: 9 * record + 5])  # and the last one is cut off
 
-    with pytest.raises(InputError, match="--skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
+    with pytest.raises(InputError, match="skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
         open_source(SMALL_IMAGES, tfrecord=str(bad), skip_bad_records=3)
     source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=4)
     assert source.bad_records == 4 and source.num_examples == 20

@@ -53,9 +53,7 @@ def test_the_digest_is_of_the_contents(tmp_path):
 
 def test_bad_inception_files_are_named(tmp_path):
     strategy = make_strategy("one_device")
-    with pytest.raises(
-        InputError, match=r"--inception=.*nowhere does not exist: give a local copy, --inception=FOLDER"
-    ):
+    with pytest.raises(InputError, match=r"inception=.*nowhere does not exist: give a local copy, `inception=FOLDER`"):
         inception_network(str(tmp_path / "nowhere"), strategy)
     (tmp_path / "text.pb").write_text("no graph")
     with pytest.raises(InputError, match=r"text.pb is no Inception network \(not a frozen graph\)"):
@@ -88,7 +86,7 @@ def test_batch_normalisation_of_2015_runs(scale, tmp_path):
 
 def test_a_handle_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
-    with pytest.raises(InputError, match=r"--inception=http://localhost:9/i cannot be fetched .*give a local copy"):
+    with pytest.raises(InputError, match=r"inception=http://localhost:9/i cannot be fetched .*give a local copy"):
         inception_network("http://localhost:9/i", make_strategy("one_device"))
 
 
@@ -106,5 +104,5 @@ def test_pixels_are_features_of_themselves():
     outputs = pixels_network((8, 8, 1)).apply(pixels)
     np.testing.assert_allclose(outputs["features"] * 255.0, np.reshape(pixels, [3, 64]), rtol=1e-6)
     assert outputs.keys() == {"features"}
-    with pytest.raises(InputError, match="--features=pixels is for small images"):
+    with pytest.raises(InputError, match="features=pixels is for small images"):
         pixels_network((256, 256, 3))

@@ -146,7 +146,7 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             read_tf1(str(tmp_path / "model.ckpt-790"), model)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"--source=.*nothing is no TF1 checkpoint .*: give its prefix"):
+    with pytest.raises(InputError, match=r"source=.*nothing is no TF1 checkpoint .*: give its prefix"):
         read_tf1(str(tmp_path / "nothing"), model)
 
 

@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 def test_a_diverging_run_stops_and_keeps_its_checkpoints(tmp_path):
     workdir = Workdir(tmp_path)
     preset = dataclasses.replace(TINY, learning_rate=1e30)
-    with pytest.raises(InputError, match="diverged between steps 0 and 2 .*another --workdir"):
+    with pytest.raises(InputError, match="diverged between steps 0 and 2 .*another `workdir`"):
         run(workdir, preset)  # its first two losses are finite: only the weights tell
     assert checkpoints.all_steps(workdir.checkpoints) == []
 
@@ -264,7 +264,7 @@ def test_one_mirrored_device_trains():
 
 
 def test_batch_not_divisible_by_replicas_is_refused():
-    with pytest.raises(InputError, match="--batch_size=12 must be a positive multiple of the 8 replicas"):
+    with pytest.raises(InputError, match="batch_size=12 must be a positive multiple of the 8 replicas"):
         Trainer(dataclasses.replace(TINY, batch_size=12), make_strategy("mirrored"))
 
 
