@@ -19,8 +19,9 @@ def load_rules():
         assert name not in rules, name
         rules[name] = attributes
 
-    def glob(patterns):
-        return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern) if p.is_file())
+    def glob(patterns, exclude=()):
+        paths = {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern) if p.is_file()}
+        return sorted(paths - set(exclude))
 
     ignored = dict.fromkeys(("load", "package"), lambda *_, **__: None)
     kinds = dict.fromkeys(("py_library", "py_binary", "py_test"), rule)
@@ -83,8 +84,9 @@ def test_targets_depend_on_what_their_files_import():
             files, packages = imports(source)
             wanted |= {f":{owner[file]}" for file in files if owner[file] != name} | packages
         given = set(rule.get("deps", ()))
-        if rule["srcs"][0].startswith("tests/"):  # all tests share `test_support`
-            given |= {dep for label in given & {":test_support"} for dep in RULES[label[1:]]["deps"]}
+        shared = given & {":programs", ":test_support"}  # their dependencies serve all programs and all tests
+        if shared or name in ("programs", "test_support", "benchmarks"):
+            given |= {dep for label in shared for dep in RULES[label[1:]]["deps"]}
             assert wanted <= given, f"{name} lacks {sorted(wanted - given)}"
         else:
             assert wanted == given, f"{name}: {sorted(wanted ^ given)}"
