@@ -1,8 +1,10 @@
 """The mathematics of the paper: forward process q, reverse process p, losses and the terms of the bound.
 
-Pure functions of tensors, float32 inside, with no I/O and no network: the network arrives as
-`denoise_fn(x_t, t) -> model_output`, with x_t float32 [B, H, W, C] in [-1, 1] at t = 0, t int32 [B] in [0, T)
-(index t is the paper's step t + 1) and model_output [B, H, W, C], or [B, H, W, 2C] for learned variances.
+Everything here is a pure function of float32 tensors. Shapes and names are the same throughout:
+
+  x_start, x_t, noise: float32 [B, H, W, C]. x_start is x_0, the image, in [-1, 1].
+  t: int32 [B] in [0, T). Index t is the paper's step t + 1, so x_t here is the paper's x_{t+1}.
+  denoise_fn(x_t, t): the network. Returns [B, H, W, C], or [B, H, W, 2C] if it learns the variance.
 """
 
 import math
@@ -20,17 +22,17 @@ DenoiseFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def images_to_x(images: tf.Tensor) -> tf.Tensor:
-    """uint8 images to float32 in [-1, 1]."""
+    """Scales uint8 images to float32 in [-1, 1]."""
     return tf.cast(images, tf.float32) / 127.5 - 1.0
 
 
 def x_to_pixels(x: tf.Tensor) -> tf.Tensor:
-    """float32 x, clipped to [-1, 1], to float32 in [0, 255], which is not rounded to levels."""
+    """Clips x to [-1, 1] and scales it to float32 in [0, 255], without rounding."""
     return (tf.clip_by_value(x, -1.0, 1.0) + 1.0) * 127.5
 
 
 def x_to_images(x: tf.Tensor) -> tf.Tensor:
-    """float32 x, clipped to [-1, 1], to the nearest uint8 level."""
+    """Clips x to [-1, 1] and rounds it to uint8."""
     return tf.cast(tf.round(x_to_pixels(x)), tf.uint8)
 
 
@@ -39,29 +41,36 @@ def mean_flat(x: tf.Tensor) -> tf.Tensor:
     return tf.reduce_mean(x, axis=list(range(1, len(x.shape))))
 
 
-def normal_kl(mean1, logvar1, mean2, logvar2) -> tf.Tensor:
-    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) of each dimension, in nats; shapes broadcast."""
+def normal_kl(mean1: tf.Tensor, logvar1: tf.Tensor, mean2: tf.Tensor, logvar2: tf.Tensor) -> tf.Tensor:
+    """KL divergence of two Gaussians in nats, for each dimension.
+
+    Args:
+      mean1: mean of the first Gaussian; the shapes of all arguments broadcast.
+      logvar1: logarithm of its variance.
+      mean2: mean of the second Gaussian.
+      logvar2: logarithm of its variance.
+    """
     squared = tf.math.squared_difference(mean1, mean2) * tf.exp(-logvar2)
     return 0.5 * (-1.0 + logvar2 - logvar1 + tf.exp(logvar1 - logvar2) + squared)
 
 
 def approx_standard_normal_cdf(x: tf.Tensor) -> tf.Tensor:
-    """The standard normal's distribution function by the tanh approximation, within 2e-4 of the exact one."""
+    """Standard normal CDF by the tanh approximation, within 2e-4 of the exact CDF."""
     return 0.5 * (1.0 + tf.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_scales: tf.Tensor) -> tf.Tensor:
-    """The log-likelihood log p(x_0 | x_1) of each dimension, in nats, by the discrete decoder (Eq. 13).
+    """Log-likelihood log p(x_0 | x_1) of the discrete decoder in nats, for each dimension (Eq. 13).
 
     Args:
-      x: float32, the 256 levels k / 127.5 - 1. The bins of the first and the last level are open.
-      means: the decoder's means, broadcastable to x.
-      log_scales: logarithms of its standard deviations, broadcastable to x.
+      x: float32 images of the 256 levels k / 127.5 - 1. The bins of the first and last level extend to infinity.
+      means: means of the decoder; shapes broadcast.
+      log_scales: logarithms of its standard deviations.
 
     Returns:
       Log-likelihoods, at least log(1e-12), in the broadcast shape.
     """
-    # Differs from Eq. 13, as the authors' code does: a tanh approximation in place of the normal's exact CDF.
+    # Differs from Eq. 13, as the authors' code does: a tanh approximation replaces the exact normal CDF.
     centered = x - means
     inv_std = tf.exp(-log_scales)
     cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
@@ -71,7 +80,7 @@ def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_s
 
 
 class PMeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t), and the x_0 that the network predicts; each float32 [B, H, W, C]."""
+    """p(x_{t-1} | x_t) and the x_0 that the network predicts, each float32 [B, H, W, C]."""
 
     mean: tf.Tensor
     variance: tf.Tensor
@@ -84,13 +93,13 @@ class GaussianDiffusion:
 
     Args:
       schedule: the tables of betas [T].
-      model_mean_type: the network predicts `eps` (Eq. 11), `xstart` (x_0) or `xprev` (the mean of x_{t-1}).
-      model_var_type: `fixedlarge` (sigma_t^2 = beta_t), `fixedsmall` (the posterior's variance), or `learned`
-        (the second half of the output's channels is the log-variance itself).
-      loss_type: `mse` (L_simple, Eq. 14) or `kl` (a uniformly drawn term of the bound, Eq. 5).
+      model_mean_type: what the network predicts: `eps` (Eq. 11), `xstart` (x_0) or `xprev` (the mean of x_{t-1}).
+      model_var_type: variance of p(x_{t-1} | x_t) (Section 3.2): `fixedlarge` is beta_t, `fixedsmall` is the
+        posterior's variance, and `learned` takes its logarithm from the second half of the output's channels.
+      loss_type: `mse` is L_simple (Eq. 14); `kl` is the term of the bound at a random t (Eq. 5).
 
     Raises:
-      InputError: an unknown type, or a combination that has no meaning.
+      ConfigError: a type is unknown, or the types do not fit together.
     """
 
     def __init__(self, schedule: NoiseSchedule, *, model_mean_type: str, model_var_type: str, loss_type: str):
@@ -113,7 +122,7 @@ class GaussianDiffusion:
 
     @classmethod
     def from_preset(cls, preset: Preset) -> "GaussianDiffusion":
-        """The diffusion that `preset` describes."""
+        """The diffusion process of `preset`."""
         betas = get_beta_schedule(
             preset.beta_schedule,
             beta_start=preset.beta_start,
@@ -129,28 +138,31 @@ class GaussianDiffusion:
 
     @staticmethod
     def _extract(table: np.ndarray, t: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-        """table[t], cast to float32 once, as [B, 1, ..., 1] against x."""
+        """table[t] as float32 [B, 1, ..., 1], which broadcasts against x [B, ...]."""
         values = tf.gather(tf.constant(table, tf.float32), t)
         return tf.reshape(values, [-1] + [1] * (len(x.shape) - 1))
 
     # --- The forward process -------------------------------------------------------------------------------
 
-    def q_mean_variance(self, x_start, t):
+    def q_mean_variance(self, x_start: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Mean [B, H, W, C], variance and log-variance [B, 1, 1, 1] of q(x_t | x_0) (Eq. 4)."""
         mean = self._extract(self.schedule.sqrt_alphas_cumprod, t, x_start) * x_start
         variance = self._extract(1.0 - self.schedule.alphas_cumprod, t, x_start)
         log_variance = self._extract(self.schedule.log_one_minus_alphas_cumprod, t, x_start)
         return mean, variance, log_variance
 
-    def q_sample(self, x_start, t, noise):
-        """x_t ~ q(x_t | x_0) by the standard normal `noise` (Eq. 4)."""
+    def q_sample(self, x_start: tf.Tensor, t: tf.Tensor, noise: tf.Tensor) -> tf.Tensor:
+        """Diffuses x_start to x_t ~ q(x_t | x_0) with standard normal `noise` (Eq. 4)."""
         return (
             self._extract(self.schedule.sqrt_alphas_cumprod, t, x_start) * x_start
             + self._extract(self.schedule.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
         )
 
-    def q_posterior(self, x_start, x_t, t):
-        """Mean [B, H, W, C], variance and clipped log-variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (Eqs. 6-7)."""
+    def q_posterior(self, x_start: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Mean [B, H, W, C], variance and log-variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (Eqs. 6-7).
+
+        The log-variance is clipped: at t = 0, where the variance is 0, it is that of t = 1.
+        """
         mean = (
             self._extract(self.schedule.posterior_mean_coef1, t, x_t) * x_start
             + self._extract(self.schedule.posterior_mean_coef2, t, x_t) * x_t
@@ -161,20 +173,20 @@ class GaussianDiffusion:
 
     # --- The reverse process -------------------------------------------------------------------------------
 
-    def predict_xstart_from_eps(self, x_t, t, eps):
+    def predict_xstart_from_eps(self, x_t: tf.Tensor, t: tf.Tensor, eps: tf.Tensor) -> tf.Tensor:
         """x_0 from the predicted noise (Eq. 15)."""
         return (
             self._extract(self.schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
             - self._extract(self.schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
         )
 
-    def predict_xstart_from_xprev(self, x_t, t, xprev):
+    def predict_xstart_from_xprev(self, x_t: tf.Tensor, t: tf.Tensor, xprev: tf.Tensor) -> tf.Tensor:
         """x_0 from the predicted posterior mean (Eq. 7 solved for x_0)."""
         coef1, coef2 = self.schedule.posterior_mean_coef1, self.schedule.posterior_mean_coef2
         return self._extract(1.0 / coef1, t, x_t) * xprev - self._extract(coef2 / coef1, t, x_t) * x_t
 
-    def _model_log_variance(self, x_t, t):
-        """Variance and log-variance of a fixed-variance p(x_{t-1} | x_t), [B, H, W, C] (Section 3.2)."""
+    def _fixed_variance(self, x_t: tf.Tensor, t: tf.Tensor) -> list[tf.Tensor]:
+        """Variance and log-variance [B, H, W, C] of p(x_{t-1} | x_t) if it is not learned (Section 3.2)."""
         schedule = self.schedule
         if self.model_var_type == "fixedlarge":
             tables = (schedule.betas, schedule.fixedlarge_log_variance)
@@ -182,14 +194,23 @@ class GaussianDiffusion:
             tables = (schedule.posterior_variance, schedule.posterior_log_variance_clipped)
         return [self._extract(table, t, x_t) * tf.ones_like(x_t) for table in tables]
 
-    def p_mean_variance(self, denoise_fn: DenoiseFn, x_t, t, *, clip_denoised: bool) -> PMeanVariance:
-        """p(x_{t-1} | x_t); `clip_denoised` clips the predicted x_0 to [-1, 1] (as sampling and bits/dim do)."""
+    def p_mean_variance(
+        self, denoise_fn: DenoiseFn, x_t: tf.Tensor, t: tf.Tensor, *, clip_denoised: bool
+    ) -> PMeanVariance:
+        """p(x_{t-1} | x_t) by one network evaluation (Eq. 1; mean of Eq. 7 at the predicted x_0).
+
+        Args:
+          denoise_fn: the network.
+          x_t: float32 [B, H, W, C].
+          t: int32 [B].
+          clip_denoised: clip the predicted x_0 to [-1, 1], as sampling and bits/dim do and the `kl` loss does not.
+        """
         model_output = tf.cast(denoise_fn(x_t, t), tf.float32)
         if self.model_var_type == "learned":
             model_output, log_variance = tf.split(model_output, 2, axis=-1)
             variance = tf.exp(log_variance)
         else:
-            variance, log_variance = self._model_log_variance(x_t, t)
+            variance, log_variance = self._fixed_variance(x_t, t)
 
         if self.model_mean_type == "eps":
             pred_xstart = self.predict_xstart_from_eps(x_t, t, model_output)
@@ -201,21 +222,41 @@ class GaussianDiffusion:
             pred_xstart = tf.clip_by_value(pred_xstart, -1.0, 1.0)
 
         if self.model_mean_type == "xprev":
-            mean = model_output  # the mean itself is predicted, so clipping cannot reach it
+            mean = model_output  # the network predicts the mean itself, so clipping x_0 has no effect on it
         else:
             mean, _, _ = self.q_posterior(pred_xstart, x_t, t)
         return PMeanVariance(mean, variance, log_variance, pred_xstart)
 
-    def p_sample(self, denoise_fn: DenoiseFn, x_t, t, noise, *, clip_denoised: bool = True):
-        """One step of Algorithm 2: (x_{t-1}, pred_xstart), with no noise added at t = 0."""
+    def p_sample(
+        self, denoise_fn: DenoiseFn, x_t: tf.Tensor, t: tf.Tensor, noise: tf.Tensor, *, clip_denoised: bool = True
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One step of Algorithm 2: (x_{t-1}, pred_xstart). It adds no noise at t = 0.
+
+        Args:
+          denoise_fn: the network.
+          x_t: float32 [B, H, W, C].
+          t: int32 [B].
+          noise: standard normal, float32 [B, H, W, C].
+          clip_denoised: clip the predicted x_0 to [-1, 1].
+        """
         p = self.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised)
         nonzero = tf.reshape(tf.cast(t != 0, tf.float32), [-1] + [1] * (len(x_t.shape) - 1))
         return p.mean + nonzero * tf.exp(0.5 * p.log_variance) * noise, p.pred_xstart
 
     # --- Losses and the bound ------------------------------------------------------------------------------
 
-    def training_losses(self, denoise_fn: DenoiseFn, x_start, t, noise) -> tf.Tensor:
-        """Losses [B] of Algorithm 1: mean squared error (Eq. 14), or L_{t-1} in bits/dim for `kl` (not clipped)."""
+    def training_losses(self, denoise_fn: DenoiseFn, x_start: tf.Tensor, t: tf.Tensor, noise: tf.Tensor) -> tf.Tensor:
+        """Losses [B] of Algorithm 1, by one network evaluation.
+
+        `mse` is the mean squared error of the network's prediction (Eq. 14); `kl` is the term of the bound at t
+        (Eq. 5) in bits/dim, without clipping the predicted x_0.
+
+        Args:
+          denoise_fn: the network.
+          x_start: float32 [B, H, W, C].
+          t: int32 [B].
+          noise: standard normal, float32 [B, H, W, C].
+        """
         x_t = self.q_sample(x_start, t, noise)
         if self.loss_type == "kl":
             return self.vb_terms_bpd(denoise_fn, x_start, x_t, t, clip_denoised=False)[0]
@@ -227,10 +268,23 @@ class GaussianDiffusion:
             target, _, _ = self.q_posterior(x_start, x_t, t)
         return mean_flat(tf.math.squared_difference(target, tf.cast(denoise_fn(x_t, t), tf.float32)))
 
-    def vb_terms_bpd(self, denoise_fn: DenoiseFn, x_start, x_t, t, *, clip_denoised: bool):
-        """The term of the bound (Eq. 5) at t, [B] in bits/dim, and pred_xstart [B, H, W, C].
+    def vb_terms_bpd(
+        self, denoise_fn: DenoiseFn, x_start: tf.Tensor, x_t: tf.Tensor, t: tf.Tensor, *, clip_denoised: bool
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The term L_t of the bound (Eq. 5), by one network evaluation.
 
-        L_0 (Eq. 13) where t = 0, else the divergence L_{t-1} of the paper, whose t is one more than ours.
+        L_0 is the decoder's -log p(x_0 | x_1) (Eq. 13), every other term KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)).
+        Index t has the paper's L_t: the paper's step t has L_{t-1}, and index t is its step t + 1.
+
+        Args:
+          denoise_fn: the network.
+          x_start: float32 [B, H, W, C].
+          x_t: float32 [B, H, W, C], a sample of q(x_t | x_0).
+          t: int32 [B].
+          clip_denoised: clip the predicted x_0 to [-1, 1].
+
+        Returns:
+          L_t [B] in bits/dim, and pred_xstart [B, H, W, C].
         """
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         p = self.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised)
@@ -238,7 +292,7 @@ class GaussianDiffusion:
         decoder_nll = -discretized_gaussian_log_likelihood(x_start, means=p.mean, log_scales=0.5 * p.log_variance)
         return tf.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2.0), p.pred_xstart
 
-    def prior_bpd(self, x_start) -> tf.Tensor:
+    def prior_bpd(self, x_start: tf.Tensor) -> tf.Tensor:
         """L_T = KL(q(x_T | x_0) || N(0, I)) (Eq. 5), [B] in bits/dim."""
         last = tf.fill([tf.shape(x_start)[0]], self.num_timesteps - 1)
         mean, _, log_variance = self.q_mean_variance(x_start, last)

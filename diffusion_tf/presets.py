@@ -1,12 +1,14 @@
-"""Every recipe of Appendix B as data, and `digits`, which a laptop trains in minutes.
+"""The recipes of Appendix B as data, and `digits`, which a laptop trains in minutes.
 
-A `Preset` is the whole resolved configuration of a run: the programs make one flag of each of its fields, and
-write it to `config.json`.
+A `Preset` is the complete configuration of a run. Each field is a flag of the programs and an entry of the run's
+`config.json`. To add a preset, add it to PRESETS.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_tf.errors import ConfigError
@@ -20,99 +22,83 @@ CHOICES = {
 }
 
 
-def _field(doc: str, default: Any = dataclasses.MISSING, *, recipe: bool = True) -> Any:
-    """A field with its help text; `recipe=False` marks what a resumed run may change."""
-    return dataclasses.field(default=default, metadata={"help": doc, "recipe": recipe})
+def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool = True) -> Any:
+    """A field and its help text; `recipe=False` if a resumed run may change it."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "recipe": recipe})
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A recipe: data, network, diffusion process, optimisation, and how often a run reports.
+    """A recipe: data, network, diffusion process, training, and how often a run reports.
 
     Raises:
-      InputError: a value is outside its range; the message names the flag.
+      ConfigError: a value is out of range.
     """
 
-    dataset: str = _field("Which preset: the data and the recipe that goes with them.")
-    image_size: int = _field("Height and width of the images, in pixels.")
+    dataset: str = _field("The preset: which data, and the recipe for it.")
+    image_size: int = _field("Height and width of the images in pixels.")
     channels: int = _field("Colour channels of the images.", 3)
-    random_flip: bool = _field("Mirror each training image left to right with probability 1/2.", True)
+    random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
 
-    ch: int = _field("Channels of the network's first level.", 128)
-    ch_mult: tuple[int, ...] = _field("Channels of each resolution level, as multiples of `ch`.", (1, 2, 2, 2))
-    num_res_blocks: int = _field("Residual blocks at each resolution level.", 2)
-    attn_resolutions: tuple[int, ...] = _field("Feature map sizes that get self-attention.", (16,))
-    dropout: float = _field("Dropout rate in the residual blocks, in [0, 1).", 0.0)
+    ch: int = _field("Channels of the network at the highest resolution.", 128)
+    ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
+    num_res_blocks: int = _field("Residual blocks at each resolution.", 2)
+    attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention.", (16,))
+    dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0)
 
-    precision: str = _field("Of convolutions and matrix products; all else, and the weights, is float32.", "float32")
+    precision: str = _field("Compute dtype of convolutions and matmuls; everything else stays float32.", "float32")
 
-    num_timesteps: int = _field("T, the steps of the diffusion process.", 1000)
-    beta_schedule: str = _field("How beta_t grows.", "linear")
-    beta_start: float = _field("beta of the first step.", 1e-4)
-    beta_end: float = _field("beta of the last step.", 0.02)
-    model_mean_type: str = _field("What the network predicts.", "eps")
-    model_var_type: str = _field("The variance of the reverse process.", "fixedlarge")
-    loss_type: str = _field("mse is L_simple (Eq. 14); kl is the variational bound (Eq. 5).", "mse")
+    num_timesteps: int = _field("Number of diffusion steps T.", 1000)
+    beta_schedule: str = _field("How beta grows over the diffusion steps.", "linear")
+    beta_start: float = _field("beta of the first diffusion step.", 1e-4)
+    beta_end: float = _field("beta of the last diffusion step.", 0.02)
+    model_mean_type: str = _field(
+        "What the network predicts: the noise (eps), x_0 (xstart) or the mean of x_{t-1} (xprev).", "eps"
+    )
+    model_var_type: str = _field(
+        "Variance of the reverse process: beta (fixedlarge), the posterior's (fixedsmall), or learned.", "fixedlarge"
+    )
+    loss_type: str = _field("Loss: mse is L_simple (Eq. 14), kl the variational bound (Eq. 5).", "mse")
 
-    learning_rate: float = _field("Adam's learning rate after the warm-up.", 2e-4)
-    batch_size: int = _field("Images a step, over all replicas.", 128)
-    num_steps: int = _field("Training steps in all; a larger value later continues the run.", 800_000, recipe=False)
-    warmup_steps: int = _field("Steps over which the learning rate grows linearly from 0.", 5000)
-    grad_clip: float = _field("Largest global norm of the gradient averaged over replicas.", 1.0)
-    ema_decay: float = _field("Decay of the averaged weights that every sample and metric uses, in [0, 1).", 0.9999)
-    seed: int = _field("Seed of the weights, the order of the data and all noise, in [0, 2^32).", 0)
+    learning_rate: float = _field("Learning rate of Adam after the warm-up.", 2e-4)
+    batch_size: int = _field("Images in each training step, over all replicas.", 128)
+    num_steps: int = _field(
+        "Training steps in total; resume with a larger value to train longer.", 800_000, recipe=False
+    )
+    warmup_steps: int = _field("Training steps over which the learning rate grows linearly from 0.", 5000)
+    grad_clip: float = _field("Maximum global norm of the gradient, after averaging over replicas.", 1.0)
+    ema_decay: float = _field("Decay of the EMA weights, which all samples and metrics use, in [0, 1).", 0.9999)
+    seed: int = _field("Seed of the weights, the data order and all noise, in [0, 2^32).", 0)
 
     steps_per_loop: int = _field(
-        "Steps between two lines of metrics; they run on the device unseen.", 100, recipe=False
+        "Training steps between two lines of metrics; they run on the device in one call.", 100, recipe=False
     )
-    checkpoint_every: int = _field("Steps between checkpoints.", 5000, recipe=False)
+    checkpoint_every: int = _field("Training steps between checkpoints.", 5000, recipe=False)
     keep_checkpoints: int = _field("How many of the newest checkpoints to keep.", 3, recipe=False)
     keep_every: int = _field(
-        "Also keep for ever the checkpoints at multiples of this step; 0: none.", 100_000, recipe=False
+        "Keep the checkpoints at multiples of this step forever; 0 keeps none.", 100_000, recipe=False
     )
-    sample_every: int = _field("Steps between grids of EMA samples; 0: none.", 20_000, recipe=False)
+    sample_every: int = _field("Training steps between grids of EMA samples; 0 draws none.", 20_000, recipe=False)
     max_skipped_steps: int = _field(
-        "Steps in a row without finite loss and gradient, at which the run goes back to its last checkpoint, once.",
+        "After this many successive steps with a loss or gradient that is not finite, return to the last checkpoint,"
+        " once.",
         20,
         recipe=False,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(name, f"={getattr(self, name)}: choose one of {', '.join(choices)}")
-        positive = ("image_size", "channels", "ch", "num_res_blocks", "learning_rate", "batch_size", "num_steps")
-        for name in (
-            *positive,
-            "grad_clip",
-            "steps_per_loop",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        ):
-            _require(self, name, lambda v: 0 < v < float("inf"), "must be greater than 0")
-        for name in ("warmup_steps", "keep_every", "sample_every"):
-            _require(self, name, lambda v: v >= 0, "must be 0 or more")
-        for name in ("dropout", "ema_decay"):
-            _require(self, name, lambda v: 0 <= v < 1, "must be in [0, 1)")
-        for name in ("beta_start", "beta_end"):
-            _require(self, name, lambda v: 0 < v < 1, "must be in (0, 1)")
-        _require(self, "num_timesteps", lambda v: v >= 2, "must be 2 or more")
-        _require(self, "seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)")
-        _require(self, "ch_mult", lambda v: v and min(v) > 0, "must be positive whole numbers")
-        for name in ("checkpoint_every", "sample_every"):
-            _require(
-                self,
-                name,
-                lambda v: v % self.steps_per_loop == 0,
-                f"must be a multiple of `steps_per_loop={self.steps_per_loop}`",
-            )
-        _require(
-            self,
-            "keep_every",
-            lambda v: v % self.checkpoint_every == 0,
-            f"must be a multiple of `checkpoint_every={self.checkpoint_every}`",
-        )
+            self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
+        for names, accepts, requirement in _RANGES:
+            for name in names.split():
+                self._require(name, accepts(getattr(self, name)), requirement)
+        for name, base in _MULTIPLES:
+            step = getattr(self, base)
+            self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+
+    def _require(self, name: str, valid: bool, requirement: str) -> None:
+        if not valid:
+            raise ConfigError(name, f"={getattr(self, name)}: {requirement}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -120,25 +106,39 @@ class Preset:
         return (self.image_size, self.image_size, self.channels)
 
     def recipe_sha256(self) -> str:
-        """A digest of the fields that a resumed run must share with the run it resumes."""
-        fields = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.metadata["recipe"]
-        }
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        """Digest of the fields that a resumed run must not change."""
+        return hashlib.sha256(json.dumps(self._recipe(), sort_keys=True).encode()).hexdigest()
 
     def recipe_differences(self, other: "Preset") -> list[str]:
-        """The fields that a resumed run must share with the run it resumes, and does not, as `name: ours != theirs`."""
-        return [
-            f"{field.name}: {getattr(self, field.name)} != {getattr(other, field.name)}"
-            for field in dataclasses.fields(self)
-            if field.metadata["recipe"] and getattr(self, field.name) != getattr(other, field.name)
-        ]
+        """The fields that a resumed run must not change and that differ, each as `name: ours != theirs`."""
+        theirs = other._recipe()
+        return [f"{name}: {v} != {theirs[name]}" for name, v in self._recipe().items() if v != theirs[name]]
+
+    def _recipe(self) -> dict[str, Any]:
+        fields = [field for field in dataclasses.fields(self) if field.metadata["recipe"]]
+        return {field.name: getattr(self, field.name) for field in fields}
 
 
-def _require(preset: Preset, name: str, accepts, what: str) -> None:
-    value = getattr(preset, name)
-    if not accepts(value):
-        raise ConfigError(name, f"={value}: {what}")
+# (fields, whether a value is valid, what it must be), in the order in which they are checked.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "image_size channels ch num_res_blocks learning_rate batch_size num_steps grad_clip steps_per_loop"
+        " checkpoint_every keep_checkpoints max_skipped_steps",
+        lambda v: 0 < v < math.inf,
+        "must be greater than 0",
+    ),
+    ("warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    ("dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
+    ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
+    ("seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)"),
+    ("ch_mult", lambda v: bool(v) and min(v) > 0, "must be positive whole numbers"),
+)
+_MULTIPLES = (
+    ("checkpoint_every", "steps_per_loop"),
+    ("sample_every", "steps_per_loop"),
+    ("keep_every", "checkpoint_every"),
+)
 
 
 _CELEBAHQ256 = Preset(
@@ -168,11 +168,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-def get_preset(dataset: str, **overrides) -> Preset:
-    """The preset named `dataset`, with `overrides` in place of its values.
+def get_preset(dataset: str, **overrides: Any) -> Preset:
+    """The preset named `dataset`, with `overrides` for some of its fields.
 
     Raises:
-      InputError: the name is unknown, or a value is out of range.
+      ConfigError: the name is unknown, or a value is out of range.
     """
     if dataset not in PRESETS:
         raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import PRESETS, get_preset
 
 
@@ -32,28 +32,28 @@ def test_recipes_are_appendix_b():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.0}, "--learning_rate=0.0: must be greater than 0"),
-        ({"learning_rate": -1.0}, "--learning_rate=-1.0: must be greater than 0"),
-        ({"learning_rate": float("nan")}, "--learning_rate=nan: must be greater than 0"),
-        ({"batch_size": 0}, "--batch_size=0"),
-        ({"dropout": 1.0}, r"--dropout=1.0: must be in \[0, 1\)"),
-        ({"ema_decay": -0.1}, "--ema_decay=-0.1"),
-        ({"seed": 2**32}, "--seed=4294967296"),
-        ({"beta_end": 1.5}, "--beta_end=1.5"),
-        ({"num_timesteps": 1}, "--num_timesteps=1: must be 2 or more"),
-        ({"model_mean_type": "v"}, "--model_mean_type=v: choose one of eps, xstart, xprev"),
-        ({"checkpoint_every": 75}, "--checkpoint_every=75: must be a multiple of --steps_per_loop=50"),
-        ({"keep_every": 900}, "--keep_every=900: must be a multiple of --checkpoint_every=500"),
-        ({"ch_mult": ()}, "--ch_mult"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be greater than 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0: must be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be greater than 0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
+        ({"ema_decay": -0.1}, "ema_decay=-0.1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"beta_end": 1.5}, "beta_end=1.5"),
+        ({"num_timesteps": 1}, "num_timesteps=1: must be 2 or more"),
+        ({"model_mean_type": "v"}, "model_mean_type=v: choose one of eps, xstart, xprev"),
+        ({"checkpoint_every": 75}, "checkpoint_every=75: must be a multiple of `steps_per_loop=50`"),
+        ({"keep_every": 900}, "keep_every=900: must be a multiple of `checkpoint_every=500`"),
+        ({"ch_mult": ()}, "ch_mult"),
     ],
 )
-def test_values_out_of_range_name_their_flag(change, message):
-    with pytest.raises(InputError, match=message):
+def test_values_out_of_range_are_refused_by_field_and_range(change, message):
+    with pytest.raises(ConfigError, match=message):
         get_preset("digits", **change)
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(InputError, match="dataset=mnist: choose one of digits, cifar10"):
+    with pytest.raises(ConfigError, match="dataset=mnist: choose one of digits, cifar10"):
         get_preset("mnist")
 
 
