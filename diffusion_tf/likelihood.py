@@ -1,31 +1,37 @@
-"""Bits/dim by the variational bound (Eq. 5), and rate-distortion (Section 4.3), over a set of images.
+"""Bits/dim by the variational bound (Eq. 5), and rate-distortion (Section 4.3).
 
-At each t an independent x_t ~ q(x_t | x_0) is drawn. Its term of the bound is what the network's p(x_{t-1} | x_t)
-costs; the x_0 that the network predicts from it is what a decoder that holds x_t would show.
+For each t, x_t is an independent sample of q(x_t | x_0). The term of the bound at t is the cost of coding with the
+network's p(x_{t-1} | x_t). The x_0 that the network predicts from x_t is what a decoder that holds x_t shows.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+import tqdm
 
-from diffusion_tf.data.source import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
 from diffusion_tf.errors import InputError
-from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
-from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.resumable import Arrays, Parts
 from diffusion_tf.trained_model import TrainedModel
 
+# --- Terms of a batch ------------------------------------------------------------------------------------------
+
 
 class BoundTerms(NamedTuple):
-    """Of each image: the bound's terms [B, K] at K timesteps and L_T [B] in bits/dim, the MSE of pred_xstart [B, K]."""
+    """Terms of the bound at K timesteps for B images.
+
+    Attributes:
+      terms_bpd: float32 [B, K], each image's terms in bits/dim.
+      prior_bpd: float32 [B], L_T in bits/dim.
+      mse: float32 [B, K], mean squared error of pred_xstart at each timestep.
+    """
 
     terms_bpd: tf.Tensor
     prior_bpd: tf.Tensor
@@ -48,13 +54,13 @@ def calc_bpd_loop(
       diffusion: the process.
       denoise_fn: the network.
       x_start: float32 [B, H, W, C].
-      noise_fn: noise_fn(k) is the standard normal noise [B, H, W, C] of x_t in round k.
-      timesteps_fn: timesteps_fn(k) is the timestep int32 [B] of round k.
-      num_terms: K, the rounds.
-      clip_denoised: clips the predicted x_0 to [-1, 1], as the authors do here.
+      noise_fn: noise_fn(k) is the standard normal noise [B, H, W, C] that gives x_t in round k.
+      timesteps_fn: timesteps_fn(k) is the timestep of each image in round k, int32 [B].
+      num_terms: K, the number of rounds.
+      clip_denoised: clip the predicted x_0 to [-1, 1], as the authors do here.
     """
 
-    def body(k, terms, mse):
+    def body(k: tf.Tensor, terms: tf.TensorArray, mse: tf.TensorArray) -> tuple[tf.Tensor, ...]:
         t = timesteps_fn(k)
         x_t = diffusion.q_sample(x_start, t, noise_fn(k))
         term, pred_xstart = diffusion.vb_terms_bpd(denoise_fn, x_start, x_t, t, clip_denoised=clip_denoised)
@@ -68,28 +74,28 @@ def calc_bpd_loop(
 
 
 class BoundEvaluator:
-    """Evaluates the bound's terms of uint8 images, each a function of the seed and the image's index.
+    """Evaluates terms of the bound; those of image i depend on the seed and i only.
 
     Args:
-      trained: the network, its weights, and where to run; every replica computes its share of each batch.
+      trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
-      num_timesteps_estimate: evaluate L_0 and this many further terms only, one in each of as many equal stretches of
-        t = 1 ... T - 1, drawn for each image; None: all T.
+      num_timesteps_estimate: K - 1. Besides L_0, evaluate one term in each of K - 1 equal stretches of
+        t = 1, ..., T - 1, at a timestep drawn for each image. None: all T terms.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      ConfigError: the batch size is not divisible by the replicas.
     """
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None):
         last, stretches = trained.diffusion.num_timesteps - 1, num_timesteps_estimate
         per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
-        def evaluate(first_image, images):
-            def noise_fn(k):
+        def evaluate(first_image: tf.Tensor, images: tf.Tensor) -> BoundTerms:
+            def noise_fn(k: tf.Tensor) -> tf.Tensor:
                 return CounterRng(seed, k, first_image).normal("likelihood", images.shape)
 
-            def timesteps_fn(k):
+            def timesteps_fn(k: tf.Tensor) -> tf.Tensor:
                 if stretches is None:
                     return tf.fill([per_replica], k)
                 u = CounterRng(seed, k, first_image).uniform("likelihood/t", (per_replica,))
@@ -104,22 +110,25 @@ class BoundEvaluator:
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
-        """The terms of images uint8 [n <= batch_size, H, W, C], of which the first has index `first_image`."""
+        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0]."""
         return BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+
+
+# --- The bound of a set of images ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The bound of N images in bits/dim, and what it is made of; all float64.
+    """The bound of N images in bits/dim, and its parts; all arrays are float64.
 
     Attributes:
       prior_bpd: L_T [N].
       middle_bpd: L_1 + ... + L_{T-1} [N], or an unbiased estimate of it.
       decoder_bpd: L_0 [N], of the discrete decoder.
-      mean_square: of x_0 over the dimensions [N].
-      terms_bpd: means over the images of L_0 ... L_{T-1} [T]; None where they were estimated.
-      terms_standard_error: of `terms_bpd` [T], or None.
-      mse: mean squared error of the x_0 predicted at each t [T], images in [-1, 1]; or None.
+      mean_square: mean of x_0^2 over the dimensions [N].
+      terms_bpd: L_0, ..., L_{T-1}, averaged over the images [T]; None if they were estimated.
+      terms_standard_error: standard errors of `terms_bpd` [T], or None.
+      mse: mean squared error of the x_0 predicted at each t [T], for images in [-1, 1]; or None.
     """
 
     prior_bpd: np.ndarray
@@ -137,83 +146,120 @@ class Bound:
 
 
 def mean_and_standard_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values [N], and its standard error (NaN where N is 1)."""
+    """Mean and standard error of independent values [N]; the error is NaN if N = 1."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
 
 
+def bound_of_images(
+    trained: TrainedModel, images: np.ndarray, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None
+) -> Bound:
+    """The bound of images (Eq. 5), with a progress bar.
+
+    T network evaluations for each image, or `num_timesteps_estimate` + 1.
+
+    Args:
+      trained: the network, its weights, and where to run.
+      images: uint8 [N, H, W, C].
+      batch_size: images of one call, over all replicas.
+      seed: seed of the noise, int in [0, 2^32).
+      num_timesteps_estimate: estimate the terms L_1, ..., L_{T-1} from this many of them; None: evaluate all.
+
+    Raises:
+      ConfigError: the batch size is not divisible by the replicas.
+      InputError: the bound of an image is not finite.
+    """
+    evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
+    firsts = tqdm.trange(0, len(images), batch_size, unit="batch", desc="bits/dim")
+    batches = [_batch_bound(evaluator, first, images[first : first + batch_size]) for first in firsts]
+    return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
+
+
 def measure_bound(
-    strategy: tf.distribute.Strategy,
-    preset: Preset,
-    checkpoint: str,
-    source: ImageSource,
+    trained: TrainedModel,
+    read_images: Callable[[int, int], np.ndarray],
     *,
     num_images: int,
     batch_size: int,
     seed: int,
     partial: str,
+    subject: Mapping[str, Any],
     num_timesteps_estimate: int | None = None,
 ) -> Bound:
-    """The bound of the first `num_images` of `source` by a checkpoint's EMA weights; shows progress.
+    """`bound_of_images` for many images: reads them batch by batch, and can be interrupted.
 
-    T network evaluations an image, or `num_timesteps_estimate` + 1. Each batch is kept in the folder `partial`, so that
-    an interrupted measurement goes on, and a finished one is read back.
+    The results of each batch are kept in a folder. An interrupted measurement continues from there; a finished one is
+    read back.
+
+    Args:
+      trained: the network, its weights, and where to run.
+      read_images: read_images(first, count) is images first, ..., first + count - 1, uint8 [count, H, W, C].
+      num_images: N.
+      batch_size: images of one call, over all replicas.
+      seed: seed of the noise, int in [0, 2^32).
+      partial: the folder for the results of all interrupted measurements; may be gs://.
+      subject: what identifies the weights and the images, in a form that JSON can hold.
+      num_timesteps_estimate: as in `bound_of_images`.
 
     Raises:
-      InputError: the checkpoint does not fit, or the batch size is not divisible by the replicas.
+      ConfigError: the batch size is not divisible by the replicas.
+      InputError: the bound of an image is not finite.
     """
-    trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     description = {
         "measurement": "bound",
-        "checkpoint": checkpoints.load_digest(checkpoint),
-        **identity(source),
+        **subject,
+        "precision": trained.preset.precision,
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
     }
-    parts = Parts(partial, description, num_examples=num_images, batch_size=batch_size)
-    reader = ImageReader(source)
-    weight = 1.0 if num_timesteps_estimate is None else (preset.num_timesteps - 1) / num_timesteps_estimate
-
-    def compute(first: int, count: int) -> Arrays:
-        images = reader(first, count)
-        bound = evaluator(first, images)
-        terms = bound.terms_bpd.astype(np.float64)
-        if not (np.isfinite(terms).all() and np.isfinite(bound.mse).all()):
-            raise InputError(f"the bound of images {first} to {first + count - 1} of {source.name} is not finite")
-        return {
-            "prior_bpd": bound.prior_bpd.astype(np.float64),
-            "middle_bpd": weight * terms[:, 1:].sum(axis=1),
-            "decoder_bpd": terms[:, 0],
-            "mean_square": np.square(images / 127.5 - 1.0).mean(axis=(1, 2, 3)),
-            "terms_sum": terms.sum(axis=0),
-            "squares_sum": np.square(terms).sum(axis=0),
-            "mse_sum": bound.mse.sum(axis=0, dtype=np.float64),
-        }
-
-    return _join(list(parts.compute(compute, "bits/dim")), estimated=num_timesteps_estimate is not None)
+    kept = Parts(partial, description, num_examples=num_images, batch_size=batch_size)
+    batches = kept.compute(lambda first, count: _batch_bound(evaluator, first, read_images(first, count)), "bits/dim")
+    return _combine(list(batches), trained.diffusion.num_timesteps, num_timesteps_estimate)
 
 
-def _join(parts: Sequence[Arrays], *, estimated: bool) -> Bound:
+def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray) -> Arrays:
+    """What `_combine` needs of a batch: values [n] of each image, and sums [K] over the images."""
+    bound = evaluator(first, images)
+    terms = bound.terms_bpd.astype(np.float64)
+    if not (np.isfinite(terms).all() and np.isfinite(bound.mse).all()):
+        raise InputError(f"the bound of images {first} to {first + len(images) - 1} is not finite")
+    return {
+        "prior_bpd": bound.prior_bpd.astype(np.float64),
+        "middle_bpd": terms[:, 1:].sum(axis=1),
+        "decoder_bpd": terms[:, 0],
+        "mean_square": np.square(images / 127.5 - 1.0).mean(axis=(1, 2, 3)),
+        "terms_sum": terms.sum(axis=0),
+        "squares_sum": np.square(terms).sum(axis=0),
+        "mse_sum": bound.mse.sum(axis=0, dtype=np.float64),
+    }
+
+
+def _combine(batches: Sequence[Arrays], num_timesteps: int, num_timesteps_estimate: int | None) -> Bound:
     names = ("prior_bpd", "middle_bpd", "decoder_bpd", "mean_square")
-    per_image = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    if estimated:
+    per_image = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+    if num_timesteps_estimate is not None:
+        per_image["middle_bpd"] *= (num_timesteps - 1) / num_timesteps_estimate
         return Bound(**per_image)
     count = len(per_image["prior_bpd"])
     terms, squares, mse = (
-        np.sum([part[name] for part in parts], axis=0) / count for name in ("terms_sum", "squares_sum", "mse_sum")
+        np.sum([batch[name] for batch in batches], axis=0) / count for name in ("terms_sum", "squares_sum", "mse_sum")
     )
     variance = np.maximum(squares - np.square(terms), 0.0)
     error = np.sqrt(variance / (count - 1)) if count > 1 else np.full_like(terms, np.nan)
     return Bound(**per_image, terms_bpd=terms, terms_standard_error=error, mse=mse)
 
 
+# --- What follows from the bound and the schedule --------------------------------------------------------------
+
+
 def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray]:
-    """Progressive lossy compression (Section 4.3, Table 4, Figure 5): entry t belongs to a decoder that holds x_t.
+    """Rate and distortion of progressive lossy compression (Section 4.3, Table 4, Figure 5).
+
+    Entry t belongs to a decoder that holds x_t.
 
     Returns:
-      The rate [T] in bits/dim: the bound read from x_T down (Eq. 26), L_T and every term that led to x_t. At t = 0
-      all is paid but L_0.
+      The rate [T] in bits/dim: L_T and every term that led to x_t (Eq. 26). At t = 0 it is the bound without L_0.
       The distortion [T] of the predicted x_0: root mean squared error on [0, 255].
     """
     assert bound.terms_bpd is not None and bound.mse is not None
@@ -222,18 +268,18 @@ def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray]:
 
 
 def appendix_c(schedule: NoiseSchedule, mean_square: float) -> dict[str, float]:
-    """What Appendix C claims of the schedule, as numbers.
+    """The claims of Appendix C about the schedule, as numbers.
 
     Args:
       schedule: the schedule.
       mean_square: mean of x_0^2 over images and dimensions.
 
     Returns:
-      `unit_variance_error`: how far the variance of unit-variance data strays from 1 on the way to x_T.
-      `unscaled_prior_bits_per_dim`: L_T of a process that adds the same noise without scaling the signal down, as NCSN
-        does, against the normal of the noise's own variance.
-      `sampler_scale_error`: how far the sampler's factors of x_t and of eps, from its tables, lie from those of
-        Algorithm 2, 1 / sqrt(1 - beta) and beta / sqrt((1 - alphas_cumprod)(1 - beta)); relative.
+      `unit_variance_error`: maximum deviation from 1 of the variance of x_t, over all t, for data of unit variance.
+      `unscaled_prior_bits_per_dim`: L_T of a process that adds the same noise but does not scale the signal down, as
+        in NCSN; the prior has the variance of that noise.
+      `sampler_scale_error`: maximum relative deviation of the sampler's coefficients of x_t and eps, computed from its
+        tables, from those of Algorithm 2: 1 / sqrt(1 - beta) and beta / sqrt((1 - alphas_cumprod)(1 - beta)).
     """
     betas = schedule.betas
     variance = schedule.sqrt_alphas_cumprod**2 + schedule.sqrt_one_minus_alphas_cumprod**2

@@ -1,10 +1,11 @@
-"""Sampling loops, each one compiled loop over timesteps, and the `Sampler` that draws image i by its index."""
+"""Sampling loops, each compiled as one loop over timesteps, and the classes that run them for images by their index."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 import tqdm
+from numpy.typing import ArrayLike
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.rng import CounterRng
@@ -19,19 +20,29 @@ from diffusion_tf.solvers import (
 )
 from diffusion_tf.trained_model import TrainedModel
 
-_CALLS = 20  # to the device for one batch, so that progress can be told
-_QUIET_SECONDS = 10  # before it is
+_CALLS = 20  # device calls for one batch, between which the progress bar moves
+_BAR_DELAY = 10  # seconds until it appears
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
 
 
+# --- Loops: call them inside a tf.function ---------------------------------------------------------------------
+
+
 def p_sample_loop(
     diffusion: GaussianDiffusion, denoise_fn: DenoiseFn, noise_fn: NoiseFn, *, clip_denoised: bool = True
 ) -> tf.Tensor:
-    """Ancestral sampling (Algorithm 2): x_0 float32 [B, H, W, C], not clipped at the end.
+    """Ancestral sampling (Algorithm 2) as a graph loop of T network evaluations.
 
-    A graph loop over T network evaluations; call it inside a tf.function.
+    Args:
+      diffusion: the process.
+      denoise_fn: the network.
+      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T.
+      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+
+    Returns:
+      x_0 float32 [B, H, W, C]. The last step does not clip it.
     """
     x_T = noise_fn(tf.constant(diffusion.num_timesteps))
     start, stop = (tf.fill([x_T.shape[0]], steps) for steps in (diffusion.num_timesteps, 0))
@@ -48,21 +59,24 @@ def reverse_steps(
     *,
     clip_denoised: bool = True,
 ) -> tf.Tensor:
-    """A stretch of Algorithm 2 for each image: from x_t after `start` steps of noise to `stop`, 0 being the image.
+    """A stretch of Algorithm 2, for each image its own: from x_t, at the paper's step `start`, to the step `stop`.
 
-    A graph loop over as many network evaluations as the longest stretch spans; call it inside a tf.function.
+    A graph loop of max(start) - min(stop) network evaluations.
 
     Args:
       diffusion: the process.
       denoise_fn: the network.
       noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t.
       x_t: float32 [B, H, W, C].
-      start: int32 [B], in the paper's t.
-      stop: int32 [B], at most `start`; an image with stop = start stays as it is.
-      clip_denoised: clips the predicted x_0 to [-1, 1].
+      start: int32 [B]: how many steps of noise x_t has, in [0, T].
+      stop: int32 [B]: how many the result has, in [0, start]; 0 gives x_0. If stop = start, x_t does not change.
+      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+
+    Returns:
+      float32 [B, H, W, C].
     """
 
-    def body(t, x_t):
+    def body(t: tf.Tensor, x_t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         x_prev, _ = diffusion.p_sample(
             denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
         )
@@ -86,15 +100,27 @@ def table_steps(
     *,
     clip_denoised: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Steps `start` .. `stop` - 1 of a table: x_t and the x_0 predicted last, float32 [B, H, W, C] both.
+    """Steps start, ..., stop - 1 of a table, as a graph loop of stop - start network evaluations.
 
-    A graph loop over that many network evaluations; call it inside a tf.function. After all steps x_t is x_0, not
-    clipped at the end. Before the first step `pred_xstart` is not read; give zeros.
+    Args:
+      diffusion: the process.
+      denoise_fn: the network.
+      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t.
+      table: timesteps and coefficients of the steps.
+      x_t: float32 [B, H, W, C].
+      pred_xstart: the x_0 predicted in step start - 1, float32 [B, H, W, C]; zeros if start = 0.
+      start: the first step, an index into the table.
+      stop: the end, at most the table's length.
+      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+
+    Returns:
+      x_t and pred_xstart after the last step, each float32 [B, H, W, C]. After all steps of the table, x_t is x_0; the
+      last step does not clip it.
     """
     table_timesteps = tf.constant(table.timesteps, tf.int32)
     coefficients = tf.constant(table.coefficients, tf.float32)
 
-    def body(i, x_t, last_xstart):
+    def body(i: tf.Tensor, x_t: tf.Tensor, last_xstart: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         t = tf.gather(table_timesteps, i)
         ts = tf.fill([x_t.shape[0]], t)
         pred_xstart = diffusion.p_mean_variance(denoise_fn, x_t, ts, clip_denoised=clip_denoised).pred_xstart
@@ -116,19 +142,26 @@ def p_sample_loop_progressive(
     include_xstartpred_freq: int,
     clip_denoised: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Ancestral sampling that keeps the predictions of x_0 on the way (progressive generation, Section 4.3).
+    """`p_sample_loop` that also returns predictions of x_0 on the way (progressive generation, Section 4.3).
+
+    Args:
+      diffusion: the process.
+      denoise_fn: the network.
+      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T.
+      include_xstartpred_freq: timesteps between two predictions that it returns.
+      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
 
     Returns:
-      x_0 [B, H, W, C], and predictions [B, T // include_xstartpred_freq, H, W, C] of which entry k was made at
+      x_0 [B, H, W, C], and predictions [B, T // include_xstartpred_freq, H, W, C]; prediction k is that at
       t = k * include_xstartpred_freq.
     """
     num_recorded = diffusion.num_timesteps // include_xstartpred_freq
 
-    def body(t, x_t, xstartpreds):
+    def body(t: tf.Tensor, x_t: tf.Tensor, xstartpreds: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         x_prev, pred_xstart = diffusion.p_sample(
             denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
         )
-        # Every t of a slot writes to it, so that the lowest one stays: no branch, and static shapes.
+        # Every t writes to its slot, and the lowest t of the slot writes last: no branch, and shapes stay static.
         slot = tf.reshape(tf.range(num_recorded) == t // include_xstartpred_freq, [1, -1, 1, 1, 1])
         return t - 1, x_prev, tf.where(slot, pred_xstart[:, None], xstartpreds)
 
@@ -140,29 +173,27 @@ def p_sample_loop_progressive(
 
 
 def sample_noise(seed: int, first_image: tf.Tensor, shape: Sequence[int]) -> NoiseFn:
-    """The noise [B, H, W, C] of images first_image ..., whoever samples them."""
+    """The noise with which every sampler draws images first_image, first_image + 1, ...; `shape` is [B, H, W, C]."""
     return lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
 
 
-def draw(diffusion: GaussianDiffusion, denoise_fn: DenoiseFn, noise_fn: NoiseFn) -> tf.Tensor:
-    """What `Sampler` draws by Algorithm 2: x_0 float32 [B, H, W, C], clipped to [-1, 1]."""
-    return tf.clip_by_value(p_sample_loop(diffusion, denoise_fn, noise_fn), -1.0, 1.0)
+# --- Samplers: a trained model on the replicas of its strategy -------------------------------------------------
 
 
 class Sampler:
-    """Draws images; image i is a function of the seed and i alone, and its x_T is the same for every sampler.
+    """Draws images; image i depends on the seed and i only, and its x_T is the same for every sampler.
 
-    The batch size and the number of replicas only decide which images are computed together: image i differs
-    between them by float rounding.
+    The batch size and the number of replicas decide which images are computed together. Image i differs between them
+    only by float rounding.
 
     Args:
-      trained: the network, its weights, and where to run; every replica computes its share of each batch.
+      trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
       settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
 
     Raises:
-      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
+      ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, settings: SamplerSettings | None = None):
@@ -172,10 +203,12 @@ class Sampler:
         self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
         self._batch_size = batch_size
 
-        def noise(first_image):
+        def noise(first_image: tf.Tensor) -> tf.Tensor:
             return sample_noise(seed, first_image, shape)(tf.constant(diffusion.num_timesteps))
 
-        def steps(first_image, x_t, pred_xstart, start, stop):
+        def steps(
+            first_image: tf.Tensor, x_t: tf.Tensor, pred_xstart: tf.Tensor, start: tf.Tensor, stop: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
             noise_fn, denoise_fn = sample_noise(seed, first_image, shape), trained.denoise_fn()
             if table is None:
                 start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
@@ -186,38 +219,40 @@ class Sampler:
         self._steps = trained.over_replicas(steps, batch_size)
 
     def __call__(self, first_image: int) -> tf.Tensor:
-        """Images first_image .. first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
+        """Images first_image, ..., first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
 
-        Shows progress over the steps where it takes long.
+        `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
         """
         x_t = self._noise(first_image)
         pred_xstart = tf.zeros_like(x_t)
         stride = -(-self.num_steps // _CALLS)
-        with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_QUIET_SECONDS) as bar:
+        with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_BAR_DELAY) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
                 x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, *steps)
-                x_t[:1].numpy()  # waits for the device, which is what the bar tells
+                x_t[:1].numpy()  # waits for the device, so that the bar shows finished steps
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
 
 class ProgressiveSampler:
-    """The images of `Sampler`, and the x_0 that the network predicted on the way to them (progressive generation).
+    """Draws the images of `Sampler` by Algorithm 2, with predictions of x_0 on the way (progressive generation).
 
     Args:
-      trained, batch_size, seed: as of `Sampler`.
-      include_xstartpred_freq: steps between the predictions that are kept.
+      trained: as in `Sampler`.
+      batch_size: as in `Sampler`.
+      seed: as in `Sampler`.
+      include_xstartpred_freq: timesteps between two predictions that it returns.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      ConfigError: the batch size is not divisible by the replicas.
     """
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, include_xstartpred_freq: int):
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
 
-        def sample(first_image):
+        def sample(first_image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             noise_fn = sample_noise(seed, first_image, shape)
             x_start, xstartpreds = p_sample_loop_progressive(
                 trained.diffusion, trained.denoise_fn(), noise_fn, include_xstartpred_freq=include_xstartpred_freq
@@ -227,21 +262,23 @@ class ProgressiveSampler:
         self._sample = trained.over_replicas(sample, batch_size)
 
     def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Images first_image ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
+        """Images first_image, ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
 
-        Prediction k was made at t = k * include_xstartpred_freq.
+        Prediction k is that at t = k * include_xstartpred_freq. T network evaluations.
         """
         return self._sample(first_image)
 
 
 class ReverseProcess:
-    """Stretches of the reverse process from any x_t; the noise of image i is a function of the seed and i alone.
+    """Runs stretches of the reverse process from any x_t, with the noise that `Sampler` has for the same images.
 
     Args:
-      trained, batch_size, seed: as of `Sampler`, whose chains these are.
+      trained: as in `Sampler`.
+      batch_size: as in `Sampler`.
+      seed: as in `Sampler`.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      ConfigError: the batch size is not divisible by the replicas.
     """
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
@@ -249,38 +286,58 @@ class ReverseProcess:
         self.batch_size = batch_size
         self.seed = seed
 
-        def steps(first_image, x_t, start, stop):
+        def steps(first_image: tf.Tensor, x_t: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
             noise_fn = sample_noise(seed, first_image, x_t.shape)
             return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
 
         self._steps = trained.over_replicas(steps, batch_size)
 
     def noise(self, count: int) -> np.ndarray:
-        """x_T of images 0 .. count - 1, float32 [count, H, W, C]."""
+        """x_T of images 0, ..., count - 1, float32 [count, H, W, C]."""
         shape = (count, *self.trained.preset.image_shape)
         return CounterRng(self.seed, self.trained.diffusion.num_timesteps, 0).normal("sample", shape).numpy()
 
-    def __call__(self, x_t: np.ndarray, start, stop, *, first_image: int = 0) -> np.ndarray:
-        """`reverse_steps` of x_t [N, H, W, C] for images first_image ...; start and stop are int, or int [N]."""
+    def __call__(self, x_t: np.ndarray, start: ArrayLike, stop: ArrayLike, *, first_image: int = 0) -> np.ndarray:
+        """Runs `reverse_steps` on any number of images, batch by batch.
+
+        Args:
+          x_t: float32 [N, H, W, C].
+          start: how many steps of noise x_t has, int or int [N].
+          stop: how many the result has, int or int [N].
+          first_image: index of the first image, which decides its noise.
+
+        Returns:
+          float32 [N, H, W, C].
+        """
         start, stop = (np.broadcast_to(np.asarray(steps, np.int32), [len(x_t)]) for steps in (start, stop))
-        batches = []
+        results = []
         for i in range(0, len(x_t), self.batch_size):
-            parts = [array[i : i + self.batch_size] for array in (x_t, start, stop)]
-            count = len(parts[0])
-            # Filled up with its last image, whose stretch the loop spans anyway; zeros would make it run to the end.
-            fill = self.batch_size - count
-            parts = [np.pad(part, [(0, fill)] + [(0, 0)] * (part.ndim - 1), mode="edge") for part in parts]
-            batches.append(self._steps(first_image + i, *parts)[:count].numpy())
-        return np.concatenate(batches)
+            batch = [array[i : i + self.batch_size] for array in (x_t, start, stop)]
+            count = len(batch[0])
+            # Pads with copies of the last image: zeros for `stop` would make the loop run down to x_0.
+            padding = self.batch_size - count
+            batch = [np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1), mode="edge") for array in batch]
+            results.append(self._steps(first_image + i, *batch)[:count].numpy())
+        return np.concatenate(results)
 
 
 def draw_samples(
     trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int, settings: SamplerSettings | None = None
 ) -> np.ndarray:
-    """Samples 0 .. num_samples - 1 of `Sampler`, uint8 [num_samples, H, W, C]; shows progress.
+    """Draws samples 0, ..., num_samples - 1 of a `Sampler`, with a progress bar.
+
+    Args:
+      trained: the network, its weights, and where to run.
+      num_samples: N.
+      batch_size: images of one call, over all replicas.
+      seed: int in [0, 2^32).
+      settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
+
+    Returns:
+      uint8 [N, H, W, C].
 
     Raises:
-      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
+      ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
     sampler = Sampler(trained, batch_size=batch_size, seed=seed, settings=settings)
     batches = []
@@ -291,31 +348,32 @@ def draw_samples(
     return np.concatenate(batches)
 
 
-def encode_and_decode(
+def ddim_inversion(
     trained: TrainedModel, images: np.ndarray, *, steps: int, spacing: str, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """DDIM inversion: images to latents x_T, and those back to images, in `steps` network evaluations each way.
+    """Runs DDIM backwards from images to latents x_T and forwards again, with a progress bar.
 
-    No noise is added and no pred_xstart clipped, so that the way back is the inverse but for the size of the steps.
+    It adds no noise and does not clip pred_xstart, so the error of the round trip comes from the step size only.
+    2 * steps network evaluations for each image.
 
     Args:
       trained: the network, its weights, and where to run.
       images: uint8 [N, H, W, C].
-      steps: in [1, T].
+      steps: network evaluations each way, in [1, T].
       spacing: one of SPACINGS.
       batch_size: images of one call, over all replicas.
 
     Returns:
-      Latents float32 [N, H, W, C], and the images that they decode to, uint8 [N, H, W, C]; shows progress.
+      Latents float32 [N, H, W, C], and the images sampled from them, uint8 [N, H, W, C].
 
     Raises:
-      InputError: the batch size is not divisible by the replicas, or the spacing is unknown.
+      ConfigError: the batch size is not divisible by the replicas, or the spacing is unknown.
     """
     diffusion = trained.diffusion
     ts = timesteps(diffusion.schedule, steps, spacing)
     tables = ddim_inversion_table(diffusion.schedule, ts), ddim_table(diffusion.schedule, ts, 0.0)
 
-    def both_ways(_, x):
+    def both_ways(_: tf.Tensor, x: tf.Tensor) -> list[tf.Tensor]:
         denoise_fn, results = trained.denoise_fn(), []
         for table in tables:
             x, _ = table_steps(
@@ -324,9 +382,9 @@ def encode_and_decode(
             results.append(x)
         return results
 
-    call, batches = trained.over_replicas(both_ways, batch_size), []
-    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="encoding"):
-        latents, x = call(first, images_to_x(images[first : first + batch_size]))
+    invert, batches = trained.over_replicas(both_ways, batch_size), []
+    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="inverting"):
+        latents, x = invert(first, images_to_x(images[first : first + batch_size]))
         batches.append((latents.numpy(), x_to_images(x).numpy()))
-    latents, decoded = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    return latents, decoded
+    latents, samples = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return latents, samples

@@ -1,26 +1,28 @@
-"""Which timesteps a sampler visits and the coefficients of its steps: float64 tables, which one compiled loop reads.
+"""Samplers as tables: which timesteps a sampler visits, and the coefficients of its steps.
 
-All samplers here are linear in what they know. A step from timestep t to the next, less noisy one is
+Every sampler here is linear in what it knows. A step from timestep t to the next, less noisy one is
 
-    x <- a x + b pred_xstart + c (pred_xstart of the step before) + s noise,
+    x <- a x + b pred_xstart + c (pred_xstart of the previous step) + s noise,
 
-with pred_xstart from the network at (x, t), clipped. The last step ends at x_0 itself (alphas_cumprod = 1).
+where the network predicts pred_xstart from (x, t), clipped to [-1, 1]. The last step ends at x_0 (alphas_cumprod = 1).
+`samplers.table_steps` runs any such table. To add a sampler, write the function that makes its table, and add that to
+_SOLVERS.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import Preset
-from diffusion_tf.schedules import NoiseSchedule
+from diffusion_tf.schedules import NoiseSchedule, posterior
 
-SAMPLERS = ("ancestral", "ddim", "dpm_solver++")
 SPACINGS = ("trailing", "leading", "linspace", "logsnr", "early_end")
-_DEFAULT_STEPS = {"ddim": 50, "dpm_solver++": 20}
-_EARLY_END = 0.08  # of T
+_EARLY_END = 0.08  # as a fraction of T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +30,132 @@ class SamplerTable:
     """The steps of a sampler.
 
     Attributes:
-      timesteps: int [N], where the network is evaluated.
-      coefficients: float64 [N, 4], each step's a, b, c and s.
+      timesteps: int [N], descending: the network is evaluated at timesteps[i] in step i.
+      coefficients: float64 [N, 4]: a, b, c and s of each step.
     """
 
     timesteps: np.ndarray
     coefficients: np.ndarray
 
 
+def _table(ts: np.ndarray, a: ArrayLike, b: ArrayLike, c: ArrayLike, s: ArrayLike) -> SamplerTable:
+    return SamplerTable(ts, np.stack(np.broadcast_arrays(a, b, c, s), axis=1).astype(np.float64))
+
+
+def _levels(schedule: NoiseSchedule, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alphas_cumprod [N] where each step begins, and [N] where it ends."""
+    begin = schedule.alphas_cumprod[ts]
+    return begin, np.append(begin[1:], 1.0)
+
+
+def _half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """DPM-Solver's lambda: log(sqrt(alphas_cumprod) / sqrt(1 - alphas_cumprod)); infinite at 0 and 1."""
+    with np.errstate(divide="ignore"):
+        return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
+
+
+# --- Samplers --------------------------------------------------------------------------------------------------
+
+
+def ancestral_table(schedule: NoiseSchedule, ts: np.ndarray, model_var_type: str) -> SamplerTable:
+    """Algorithm 2 on a sub-sequence of the steps.
+
+    It samples the reverse of the process whose betas lead from each level of the sub-sequence to the next: mean and
+    variance are the posterior's (Eqs. 6-7), or the variance is beta for `fixedlarge`.
+
+    Raises:
+      ConfigError: the variance is learned. The network predicts it for single steps only.
+    """
+    if model_var_type == "learned":
+        raise ConfigError(
+            "sampler_steps",
+            f"={len(ts)}: a learned variance is that of single steps; leave it out, or take"
+            " `sampler=ddim` or dpm_solver++",
+        )
+    abar, abar_prev = _levels(schedule, ts)
+    betas = 1.0 - abar / abar_prev
+    q = posterior(1.0 - betas, betas, abar, abar_prev)
+    variance = betas if model_var_type == "fixedlarge" else q.variance
+    return _table(ts, q.mean_coef2, q.mean_coef1, 0.0, np.sqrt(np.append(variance[:-1], 0.0)))
+
+
+def ddim_table(schedule: NoiseSchedule, ts: np.ndarray, eta: float) -> SamplerTable:
+    """DDIM (Song, Meng & Ermon 2021, Eqs. 12 and 16). Its order is 1 for eta = 0.
+
+    Differs from diffusers' default if pred_xstart is clipped: eps follows from the clipped pred_xstart, as with their
+    `use_clipped_model_output`. A step ends at the next timestep of `ts`; in diffusers it ends at t - T // N, which
+    differs if N does not divide T.
+    """
+    abar, abar_prev = _levels(schedule, ts)
+    sigma = eta * np.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
+    a = np.sqrt((1.0 - abar_prev - sigma**2) / (1.0 - abar))
+    return _table(ts, a, np.sqrt(abar_prev) - a * np.sqrt(abar), 0.0, sigma)
+
+
+def ddim_inversion_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
+    """DDIM with eta = 0 run backwards, from x_0 to x at ts[0], for descending `ts` (Section 4.3 of DDIM).
+
+    Each step predicts eps at the timestep where it begins. The first step begins at the image, which has no timestep,
+    and predicts eps at the lowest one.
+    """
+    ts = ts[::-1]
+    end = schedule.alphas_cumprod[ts]
+    begin, evaluated = np.append(1.0, end[:-1]), np.append(ts[:1], ts[:-1])
+    abar = schedule.alphas_cumprod[evaluated]
+    scale = np.sqrt(end / begin)
+    per_eps = np.sqrt(1.0 - end) - scale * np.sqrt(1.0 - begin)
+    # eps = (x - sqrt(abar) pred_xstart) / sqrt(1 - abar)
+    per_eps /= np.sqrt(1.0 - abar)
+    return _table(evaluated, scale + per_eps, -per_eps * np.sqrt(abar), 0.0, 0.0)
+
+
+def dpm_solver_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
+    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2). Its order is 2; the first and the last step have order 1.
+
+    It uses the exact levels of the discrete schedule. The last step ends at x_0, as with diffusers'
+    `final_sigmas_type="zero"`.
+    """
+    abar, abar_prev = _levels(schedule, ts)
+    lambdas, ends = _half_log_snr(abar), _half_log_snr(abar_prev)
+    h = ends - lambdas
+    gain = -np.sqrt(abar_prev) * np.expm1(-h)
+    extrapolation = np.zeros(len(ts))  # 1 / (2 r), where r is the previous step's h over this step's h
+    extrapolation[1:-1] = h[1:-1] / (2.0 * h[:-2])
+    return _table(
+        ts, np.sqrt((1.0 - abar_prev) / (1.0 - abar)), gain * (1.0 + extrapolation), -gain * extrapolation, 0.0
+    )
+
+
+class _Solver(NamedTuple):
+    """How to make a sampler's table, and in how many steps by default (None: all T)."""
+
+    table: Callable[[GaussianDiffusion, np.ndarray, float], SamplerTable]  # of (diffusion, timesteps, eta)
+    default_steps: int | None
+
+
+_SOLVERS = {
+    "ancestral": _Solver(
+        lambda diffusion, ts, _: ancestral_table(diffusion.schedule, ts, diffusion.model_var_type), None
+    ),
+    "ddim": _Solver(lambda diffusion, ts, eta: ddim_table(diffusion.schedule, ts, eta), 50),
+    "dpm_solver++": _Solver(lambda diffusion, ts, _: dpm_solver_table(diffusion.schedule, ts), 20),
+}
+SAMPLERS = tuple(_SOLVERS)
+
+
+# --- Settings --------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerSettings:
-    """Which sampler, in how many steps.
+    """Which sampler, and in how many steps.
 
     Attributes:
       name: one of SAMPLERS.
       steps: network evaluations for each sample, in [1, T]; default: T for `ancestral`, 50 for `ddim`, 20 for
         `dpm_solver++`.
-      eta: of DDIM, in [0, 1]: 0 adds no noise, 1 adds as much as the posterior q(x_{t-1} | x_t, x_0) has.
-      spacing: one of SPACINGS, as of `timesteps`; default: `default_spacing`.
+      eta: noise of DDIM, in [0, 1]: 0 adds none, 1 adds as much as the posterior q(x_{t-1} | x_t, x_0) has.
+      spacing: one of SPACINGS, see `timesteps`; default: `default_spacing`.
     """
 
     name: str = "ancestral"
@@ -54,15 +164,15 @@ class SamplerSettings:
     spacing: str | None = None
 
     def resolve(self, preset: Preset) -> "SamplerSettings":
-        """These settings with every default filled in, for a run of `preset`.
+        """These settings with every default filled in for `preset`.
 
         Raises:
-          InputError: a value is out of range, or does not go with the sampler.
+          ConfigError: a value is out of range, or does not fit the sampler.
         """
         if self.name not in SAMPLERS:
             raise ConfigError("sampler", f"={self.name}: choose one of {', '.join(SAMPLERS)}")
         num_timesteps = preset.num_timesteps
-        steps = self.steps or min(_DEFAULT_STEPS.get(self.name, num_timesteps), num_timesteps)
+        steps = self.steps or min(_SOLVERS[self.name].default_steps or num_timesteps, num_timesteps)
         if not 1 <= steps <= num_timesteps:
             raise ConfigError("sampler_steps", f"={steps} must be from 1 to the run's {num_timesteps} steps")
         if not 0 <= self.eta <= 1:
@@ -73,7 +183,7 @@ class SamplerSettings:
         return dataclasses.replace(self, steps=steps, spacing=spacing)
 
     def describe(self, preset: Preset) -> dict[str, Any]:
-        """What identifies the sampler, as JSON can hold it; only what matters to it."""
+        """The settings that its samples depend on, in a form that JSON can hold."""
         resolved = self.resolve(preset)
         description: dict[str, Any] = {"sampler": resolved.name, "sampler_steps": resolved.steps}
         if resolved.name == "ddim":
@@ -84,29 +194,46 @@ class SamplerSettings:
 
 
 def default_spacing(name: str, dataset: str) -> str:
-    """The spacing of a sampler that was measured best.
+    """The spacing that gives a sampler the best samples of a dataset.
 
-    On the digits' demo DDIM in 50 steps and DPM-Solver++ in 20 have precisions of 0.70 and 0.74 with `trailing` and of
-    0.81 and 0.80 with `early_end`, where ancestral sampling in 1000 has 0.86; recalls are 0.83 or more. No other data
-    set was measured, and on large images the last step might blur.
+    On the digits of the demo, DDIM in 50 steps and DPM-Solver++ in 20 have precisions of 0.70 and 0.74 with `trailing`
+    and of 0.81 and 0.80 with `early_end`; ancestral sampling in 1000 steps has 0.86. Recalls are 0.83 or more. No
+    other dataset was measured. On large images the long last step of `early_end` might blur.
     """
     return "early_end" if dataset == "digits" and name != "ancestral" else "trailing"
 
 
-def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
-    """Descending timesteps [steps] in [0, T), all of them where steps = T.
-
-    `trailing` is T - k T / steps - 1, rounded: from T - 1 on, as diffusers' schedulers name it.
-    `leading` is every (T // steps)-th from 0 on, as diffusers' DDPM and DDIM have it (its DPM-Solver has another).
-      The noisiest steps are left out: 10 of 1000 begin at 900.
-    `linspace` has equal distances from T - 1 to 0 without 0 itself, as diffusers' DPM-Solver has it (its DDIM has 0).
-    `logsnr` has equal distances of log(alphas_cumprod / (1 - alphas_cumprod)) from T - 1 to 0. Differs from the
-      DPM-Solver paper, whose time is continuous: a trained network knows whole timesteps only, so that each is the
-      nearest one, and neighbours stand in where several would be the same.
-    `early_end` has equal distances from T - 1 to 0.08 T, from where the last step leads to x_0.
+def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: GaussianDiffusion) -> SamplerTable | None:
+    """The table of a sampler, or None for Algorithm 2 over all steps, which needs no table.
 
     Raises:
-      InputError: an unknown spacing, or `logsnr` where alphas_cumprod ends at 0.
+      ConfigError: a setting is out of range, or ancestral sampling would skip steps of a learned variance.
+    """
+    resolved = settings.resolve(preset)
+    if resolved.name == "ancestral" and resolved.steps == diffusion.num_timesteps:
+        return None
+    assert resolved.steps and resolved.spacing
+    ts = timesteps(diffusion.schedule, resolved.steps, resolved.spacing)
+    return _SOLVERS[resolved.name].table(diffusion, ts, resolved.eta)
+
+
+# --- Timesteps -------------------------------------------------------------------------------------------------
+
+
+def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
+    """Descending timesteps int [steps] in [0, T); all T of them if steps = T.
+
+    `trailing`: T - k T / steps - 1, rounded, for k = 0, 1, ... It begins at T - 1. diffusers uses the same name.
+    `leading`: the multiples of T // steps, as in diffusers' DDPM and DDIM (not its DPM-Solver). It leaves out the
+      noisiest steps: 10 of 1000 begin at 900.
+    `linspace`: evenly spaced from T - 1 to 0, without 0 itself, as in diffusers' DPM-Solver (its DDIM includes 0).
+    `logsnr`: evenly spaced in log(alphas_cumprod / (1 - alphas_cumprod)) from T - 1 to 0. Differs from the DPM-Solver
+      paper, which has continuous time: a network knows whole timesteps only, so this takes the nearest ones, and
+      neighbours where several would be the same.
+    `early_end`: evenly spaced from T - 1 to 0.08 T; the last step leads from there to x_0.
+
+    Raises:
+      ConfigError: the spacing is unknown, or `logsnr` is given a schedule whose alphas_cumprod ends at 0.
     """
     last = schedule.num_timesteps - 1
     if spacing == "trailing":
@@ -127,106 +254,7 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
 
 
 def _distinct(descending: np.ndarray) -> np.ndarray:
-    """The nearest strictly descending timesteps that leave room for each other down to 0."""
+    """Lowers repeated timesteps until all are distinct, and raises those that would fall below 0."""
     steps = len(descending)
     lowered = np.minimum.accumulate(descending + np.arange(steps)) - np.arange(steps)
     return np.maximum(lowered, np.arange(steps)[::-1])
-
-
-def _half_log_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """DPM-Solver's lambda: log(sqrt(alphas_cumprod) / sqrt(1 - alphas_cumprod)), infinite at 1 and 0."""
-    with np.errstate(divide="ignore"):
-        return 0.5 * (np.log(alphas_cumprod) - np.log1p(-alphas_cumprod))
-
-
-def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: GaussianDiffusion) -> SamplerTable | None:
-    """The table of a sampler for a preset and its diffusion; None for all steps of Algorithm 2, which needs none.
-
-    Raises:
-      InputError: a setting is out of range, or ancestral sampling skips steps of a learned variance.
-    """
-    resolved = settings.resolve(preset)
-    if resolved.name == "ancestral" and resolved.steps == diffusion.num_timesteps:
-        return None
-    assert resolved.steps and resolved.spacing
-    ts = timesteps(diffusion.schedule, resolved.steps, resolved.spacing)
-    if resolved.name == "ddim":
-        return ddim_table(diffusion.schedule, ts, resolved.eta)
-    if resolved.name == "dpm_solver++":
-        return dpm_solver_table(diffusion.schedule, ts)
-    if diffusion.model_var_type == "learned":
-        raise ConfigError(
-            "sampler_steps",
-            f"={resolved.steps}: a learned variance is that of single steps; leave it out, or take"
-            " `sampler=ddim` or dpm_solver++",
-        )
-    return ancestral_table(diffusion.schedule, ts, diffusion.model_var_type)
-
-
-def _levels(schedule: NoiseSchedule, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alphas_cumprod where each step begins and where it ends, [N] each."""
-    begin = schedule.alphas_cumprod[ts]
-    return begin, np.append(begin[1:], 1.0)
-
-
-def _table(ts: np.ndarray, a, b, c, s) -> SamplerTable:
-    return SamplerTable(ts, np.stack(np.broadcast_arrays(a, b, c, s), axis=1).astype(np.float64))
-
-
-def ancestral_table(schedule: NoiseSchedule, ts: np.ndarray, model_var_type: str) -> SamplerTable:
-    """Algorithm 2 on a sub-sequence of the steps: the process whose betas lead from one of its levels to the next.
-
-    The posterior of Eqs. 6-7 and its variance, or beta for `fixedlarge`, are those of the sub-sequence.
-    """
-    abar, abar_prev = _levels(schedule, ts)
-    betas = 1.0 - abar / abar_prev
-    b = betas * np.sqrt(abar_prev) / (1.0 - abar)
-    a = (1.0 - abar_prev) * np.sqrt(1.0 - betas) / (1.0 - abar)
-    variance = betas if model_var_type == "fixedlarge" else betas * (1.0 - abar_prev) / (1.0 - abar)
-    return _table(ts, a, b, 0.0, np.sqrt(np.append(variance[:-1], 0.0)))
-
-
-def ddim_table(schedule: NoiseSchedule, ts: np.ndarray, eta: float) -> SamplerTable:
-    """DDIM (Song, Meng & Ermon 2021, Eqs. 12 and 16), of order 1 for eta = 0.
-
-    Differs from diffusers' default where pred_xstart is clipped: eps is taken from the clipped one, as with its
-    `use_clipped_model_output`. A step ends at the next of the timesteps; diffusers' ends at t - T // N, which is
-    another where N does not divide T.
-    """
-    abar, abar_prev = _levels(schedule, ts)
-    sigma = eta * np.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
-    a = np.sqrt((1.0 - abar_prev - sigma**2) / (1.0 - abar))
-    return _table(ts, a, np.sqrt(abar_prev) - a * np.sqrt(abar), 0.0, sigma)
-
-
-def ddim_inversion_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
-    """DDIM with eta = 0 run backwards: from x_0 to x at the first of the descending timesteps (Section 4.3 of DDIM).
-
-    Each step takes eps where it begins, the first one, from the image itself, eps at the lowest timestep.
-    """
-    ts = ts[::-1]
-    end = schedule.alphas_cumprod[ts]
-    begin, evaluated = np.append(1.0, end[:-1]), np.append(ts[:1], ts[:-1])
-    abar = schedule.alphas_cumprod[evaluated]
-    scale = np.sqrt(end / begin)
-    per_eps = np.sqrt(1.0 - end) - scale * np.sqrt(1.0 - begin)
-    # eps = (x - sqrt(abar) pred_xstart) / sqrt(1 - abar)
-    per_eps /= np.sqrt(1.0 - abar)
-    return _table(evaluated, scale + per_eps, -per_eps * np.sqrt(abar), 0.0, 0.0)
-
-
-def dpm_solver_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
-    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2): order 2, but for the first step and the last.
-
-    On the discrete schedule itself, whose levels are exact; the last step ends at x_0 (diffusers'
-    `final_sigmas_type="zero"`), and so is of order 1 whatever the number of steps.
-    """
-    abar, abar_prev = _levels(schedule, ts)
-    lambdas, ends = _half_log_snr(abar), _half_log_snr(abar_prev)
-    h = ends - lambdas
-    gain = -np.sqrt(abar_prev) * np.expm1(-h)
-    extrapolation = np.zeros(len(ts))  # 1 / (2 r), r being the step before in units of this one
-    extrapolation[1:-1] = h[1:-1] / (2.0 * h[:-2])
-    return _table(
-        ts, np.sqrt((1.0 - abar_prev) / (1.0 - abar)), gain * (1.0 + extrapolation), -gain * extrapolation, 0.0
-    )

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from diffusion_tf.data import open_source
+from diffusion_tf.data.source import ImageReader, identity
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError
 from diffusion_tf.evaluation.feature_networks import (
     DIGITS_SHAPE,
@@ -29,6 +30,7 @@ from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, first_line
 from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import TrainedModel
 
 FLAGS = flags.FLAGS
 # Flags defined by these functions belong to the program that calls them, so that its --help shows them.
@@ -212,14 +214,13 @@ def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tup
     source = open_source(run.preset, FLAGS.split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
     num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
     bound = measure_bound(
-        run.strategy,
-        run.preset,
-        checkpoint,
-        source,
+        TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint),
+        ImageReader(source),
         num_images=num_images,
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
         partial=run.workdir.partial,
+        subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
         num_timesteps_estimate=num_timesteps_estimate,
     )
     subject = {"dataset": run.preset.dataset, "images": source.name, "split": FLAGS.split, "num_images": num_images}

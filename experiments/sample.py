@@ -17,7 +17,7 @@ from absl import flags
 from diffusion_tf import figures
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation.scores import file_images
-from diffusion_tf.samplers import draw_samples, encode_and_decode
+from diffusion_tf.samplers import ddim_inversion, draw_samples
 from diffusion_tf.storage.files import check_writable, write_file, write_npz
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
@@ -40,7 +40,7 @@ def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
     """The images of --encode as latents, and what those decode to."""
     file = file_images(FLAGS.encode, trained.preset.image_shape)
     images = file.pixels(0, file.count)
-    latents, samples = encode_and_decode(
+    latents, samples = ddim_inversion(
         trained, images, steps=steps, spacing=FLAGS.sampler_spacing or "trailing", batch_size=FLAGS.batch_size
     )
     rmse = np.sqrt(np.mean((samples.astype(np.float64) - images) ** 2))

@@ -1,4 +1,6 @@
-"""The bound against the authors' loop, against a closed form, and as it is measured over a set of images."""
+"""The bound against the authors' loop, against a closed form, and over a set of images."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,15 +9,11 @@ import tensorflow as tf
 from support import gaussian_data, golden
 
 from diffusion_tf import likelihood
-from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
-from diffusion_tf.data.source import ImageReader
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.presets import PRESETS
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.storage import checkpoints
-from diffusion_tf.training.state import TrainState
 
 GOLDEN = golden.load("diffusion_ops")
 
@@ -32,7 +30,7 @@ GOLDEN = golden.load("diffusion_ops")
     ],
 )
 @pytest.mark.parametrize("noise", ["calc_bpd", "calc_bpd_tab"])
-def test_the_loop_is_the_authors(case, noise):
+def test_loop_matches_the_authors(case, noise):
     mean_type, var_type, clip, denoise_name = case.split("/")
     diffusion, denoise_fn, clip = (
         golden.linear_diffusion(mean_type, var_type, 20),
@@ -65,7 +63,7 @@ def test_the_loop_is_the_authors(case, noise):
 
 
 def decoder_nats(diffusion):
-    """E[-log p(x_0 | x_1)] of the exact denoiser on Gaussian data, by quadrature with the normal's exact CDF."""
+    """E[-log p(x_0 | x_1)] of the exact denoiser of Gaussian data, by quadrature with the exact normal CDF."""
     schedule = diffusion.schedule
     (a, b), _, _ = gaussian_data.optimal_denoiser(diffusion)
     z = np.linspace(-7, 7, 1401)
@@ -78,12 +76,12 @@ def decoder_nats(diffusion):
     return -(weight[:, None] * weight[None, :] * np.log(np.maximum(probability, 1e-12))).sum()
 
 
-def test_gaussian_data_and_the_exact_denoiser_give_the_analytic_bound():
+def test_exact_denoiser_of_gaussian_data_has_the_analytic_bound():
     diffusion = golden.linear_diffusion("xstart", "fixedsmall", 1000)
     schedule, variance = diffusion.schedule, gaussian_data.STD**2
     abar = schedule.alphas_cumprod
     second_moment = gaussian_data.MEAN**2 + variance
-    # KL of Gaussians of one variance: the squared distance of the means, coef1 (x_0 - E[x_0 | x_t]).
+    # Both Gaussians have one variance, so their KL is the squared distance of the means: coef1 (x_0 - E[x_0 | x_t]).
     xstart_variance = variance * (1 - abar) / (abar * variance + 1 - abar)
     terms = (schedule.posterior_mean_coef1**2 * xstart_variance / 2)[1:] / schedule.posterior_variance[1:]
     prior = 0.5 * (-1 - np.log(1 - abar[-1]) + (1 - abar[-1]) + abar[-1] * second_moment)
@@ -118,7 +116,7 @@ def tiny(strategy, batch_size, seed=3, estimate=None):
 
 
 @pytest.mark.slow
-def test_an_images_terms_depend_on_seed_and_index_alone():
+def test_terms_of_an_image_depend_on_seed_and_index_only():
     one, images = make_strategy("one_device"), load_digits()[:16]
     sixteen = tiny(one, 16)
     reference, last_five = sixteen(0, images), sixteen(11, images[11:])
@@ -131,7 +129,7 @@ def test_an_images_terms_depend_on_seed_and_index_alone():
 
 
 @pytest.mark.slow
-def test_the_estimate_is_unbiased_and_knows_its_error():
+def test_estimate_is_unbiased():
     one, images = make_strategy("one_device"), load_digits()[:256]
     exact = tiny(one, 256)(0, images).terms_bpd
     np.testing.assert_allclose(tiny(one, 256, estimate=7)(0, images).terms_bpd, exact, rtol=1e-4)
@@ -143,33 +141,49 @@ def test_the_estimate_is_unbiased_and_knows_its_error():
         assert standard_error > 0 and abs(mean) < 4 * standard_error
 
 
-@pytest.mark.slow
-def test_an_interrupted_measurement_goes_on_to_the_same_result(tmp_path, monkeypatch):
-    preset = get_preset("digits", num_timesteps=4, ch_mult=(1,))
-    strategy, source = make_strategy("one_device"), open_source(preset, "test")
-    checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
-    read = []
+def test_bound_of_images_adds_up_the_terms_of_all_batches():
+    trained = golden.known_model(golden.DENOISE_FNS["dn_x"], make_strategy("one_device"))
+    images, everything = load_digits()[:7], {"batch_size": 7, "seed": 3}
+    bound = likelihood.bound_of_images(trained, images, batch_size=3, seed=3)
+    evaluate = likelihood.BoundEvaluator(trained, **everything)
+    terms, prior, mse = (np.asarray(value, np.float64) for value in evaluate(0, images))
+    np.testing.assert_allclose(bound.total_bpd, prior + terms.sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(bound.terms_bpd, terms.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(bound.terms_standard_error, terms.std(axis=0, ddof=1) / np.sqrt(7), rtol=1e-3)
+    np.testing.assert_allclose(bound.mse, mse.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(bound.mean_square, np.square(images / 127.5 - 1).mean(axis=(1, 2, 3)))
+    estimate = likelihood.bound_of_images(trained, images, batch_size=3, seed=3, num_timesteps_estimate=2)
+    chosen, _, _ = likelihood.BoundEvaluator(trained, **everything, num_timesteps_estimate=2)(0, images)
+    np.testing.assert_allclose(estimate.middle_bpd, 7 / 2 * chosen[:, 1:].sum(axis=1), rtol=1e-4)
+    assert estimate.terms_bpd is None
 
-    def measure(partial, fail_at=99):
-        def reader(first, count):
-            if len(read) == fail_at:
+
+def test_interrupted_measurement_continues_to_the_same_result(tmp_path):
+    strategy = make_strategy("one_device")
+    trained = golden.known_model(golden.DENOISE_FNS["dn_xt"], strategy)
+    images, read = load_digits()[:50], []
+
+    def measure(trained, fail_at=None):
+        def read_images(first, count):
+            if first == fail_at:
                 raise KeyboardInterrupt
             read.append(first)
-            return ImageReader(source)(first, count)
+            return images[first : first + count]
 
-        monkeypatch.setattr(likelihood, "ImageReader", lambda _: reader)
         return likelihood.measure_bound(
-            strategy, preset, checkpoint, source, num_images=50, batch_size=20, seed=1, partial=str(tmp_path / partial)
+            trained, read_images, num_images=50, batch_size=20, seed=1, partial=str(tmp_path), subject={}
         )
 
-    whole = measure("whole")
-    read.clear()
     with pytest.raises(KeyboardInterrupt):
-        measure("broken", fail_at=2)
-    resumed = measure("broken")
+        measure(trained, fail_at=40)
+    resumed = measure(trained)
     assert read == [0, 20, 40]
+    whole = likelihood.bound_of_images(trained, images, batch_size=20, seed=1)
     for name in ("total_bpd", "terms_bpd", "terms_standard_error", "mse"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name), err_msg=name)
+    bfloat16 = dataclasses.replace(trained.preset, precision="bfloat16")
+    measure(golden.known_model(golden.DENOISE_FNS["dn_xt"], strategy, bfloat16))
+    assert read == [0, 20, 40] * 2  # it does not read back the results of another precision
 
 
 def test_rate_and_distortion():
@@ -183,14 +197,14 @@ def test_rate_and_distortion():
     np.testing.assert_allclose((distortion / 127.5) ** 2, mse)
 
 
-def test_appendix_c():
+def test_claims_of_appendix_c_hold():
     for preset in PRESETS.values():
         diffusion = GaussianDiffusion.from_preset(preset)
         claims = likelihood.appendix_c(diffusion.schedule, mean_square=0.25)
         assert claims["unit_variance_error"] < 1e-12 and claims["sampler_scale_error"] < 1e-9
         loudest = diffusion.prior_bpd(tf.ones([1, *preset.image_shape]))
         assert loudest[0] < 1e-4 < claims["unscaled_prior_bits_per_dim"]
-    # The unscaled process, drawn: x_T = x_0 + the same noise, against the normal of the noise's variance.
+    # Samples of the unscaled process, x_T = x_0 + noise, against the prior N(0, noise_variance).
     noise_variance = diffusion.schedule.betas.sum()
     x_0 = np.random.default_rng(0).choice([-0.5, 0.5], 100_000)
     x_T = x_0 + np.sqrt(noise_variance) * np.random.default_rng(1).standard_normal(100_000)
@@ -199,8 +213,8 @@ def test_appendix_c():
     assert abs(mean - claims["unscaled_prior_bits_per_dim"]) < 4 * standard_error
 
 
-def test_the_samplers_scales_follow_from_beta():
-    """Algorithm 2's own form, of beta alone, against p_sample with the network's eps held fixed."""
+def test_sampling_step_is_algorithm_2_in_terms_of_beta():
+    """Line 4 of Algorithm 2 against p_sample, for a fixed eps."""
     diffusion = golden.linear_diffusion("eps", "fixedlarge", 1000)
     betas = np.linspace(1e-4, 0.02, 1000)
     abar = np.cumprod(1 - betas)
@@ -209,11 +223,11 @@ def test_the_samplers_scales_follow_from_beta():
     ours, _ = diffusion.p_sample(lambda *_: eps, x_t, t, noise, clip_denoised=False)
     b, a = (table[t][:, None, None, None] for table in (betas, abar))
     expected = (x_t - b / np.sqrt(1 - a) * eps) / np.sqrt(1 - b) + np.sqrt(b) * noise
-    # x_0 is 157 times x_T, so that float32 leaves some 1e-5 of it.
+    # The predicted x_0 is up to 157 times x_T, so float32 rounding is about 1e-5.
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_the_forward_process_keeps_unit_variance():
+def test_forward_process_keeps_unit_variance():
     diffusion = golden.linear_diffusion("eps", "fixedlarge", 1000)
     x_start = CounterRng(0, 0, 0).normal("x_start", (64, 32, 32, 1))
     for t in (0, 200, 500, 999):

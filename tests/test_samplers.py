@@ -1,4 +1,4 @@
-"""Sampling loops against the authors' and against data whose optimal denoiser is known."""
+"""Sampling loops against the authors' program and on data whose optimal denoiser is known."""
 
 import itertools
 
@@ -13,8 +13,7 @@ from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import (
     ReverseProcess,
     Sampler,
-    draw,
-    encode_and_decode,
+    ddim_inversion,
     p_sample_loop,
     p_sample_loop_progressive,
     sample_noise,
@@ -31,7 +30,7 @@ def golden_noise_fn(t):
 @pytest.mark.parametrize("jit_compile", [True, False])
 @pytest.mark.parametrize("denoise", golden.DENOISE_FNS)
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
-def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
+def test_ancestral_loop_matches_the_authors(var_type, denoise, jit_compile):
     diffusion = golden.linear_diffusion("eps", var_type, 20)
     loop = tf.function(
         lambda: p_sample_loop(diffusion, golden.DENOISE_FNS[denoise], golden_noise_fn), jit_compile=jit_compile
@@ -42,7 +41,7 @@ def test_ancestral_loop_is_the_authors(var_type, denoise, jit_compile):
         np.testing.assert_allclose(loop(), GOLDEN[f"v1/loop20/p_sample_loop/{denoise}"], rtol=1e-5, atol=1e-5)
 
 
-def test_progressive_loop_is_the_authors():
+def test_progressive_loop_matches_the_authors():
     diffusion = golden.linear_diffusion("eps", "fixedlarge", 20)
     loop = tf.function(
         lambda: p_sample_loop_progressive(
@@ -54,9 +53,7 @@ def test_progressive_loop_is_the_authors():
         np.testing.assert_allclose(ours, GOLDEN[f"{key}/{name}"], rtol=1e-5, atol=1e-5)
 
 
-def test_loops_have_no_python_loop_over_timesteps():
-    """The graph does not grow with T."""
-
+def test_graph_does_not_grow_with_the_number_of_timesteps():
     def nodes(num_timesteps):
         diffusion = golden.linear_diffusion("eps", "fixedlarge", num_timesteps)
         noise_fn = lambda t: CounterRng(0, t, 0).normal("n", (2, 4, 4, 1))
@@ -71,7 +68,7 @@ def test_loops_have_no_python_loop_over_timesteps():
     ("mean_type", "var_type"),
     list(itertools.product(("eps", "xstart", "xprev"), ("fixedlarge", "fixedsmall", "learned"))),
 )
-def test_gaussian_data_is_sampled_back(mean_type, var_type):
+def test_exact_denoiser_samples_the_gaussian_data(mean_type, var_type):
     diffusion = golden.linear_diffusion(mean_type, var_type, 1000)
     denoise_fn = gaussian_data.denoise_fn(diffusion)
     _, (prev_a, prev_b), log_variance = gaussian_data.optimal_denoiser(diffusion)
@@ -81,7 +78,7 @@ def test_gaussian_data_is_sampled_back(mean_type, var_type):
     loop = tf.function(lambda: p_sample_loop(diffusion, denoise_fn, noise_fn, clip_denoised=False), jit_compile=True)
     x = loop().numpy().astype(np.float64)
 
-    # The chain is linear, so its exact mean and variance follow by recursion; no noise is added at t = 0.
+    # The chain is linear, so a recursion gives its exact mean and variance. It adds no noise at t = 0.
     tables = {
         "fixedlarge": diffusion.schedule.fixedlarge_log_variance,
         "fixedsmall": diffusion.schedule.posterior_log_variance_clipped,
@@ -93,13 +90,13 @@ def test_gaussian_data_is_sampled_back(mean_type, var_type):
     standard_error = np.sqrt(variance / x.size)
     assert abs(x.mean() - mean) < 5 * standard_error
     assert abs(x.var() - variance) < 5 * variance * np.sqrt(2 / x.size)
-    # And that is the data's: only the learned variance is exact, the fixed ones bound it (Section 3.2).
+    # They are those of the data. Only the learned variance is exact; the fixed ones bound it (Section 3.2).
     assert abs(mean - gaussian_data.MEAN) < 1e-3
     assert abs(variance - gaussian_data.STD**2) < (1e-3 if var_type == "learned" else 0.02) * gaussian_data.STD**2
 
 
 @pytest.mark.slow
-def test_a_sample_depends_on_seed_and_index_alone():
+def test_a_sample_depends_on_seed_and_index_only():
     def tiny(strategy, batch_size, seed=3):
         return Sampler(golden.tiny_model(strategy), batch_size=batch_size, seed=seed)
 
@@ -108,9 +105,9 @@ def test_a_sample_depends_on_seed_and_index_alone():
     assert reference.shape == (16, 8, 8, 1) and reference.dtype == np.float32 and np.abs(reference).max() <= 1.0
     assert len(np.unique(reference.reshape(16, -1), axis=0)) == 16
     by_fives = tiny(one, 5)
-    parts = np.concatenate([by_fives(0), by_fives(5), by_fives(10)])
+    in_batches = np.concatenate([by_fives(0), by_fives(5), by_fives(10)])
     replicated = tiny(make_strategy("mirrored"), 16)(0)
-    for other in (parts, replicated):
+    for other in (in_batches, replicated):
         np.testing.assert_allclose(other, reference[: len(other)], atol=1e-4)  # float rounding
     assert (np.abs(tiny(one, 16, seed=4)(0) - reference) > 0.01).mean() > 0.5
 
@@ -125,25 +122,25 @@ def test_every_sampler_draws_image_i_by_its_index(settings):
     reference = Sampler(trained, batch_size=5, seed=3, settings=settings)(0).numpy()
     assert np.abs(reference).max() <= 1.0 and len(np.unique(reference.reshape(5, -1), axis=0)) == 5
     by_threes = Sampler(trained, batch_size=3, seed=3, settings=settings)
-    parts = np.concatenate([by_threes(0), by_threes(3)])
-    np.testing.assert_allclose(parts[:5], reference, atol=1e-4)  # float rounding
+    in_batches = np.concatenate([by_threes(0), by_threes(3)])
+    np.testing.assert_allclose(in_batches[:5], reference, atol=1e-4)  # float rounding
 
 
 def test_a_sampler_in_several_calls_is_algorithm_2_in_one():
     trained = golden.tiny_model(make_strategy("one_device"))
     whole = tf.function(
-        lambda first: draw(trained.diffusion, trained.denoise_fn(), sample_noise(3, first, (4, 8, 8, 1))),
+        lambda first: p_sample_loop(trained.diffusion, trained.denoise_fn(), sample_noise(3, first, (4, 8, 8, 1))),
         jit_compile=True,
     )
-    np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), whole(tf.constant(8, tf.int64)))
+    expected = tf.clip_by_value(whole(tf.constant(8, tf.int64)), -1.0, 1.0)
+    np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), expected)
 
 
-def test_images_are_encoded_and_decoded_in_batches():
-    """Against the same recursion in float64, where eps is 0.1 x."""
-    trained = golden.tiny_model(make_strategy("one_device"))
-    trained.denoise_fn = lambda: golden.DENOISE_FNS["dn_x"]
+def test_ddim_inversion_leads_to_latents_and_back():
+    """Against the same recursion in float64, for the network eps = 0.1 x."""
+    trained = golden.known_model(golden.DENOISE_FNS["dn_x"], make_strategy("one_device"))
     images = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 1), np.uint8)
-    latents, decoded = encode_and_decode(trained, images, steps=8, spacing="trailing", batch_size=2)
+    latents, samples = ddim_inversion(trained, images, steps=8, spacing="trailing", batch_size=2)
     levels = np.append(1.0, trained.diffusion.schedule.alphas_cumprod)
 
     def run(x, levels):
@@ -155,19 +152,18 @@ def test_images_are_encoded_and_decoded_in_batches():
     expected = run(images / 127.5 - 1.0, levels)
     np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-5)
     expected = run(expected, levels[::-1])
-    np.testing.assert_allclose(decoded, x_to_images(expected), atol=1)
-    assert decoded.dtype == np.uint8 and latents.shape == images.shape
+    np.testing.assert_allclose(samples, x_to_images(expected), atol=1)
+    assert samples.dtype == np.uint8 and latents.shape == images.shape
 
 
-def test_a_stretch_of_a_partial_batch_takes_no_more_steps():
-    trained = golden.tiny_model(make_strategy("mirrored"))  # not compiled by XLA, so that Python can count
+def test_padding_a_partial_batch_adds_no_steps():
     calls = []
 
     def denoise_fn(x_t, t):
         x = tf.numpy_function(lambda x, t: calls.append(t[0]) or x, [x_t, t], tf.float32)
         return tf.ensure_shape(x, x_t.shape)
 
-    trained.denoise_fn = lambda: denoise_fn
-    process = ReverseProcess(trained, batch_size=8, seed=0)
+    # Under this strategy XLA does not compile the function, so Python can count its calls.
+    process = ReverseProcess(golden.known_model(denoise_fn, make_strategy("mirrored")), batch_size=8, seed=0)
     process(process.noise(3), 8, 5)
-    assert sorted(calls) == [5] * 8 + [6] * 8 + [7] * 8  # one image to each of eight replicas
+    assert sorted(calls) == [5] * 8 + [6] * 8 + [7] * 8  # one image for each of eight replicas

@@ -6,7 +6,7 @@ import tensorflow as tf
 from support import gaussian_data, golden
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import table_steps
 from diffusion_tf.schedules import NoiseSchedule
@@ -62,7 +62,7 @@ def test_logsnr_spacing_is_even_where_timesteps_are_dense():
     abar = SCHEDULE.alphas_cumprod[timesteps(SCHEDULE, 12, "logsnr")]
     steps = np.diff(np.log(abar / (1 - abar)))
     np.testing.assert_allclose(steps[:8], steps.mean(), rtol=0.03)
-    with pytest.raises(InputError, match="logsnr has no first step where alphas_cumprod ends at 0"):
+    with pytest.raises(ConfigError, match="logsnr has no first step where alphas_cumprod ends at 0"):
         timesteps(NoiseSchedule(1.0 / np.arange(50, 0, -1)), 10, "logsnr")
 
 
@@ -187,16 +187,16 @@ def test_inversion_leads_back(mixture):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SamplerSettings("euler"), "--sampler=euler: choose one of ancestral, ddim, dpm_solver"),
-        (SamplerSettings("ddim", 51), "--sampler_steps=51 must be from 1 to the run's 50 steps"),
-        (SamplerSettings("ddim", 5, eta=1.5), r"--ddim_eta=1.5 must be in \[0, 1\]"),
-        (SamplerSettings("ancestral", 5, eta=0.5), "--ddim_eta=0.5 goes with --sampler=ddim, not ancestral"),
-        (SamplerSettings("ddim", 5, spacing="cosine"), "--sampler_spacing=cosine: choose one of trailing"),
-        (SamplerSettings("ancestral", 5), "--sampler_steps=5: a learned variance is that of single steps"),
+        (SamplerSettings("euler"), "sampler=euler: choose one of ancestral, ddim, dpm_solver"),
+        (SamplerSettings("ddim", 51), "sampler_steps=51 must be from 1 to the run's 50 steps"),
+        (SamplerSettings("ddim", 5, eta=1.5), r"ddim_eta=1.5 must be in \[0, 1\]"),
+        (SamplerSettings("ancestral", 5, eta=0.5), "ddim_eta=0.5 goes with `sampler=ddim`, not ancestral"),
+        (SamplerSettings("ddim", 5, spacing="cosine"), "sampler_spacing=cosine: choose one of trailing"),
+        (SamplerSettings("ancestral", 5), "sampler_steps=5: a learned variance is that of single steps"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ConfigError, match=message):
         sampler_table(settings, get_preset("cifar10", num_timesteps=50), golden.linear_diffusion("eps", "learned", 50))
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset
-from diffusion_tf.samplers import draw, sample_noise
+from diffusion_tf.samplers import p_sample_loop, sample_noise
 from diffusion_tf.storage.files import check_writable, write_file, write_json
 from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.training.step import train_step
@@ -131,7 +131,8 @@ def _sampler(preset: Preset, model: UNet) -> Program:
 
     def function(*tensors):
         *params, first_image = tensors
-        return [draw(diffusion, model.denoise_fn(params), sample_noise(preset.seed, first_image, shape))]
+        noise_fn = sample_noise(preset.seed, first_image, shape)
+        return [tf.clip_by_value(p_sample_loop(diffusion, model.denoise_fn(params), noise_fn), -1.0, 1.0)]
 
     weights = _weights(model, ["float32"] * len(model.weight_names))
     return Program(function, [*weights, Array("first_image", (), "int32")], [Array("samples", shape, "float32")])
