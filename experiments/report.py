@@ -10,7 +10,8 @@ import os
 
 from absl import flags
 
-from diffusion_tf.reports.run_page import read_run, to_markdown, to_png
+from diffusion_tf.reports.run_page import to_markdown, to_png
+from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.workdir import Workdir
 from experiments import common

@@ -1,1 +1,1 @@
-"""Pictures and pages about a trained run."""
+"""Figures of the paper, and a page about a run."""

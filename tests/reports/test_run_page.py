@@ -1,4 +1,4 @@
-"""The report tells what a run's folder holds, and names what is missing."""
+"""The page about a run shows the results in its folder, and names the commands for those that are missing."""
 
 import io
 
@@ -8,7 +8,8 @@ from PIL import Image
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
-from diffusion_tf.reports.run_page import paper_table, read_run, to_markdown, to_png
+from diffusion_tf.reports.run_page import paper_table, to_markdown, to_png
+from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.storage.files import write_json
 from diffusion_tf.storage.workdir import Workdir
 
@@ -34,7 +35,7 @@ def likelihood(split, bits_per_dim):
     return {**subject, **terms, "bits_per_dim": bits_per_dim, "terms_bits_per_dim": [1.5, 1.0, 1.0]}
 
 
-def test_an_untouched_run_names_the_commands(tmp_path):
+def test_page_of_an_untouched_run_names_the_commands(tmp_path):
     record = read_run(make_run(tmp_path, "digits"))
     markdown = to_markdown(record, "report.png")
     for program in ("likelihood", "rate_distortion", "evaluate"):
@@ -45,7 +46,7 @@ def test_an_untouched_run_names_the_commands(tmp_path):
         read_run(Workdir(tmp_path / "nothing"))
 
 
-def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
+def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
     workdir = make_run(tmp_path, "cifar10")
     workdir.append_metrics({"step": 20, "loss": 0.03, "grad_norm": 0.5})
     workdir.append_evaluation(evaluation(10, fid=4.5, inception_score=9.0))
@@ -67,7 +68,7 @@ def test_the_papers_numbers_stand_beside_the_runs(tmp_path):
     np.asarray(Image.open(io.BytesIO(to_png(record))))
 
 
-def test_samplers_stand_side_by_side_and_out_of_the_papers_table(tmp_path):
+def test_page_compares_samplers_and_keeps_them_out_of_the_papers_table(tmp_path):
     workdir = make_run(tmp_path, "cifar10")
     workdir.append_evaluation(evaluation(10, fid=6.0))
     few = {"sampler": "ddim", "ddim_eta": 0.0, "sampler_spacing": "trailing"}
@@ -83,7 +84,7 @@ def test_samplers_stand_side_by_side_and_out_of_the_papers_table(tmp_path):
     np.asarray(Image.open(io.BytesIO(to_png(record))))
 
 
-def test_lsun_has_table_3(tmp_path):
+def test_page_of_an_lsun_run_has_table_3(tmp_path):
     workdir = make_run(tmp_path, "lsun_church")
     empty = paper_table(read_run(workdir))
     assert "| StyleGAN2 | 3.86 | paper, Table 3 |" in empty and "| **this run** |  | not measured |" in empty

@@ -1,0 +1,113 @@
+"""The results in a run's folder, as training and the measurements left them."""
+
+import dataclasses
+import os
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_tf.solvers import default_spacing
+from diffusion_tf.storage.files import read_json
+from diffusion_tf.storage.workdir import Workdir
+
+_SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The results of a run; empty or None where nothing was measured.
+
+    Attributes:
+      config: the preset's fields.
+      metrics: the lines of metrics.jsonl, oldest first.
+      likelihood: what `experiments.likelihood` wrote for each split.
+      rate_distortion: what `experiments.rate_distortion` wrote for each split.
+      compression: what `experiments.compress` wrote for each split.
+      evaluations: the lines of evaluations.jsonl, oldest first.
+      samples: path of the newest grid of samples.
+      reconstructions: path of a picture of what prefixes of compressed files show.
+    """
+
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]
+    likelihood: dict[str, dict[str, Any]]
+    rate_distortion: dict[str, dict[str, Any]]
+    compression: dict[str, dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    samples: str | None
+    reconstructions: str | None
+
+    def sampler_name(self, evaluation: dict[str, Any]) -> str:
+        """The sampler of an evaluation, with the settings that are not its defaults; without the number of steps."""
+        name, spacing = evaluation["sampler"], evaluation.get("sampler_spacing")
+        eta = f"eta {evaluation['ddim_eta']:g}" if evaluation.get("ddim_eta") else ""
+        if spacing == default_spacing(name, self.config["dataset"]):
+            spacing = None
+        return ", ".join(filter(None, (name, eta, spacing)))
+
+    def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
+        """Whether the samples of an evaluation took all T steps of ancestral sampling, as the paper's did."""
+        return (evaluation["sampler"], evaluation["sampler_steps"]) == ("ancestral", self.config["num_timesteps"])
+
+    def best_fid(self) -> dict[str, Any]:
+        """The evaluation that stands beside the paper's FID; empty if there is none.
+
+        Among the evaluations of Algorithm 2 against training images it takes those with the most samples, and of these
+        the one with the lowest FID.
+        """
+        candidates = [
+            line
+            for line in self.evaluations
+            if line.get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
+        ]
+        return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
+
+    def sampler_comparison(self) -> list[dict[str, Any]]:
+        """Evaluations that differ in sampler or number of steps only, sorted by both; empty if there are none.
+
+        They share checkpoint, number of samples and reference. If several groups do, it takes the last one.
+        """
+        groups: dict[tuple, list[dict[str, Any]]] = {}
+        for line in self.evaluations:
+            groups.setdefault((line["step"], line["num_samples"], reference_name(line)), []).append(line)
+        sampler_of = lambda line: (line["sampler"], line["sampler_steps"])
+        comparisons = [lines for lines in groups.values() if len(set(map(sampler_of, lines))) > 1]
+        return sorted(comparisons[-1], key=sampler_of) if comparisons else []
+
+
+def scores(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The entries of an evaluation that are scores."""
+    return {name: v for name, v in evaluation.items() if isinstance(v, float) and name != "ddim_eta"}
+
+
+def reference_name(evaluation: dict[str, Any]) -> str:
+    """The real images of an evaluation, such as "50,000 of cifar10, train"."""
+    reference = evaluation["reference"]
+    return f"{reference['num_images']:,} of {reference.get('images') or reference['file']}"
+
+
+def read_run(workdir: Workdir) -> RunRecord:
+    """Collects the results in `workdir`.
+
+    Raises:
+      InputError: the folder holds no run.
+    """
+    config = dataclasses.asdict(workdir.read_preset())
+
+    def by_split(name: str) -> dict[str, dict[str, Any]]:
+        paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
+        return {split: read_json(path) for split, path in paths.items() if tf.io.gfile.exists(path)}
+
+    def last(pattern: str) -> str | None:
+        return max(tf.io.gfile.glob(pattern), default=None)
+
+    return RunRecord(
+        config=config,
+        metrics=workdir.read_metrics(),
+        likelihood=by_split("likelihood"),
+        rate_distortion=by_split("rate_distortion"),
+        compression=by_split("compression"),
+        evaluations=workdir.read_evaluations(),
+        samples=last(os.path.join(workdir.samples, "step_*.png")),
+        reconstructions=last(os.path.join(workdir.path, "compression_*.png")),
+    )
