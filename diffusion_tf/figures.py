@@ -1,4 +1,4 @@
-"""Pictures as PNG: grids of images with captions, and curves."""
+"""Pictures: grids of images with captions and labels, curves, and animations."""
 
 import dataclasses
 import io
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_MARGIN = 8  # pixels round each grid
+_MARGIN = 8  # pixels around each grid
 _CAPTION = 20  # pixels above each grid
-_FONT = 13  # height of its letters, in pixels
-_TILE = 48  # least width of a labelled image, in pixels
-_ANIMATION_HEIGHT = 360
+_FONT = 13  # font size in pixels
+_TILE = 48  # minimum width of a labelled image in pixels
+_ANIMATION_HEIGHT = 360  # minimum, in pixels
 _LINE = 64  # grey level between the images of a grid
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Tiles uint8 [N, H, W, C] row by row, a grey line after each: [rows * (H + 1), columns * (W + 1), C]."""
+    """Tiles images uint8 [N, H, W, C] row by row, with grey lines: uint8 [rows * (H + 1), columns * (W + 1), C]."""
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     tiles = np.full((rows * columns, height + 1, width + 1, channels), _LINE, np.uint8)
@@ -26,12 +26,12 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def square_grid(images: np.ndarray) -> np.ndarray:
-    """`image_grid` with as many columns as rows, or one more row."""
+    """`image_grid` with about as many columns as rows, and never more columns."""
     return image_grid(images, max(1, int(len(images) ** 0.5)))
 
 
 def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> bytes:
-    """A PNG of captioned grids side by side, each pixel repeated until the picture is `min_height` pixels high."""
+    """A PNG of grids side by side, by caption, enlarged to at least `min_height` pixels by repeating their pixels."""
     panels = []
     for caption, grid in grids.items():
         scale = max(1, -(-min_height // grid.shape[0]))
@@ -52,9 +52,13 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
 def labelled_grid(
     rows: Sequence[np.ndarray], *, row_labels: Sequence[str], column_labels: Sequence[str], caption: str
 ) -> bytes:
-    """A PNG of rows of images uint8 [columns, H, W, C] of one size, with a label for each row and column.
+    """A PNG of images in labelled rows and columns, enlarged by repeating their pixels.
 
-    Small images are enlarged by repeating their pixels, so that a tile is wide enough to see, and for its label.
+    Args:
+      rows: images uint8 [columns, H, W, C], all of one size.
+      row_labels: a label for each row.
+      column_labels: a label for each column; tiles are at least as wide as the longest.
+      caption: a line above the grid.
     """
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(size=_FONT)
@@ -78,7 +82,7 @@ def labelled_grid(
 
 
 def animation(frames: Sequence[np.ndarray], *, seconds: float) -> bytes:
-    """A GIF that shows grids of images uint8 [H, W, C] one after the other, the last one for two seconds more."""
+    """A GIF of pictures uint8 [H, W, C], of `seconds` in total, after which the last one stays for two seconds."""
     scale = max(1, -(-_ANIMATION_HEIGHT // frames[0].shape[0]))
     pictures = [_enlarged(frame, scale) for frame in frames]
     durations = [int(1000 * seconds / len(frames))] * len(frames)
@@ -89,14 +93,24 @@ def animation(frames: Sequence[np.ndarray], *, seconds: float) -> bytes:
 
 
 def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
-    """An image or a grid [H, W, C] as RGB, each pixel repeated."""
+    """An image uint8 [H, W, C] as RGB, enlarged by repeating its pixels."""
     rgb = np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
     return Image.fromarray(np.ascontiguousarray(rgb.repeat(scale, 0).repeat(scale, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One panel: y over x, with its labels; `log_y` for a logarithmic axis; `points` (x, y) by what they are."""
+    """A panel of `curves`: y over x.
+
+    Attributes:
+      title: title of the panel.
+      xlabel: label of the x axis.
+      ylabel: label of the y axis.
+      x: float [N].
+      y: float [N].
+      log_y: whether the y axis is logarithmic.
+      points: further points (x, y), by their label.
+    """
 
     title: str
     xlabel: str
@@ -108,8 +122,8 @@ class Curve:
 
 
 def curves(panels: Sequence[Curve]) -> bytes:
-    """A PNG of curves side by side."""
-    from matplotlib.figure import Figure  # seconds to import, and only curves need it
+    """A PNG of curves, side by side."""
+    from matplotlib.figure import Figure  # takes seconds to import, and only curves need it
 
     figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

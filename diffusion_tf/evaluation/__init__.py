@@ -1,1 +1,1 @@
-"""Scores of samples against real images."""
+"""Sample quality: features of images, and scores that compare them with those of real images."""

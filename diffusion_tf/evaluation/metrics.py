@@ -1,7 +1,6 @@
-"""How close a set of samples is to real images, from their features: Fréchet and kernel distances, scores, coverage.
+"""Scores of samples from their features: Fréchet and kernel distance, classifier score, precision and recall.
 
-Fréchet distance, classifier score and kernel distance are TF-GAN's; with Inception's features they are FID, Inception
-Score and KID. All of it in float64.
+With features of Inception, the first three are FID, KID and Inception Score, computed by TF-GAN. Everything is float64.
 """
 
 import numpy as np
@@ -13,7 +12,7 @@ from diffusion_tf.evaluation.tfgan_eval import classifier_metrics
 
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
-    """The Fréchet distance between Gaussians fitted to features [N, D] and [M, D], covariances with divisor N - 1."""
+    """Fréchet distance of Gaussians fitted to features [N, D] and [M, D]; covariances have the divisor N - 1."""
     with tf.device("CPU"):
         distance = classifier_metrics().frechet_classifier_distance_from_activations(
             _float64(real), _float64(generated)
@@ -22,13 +21,13 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def kernel_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
-    """The kernel distance (KID) between features [N, D] and [M, D], and an estimate of its standard error.
+    """Kernel distance (KID) between features [N, D] and [M, D], and its standard error.
 
-    The unbiased estimate of blocks of at most 1,024; the error is NaN where there is only one block.
+    It averages unbiased estimates of blocks of at most 1,024 features. The error is NaN if there is only one block.
     """
     logger = tf.get_logger()
     level = logger.level
-    logger.setLevel("ERROR")  # TF-GAN calls map_fn in a way that TensorFlow warns of at length
+    logger.setLevel("ERROR")  # TF-GAN calls map_fn with deprecated arguments
     with tf.device("CPU"):
         distance, error = classifier_metrics().kernel_classifier_distance_and_std_from_activations(
             _float64(real), _float64(generated)
@@ -38,14 +37,14 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray) -> tuple[float, flo
 
 
 def classifier_score(logits: np.ndarray) -> float:
-    """exp(E[KL(p(y | x) || p(y))]) over all of logits [N, classes]: the Inception Score where they are Inception's."""
+    """exp(E[KL(p(y | x) || p(y))]) of logits [N, classes]: the Inception Score, if they are Inception's."""
     with tf.device("CPU"):
         return float(classifier_metrics().classifier_score_from_logits(_float64(logits)))
 
 
 def classifier_score_splits(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation of `classifier_score` over `splits` equal parts of logits [N, classes]."""
-    scores = [classifier_score(part) for part in np.array_split(logits, splits)]
+    """Mean and standard deviation of `classifier_score` over `splits` equal splits of logits [N, classes]."""
+    scores = [classifier_score(split) for split in np.array_split(logits, splits)]
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -56,14 +55,14 @@ def _float64(array: np.ndarray) -> tf.Tensor:
 def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019).
 
-    A set's manifold is the union of balls about its points, each reaching to the point's k-th nearest neighbour in the
-    set. Precision is the share of `generated` inside the manifold of `real`, recall that of `real` inside the manifold
-    of `generated`.
+    The manifold of a set is the union of balls around its points; each ball reaches to the point's k-th nearest
+    neighbour in the set. Precision is the share of `generated` inside the manifold of `real`, and recall the share of
+    `real` inside the manifold of `generated`. Distances take O(N^2 + N M) time.
 
     Args:
       real: features [N, D].
       generated: features [M, D].
-      k: which neighbour a ball reaches to.
+      k: the neighbour to which a ball reaches.
 
     Returns:
       (precision, recall), each in [0, 1].
@@ -74,6 +73,6 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> 
 def _coverage(manifold: np.ndarray, points: np.ndarray, k: int) -> float:
     """The share of `points` inside the manifold."""
     neighbors = sklearn.neighbors.NearestNeighbors(n_neighbors=k).fit(manifold)
-    radii = neighbors.kneighbors()[0][:, -1]  # without arguments a point is not its own neighbour
+    radii = neighbors.kneighbors()[0][:, -1]  # kneighbors() does not count a point as its own neighbour
     chunks = sklearn.metrics.pairwise_distances_chunked(points, manifold)
     return float(np.concatenate([(distances <= radii).any(axis=1) for distances in chunks]).mean())

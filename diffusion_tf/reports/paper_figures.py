@@ -1,6 +1,8 @@
-"""The paper's figures of a trained model: for each a picture, and in numbers what it shows.
+"""The paper's figures for a trained model: each as a picture, and as numbers that say what it shows.
 
-Times are the paper's: x_t after t steps of noise, x_0 an image, x_T noise.
+Times are the paper's t: x_t has t steps of noise, x_0 is an image, x_T is noise. In every function `trained` is the
+model, `batch_size` the number of images computed at once over all replicas, and `seed` the seed of the noise; the same
+seed gives the same picture.
 """
 
 import dataclasses
@@ -23,10 +25,10 @@ from diffusion_tf.samplers import ProgressiveSampler, ReverseProcess, draw_sampl
 from diffusion_tf.storage.resumable import Arrays
 from diffusion_tf.trained_model import TrainedModel
 
-DRAWS = 9  # of one x_t, as in Figure 7
+SAMPLES_PER_LATENT = 9  # as in Figure 7
 LAMBDAS = tuple(tenth / 10 for tenth in range(11))
 _NEIGHBORS = 5
-_CHUNK = 200  # training images that are compared at once
+_CHUNK = 200  # training images compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +37,8 @@ class PaperFigure:
 
     Attributes:
       picture: a PNG or a GIF.
-      numbers: what it shows, as JSON can hold it.
-      explanation: one or two sentences, for people.
+      numbers: what the picture shows, in a form that JSON can hold.
+      explanation: one or two sentences for the reader.
     """
 
     picture: bytes
@@ -48,15 +50,48 @@ def _to_images(x: np.ndarray) -> np.ndarray:
     return x_to_images(tf.constant(x)).numpy()
 
 
+def _rmse(x: np.ndarray, y: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """Root mean squared difference of images in [-1, 1], on the scale [0, 255]."""
+    return np.sqrt(np.square(x - y).mean(axis=axis)) * 127.5
+
+
+def _in_batches(
+    network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int
+) -> Callable[[np.ndarray | tf.Tensor], Arrays]:
+    """A function that applies `network` to pixels [N, H, W, C] in [0, 255] for any N, batch by batch."""
+    apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
+
+    def outputs_of(pixels: np.ndarray | tf.Tensor) -> Arrays:
+        batches = [apply(0, pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    return outputs_of
+
+
 def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, caption: str) -> PaperFigure:
-    """Uncurated samples 0 .. count - 1 (Figs. 11, 13, 16-19)."""
+    """The first `count` samples, not selected, under a caption (Figs. 11, 13, 16-19)."""
     images = draw_samples(trained, num_samples=count, batch_size=batch_size, seed=seed)
     picture = figures.captioned_grids({caption: figures.square_grid(images)})
-    return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Samples as they come, none chosen.")
+    return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Uncurated samples.")
+
+
+def animation(trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int) -> PaperFigure:
+    """Sampling as a GIF: x_t of `count` samples at `frames` + 1 times."""
+    num_timesteps = trained.diffusion.num_timesteps
+    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
+    times = np.unique(np.linspace(num_timesteps, 0, frames + 1).astype(int))[::-1].tolist()
+    x_t, grids = process.noise(count), []
+    for before, time in zip([num_timesteps, *times[:-1]], times, strict=True):
+        x_t = process(x_t, before, time)
+        grids.append(figures.square_grid(_to_images(x_t)))
+    return PaperFigure(figures.animation(grids, seconds=4.0), {"t": times}, "Sampling, from noise to images.")
+
+
+# --- Progressive generation (Section 4.3) ----------------------------------------------------------------------
 
 
 def _progressive_sampler(trained: TrainedModel, batch_size: int, seed: int) -> tuple[ProgressiveSampler, list[int]]:
-    """A sampler that keeps some ten predictions of x_0, and the t of the x_t that each was made from."""
+    """A sampler that returns about ten predictions of x_0, and the t of the x_t from which it makes each."""
     num_timesteps = trained.diffusion.num_timesteps
     freq = max(1, num_timesteps // 10)
     sampler = ProgressiveSampler(trained, batch_size=batch_size, seed=seed, include_xstartpred_freq=freq)
@@ -64,71 +99,79 @@ def _progressive_sampler(trained: TrainedModel, batch_size: int, seed: int) -> t
 
 
 def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: int) -> PaperFigure:
-    """The x_0 that is predicted on the way from x_T to x_0, at ten times (Figs. 6, 14)."""
+    """The x_0 predicted at ten times of the reverse process, for `chains` samples (Figs. 6, 14)."""
     sampler, times = _progressive_sampler(trained, batch_size, seed)
     batches = [sampler(first) for first in range(0, chains, batch_size)]
     final, predictions = (np.concatenate([batch[i].numpy() for batch in batches])[:chains] for i in range(2))
-    # The reverse process goes from the last prediction to the first.
-    rows = [_to_images(np.concatenate([row[::-1], last[None]])) for row, last in zip(predictions, final, strict=True)]
-    distance = np.sqrt(np.square(predictions - final[:, None]).mean(axis=(0, 2, 3, 4))) * 127.5
+    times, predictions = times[::-1], predictions[:, ::-1]  # in the order of the reverse process
     picture = figures.labelled_grid(
-        rows,
+        [_to_images(np.concatenate([row, last[None]])) for row, last in zip(predictions, final, strict=True)],
         row_labels=[f"sample {i}" for i in range(chains)],
-        column_labels=[*(f"t={time}" for time in reversed(times)), "x_0"],
+        column_labels=[*(f"t={time}" for time in times), "x_0"],
         caption="The x_0 that is predicted from x_t, over the reverse process",
     )
-    numbers = {"t": times[::-1], "rmse_to_the_sample": distance[::-1].tolist()}
-    return PaperFigure(picture, numbers, "What is large appears first, details come last.")
+    distance = _rmse(predictions, final[:, None], axis=(0, 2, 3, 4))
+    numbers = {"t": times, "rmse_to_the_sample": distance.tolist()}
+    return PaperFigure(picture, numbers, "Large features appear first, details last.")
 
 
 def progressive_quality(
     trained: TrainedModel, network: FeatureNetwork, real: Arrays, *, count: int, batch_size: int, seed: int
 ) -> PaperFigure:
-    """The quality of the predicted x_0 over the reverse process, by `network`'s scores against `real` (Fig. 10)."""
+    """Scores of the predicted x_0 over the reverse process (Fig. 10).
+
+    Args:
+      trained: the model.
+      network: a classifier; the scores compare its features.
+      real: its outputs for the training images.
+      count: how many samples.
+      batch_size: images computed at once.
+      seed: seed of the noise.
+    """
     sampler, times = _progressive_sampler(trained, batch_size, seed)
     outputs_of = _in_batches(network, trained.strategy, batch_size)
-    features: list[list[Arrays]] = []  # by time and by batch
+    features: list[list[Arrays]] = []  # of each batch at each time
     for first in tqdm.trange(0, count, batch_size, desc="samples", unit="batch"):
         _, predictions = sampler(first)
         pixels = x_to_pixels(predictions[: count - first])
         features.append([outputs_of(pixels[:, k]) for k in range(len(times))])
+    times = times[::-1]
     metrics = ("fid", "inception_score")
-    keys = [score_names(metric, network.name)[0] for metric in metrics]
-    numbers: dict[str, list] = {"t": times[::-1], **{key: [] for key in keys}}
+    scores: dict[str, list[float]] = {score_names(metric, network.name)[0]: [] for metric in metrics}
     for batches in reversed(list(zip(*features, strict=True))):
-        joined = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        scores = compute_scores(metrics, network.name, real, joined)
-        for key in keys:
-            numbers[key].append(scores[key])
-    steps = trained.diffusion.num_timesteps + 1 - np.array(times[::-1])
+        generated = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        at_time = compute_scores(metrics, network.name, real, generated)
+        for name, values in scores.items():
+            values.append(at_time[name])
+    steps = trained.diffusion.num_timesteps + 1 - np.array(times)
     panels = [
-        figures.Curve(f"{key} of the predicted x_0", "reverse process steps (T - t + 1)", key, steps, np.array(scores))
-        for key, scores in numbers.items()
-        if key in keys
+        figures.Curve(
+            f"{name} of the predicted x_0", "reverse process steps (T - t + 1)", name, steps, np.array(values)
+        )
+        for name, values in scores.items()
     ]
+    numbers = {"num_samples": count, "t": times, **scores}
     explanation = "The predicted x_0 becomes a good sample late in the reverse process."
-    return PaperFigure(figures.curves(panels), {"num_samples": count, **numbers}, explanation)
+    return PaperFigure(figures.curves(panels), numbers, explanation)
 
 
-def _in_batches(
-    network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int
-) -> Callable[[np.ndarray | tf.Tensor], Arrays]:
-    """`network` as a function of pixels [N, H, W, C] in [0, 255] for any N, in the memory of one batch."""
-    apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
-
-    def outputs_of(pixels):
-        parts = [apply(0, pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return outputs_of
+# --- Shared latents and interpolation --------------------------------------------------------------------------
 
 
 def shared_latents(
     trained: TrainedModel, network: FeatureNetwork | None, *, chains: int, batch_size: int, seed: int
 ) -> PaperFigure:
-    """Draws of p(x_0 | x_t) that share x_t, at t = T, 3/4 T, T/2 and T/4 of one chain (Fig. 7).
+    """Samples of p(x_0 | x_t) that share x_t, at t = T, 3/4 T, T/2 and T/4 of a chain (Fig. 7).
 
-    With a classifier the numbers tell how often two draws of one x_t are of the same predicted class, over all chains.
+    The picture shows the first chain. With a classifier, the numbers say how often two samples that share x_t have the
+    same class, over all chains.
+
+    Args:
+      trained: the model.
+      network: the classifier, or None.
+      chains: how many chains.
+      batch_size: images computed at once.
+      seed: seed of the noise.
     """
     num_timesteps = trained.diffusion.num_timesteps
     process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
@@ -137,23 +180,66 @@ def shared_latents(
     rows, shares, times = [], [], [num_timesteps * quarter // 4 for quarter in (4, 3, 2, 1)]
     for row, time in enumerate(times):
         x_t, before = process(x_t, before, time), time
-        first = chains * (1 + row * DRAWS)  # each draw has noise of its own
-        draws = process(np.repeat(x_t, DRAWS, axis=0), time, 0, first_image=first)
-        rows.append(_to_images(np.concatenate([x_t[:1], draws[:DRAWS]])))
+        first = chains * (1 + row * SAMPLES_PER_LATENT)  # indices of their own, so each sample has its own noise
+        x_start = process(np.repeat(x_t, SAMPLES_PER_LATENT, axis=0), time, 0, first_image=first)
+        rows.append(_to_images(np.concatenate([x_t[:1], x_start[:SAMPLES_PER_LATENT]])))
         if outputs_of:
-            classes = np.argmax(outputs_of(x_to_pixels(draws))["logits"], axis=1).reshape(chains, DRAWS)
-            agree = (classes[:, :, None] == classes[:, None, :]).sum(axis=(1, 2)) - DRAWS
-            shares.append(float(agree.mean() / (DRAWS * (DRAWS - 1))))
+            shares.append(_same_class_share(outputs_of(x_to_pixels(x_start))["logits"]))
     picture = figures.labelled_grid(
         rows,
         row_labels=[f"t={time}" for time in times],
-        column_labels=["x_t", *(f"x_0, {i + 1}" for i in range(DRAWS))],
-        caption=f"{DRAWS} draws of x_0 that share x_t",
+        column_labels=["x_t", *(f"x_0, {i + 1}" for i in range(SAMPLES_PER_LATENT))],
+        caption=f"{SAMPLES_PER_LATENT} samples of x_0 that share x_t",
     )
     numbers: dict[str, Any] = {"t": times, "chains": chains}
     if shares:
         numbers["same_class_share"] = shares
-    return PaperFigure(picture, numbers, "The later the chain is split, the more the draws have in common.")
+    return PaperFigure(picture, numbers, "The later the samples part, the more they have in common.")
+
+
+def _same_class_share(logits: np.ndarray) -> float:
+    """How often two samples of one latent have the same class; logits [latents * SAMPLES_PER_LATENT, classes]."""
+    classes = np.argmax(logits, axis=1).reshape(-1, SAMPLES_PER_LATENT)
+    same = (classes[:, :, None] == classes[:, None, :]).sum(axis=(1, 2)) - SAMPLES_PER_LATENT
+    return float(same.mean() / (SAMPLES_PER_LATENT * (SAMPLES_PER_LATENT - 1)))
+
+
+def interpolate(
+    trained: TrainedModel,
+    source_a: np.ndarray,
+    source_b: np.ndarray,
+    *,
+    times: Sequence[int],
+    batch_size: int,
+    seed: int,
+) -> np.ndarray:
+    """Diffuses two images to t with the same noise, mixes them, and decodes (Section 4.4).
+
+    At t = 0 it mixes the pixels.
+
+    Args:
+      trained: the model.
+      source_a: uint8 [H, W, C].
+      source_b: uint8 [H, W, C].
+      times: the values of t, each in [0, T].
+      batch_size: images computed at once.
+      seed: seed of the noise.
+
+    Returns:
+      The decoded mixes x_0 for each t and each of LAMBDAS, float32 [len(times), 11, H, W, C].
+    """
+    noise = CounterRng(seed, 0, 0).normal("interpolation", (1, *source_a.shape))
+
+    def diffused(image: np.ndarray, time: int) -> np.ndarray:
+        x_start = images_to_x(tf.constant(image[None]))
+        return (trained.diffusion.q_sample(x_start, tf.fill([1], time - 1), noise) if time else x_start).numpy()
+
+    mixed = [
+        (1.0 - mix) * diffused(source_a, time) + mix * diffused(source_b, time) for time in times for mix in LAMBDAS
+    ]
+    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
+    decoded = process(np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS)), 0)
+    return decoded.reshape(len(times), len(LAMBDAS), *source_a.shape)
 
 
 def interpolation(
@@ -165,52 +251,25 @@ def interpolation(
     batch_size: int,
     seed: int,
 ) -> PaperFigure:
-    """Two images uint8 [H, W, C], diffused to t with shared noise, mixed and decoded (Fig. 8; Fig. 9 with many t).
-
-    At t = 0 this is mixing of pixels, exactly.
-    """
-    noise = CounterRng(seed, 0, 0).normal("interpolation", (1, *source_a.shape))
-
-    def diffused(image, time):
-        x_start = images_to_x(tf.constant(image[None]))
-        return (trained.diffusion.q_sample(x_start, tf.fill([1], time - 1), noise) if time else x_start).numpy()
-
-    mixed = [
-        (1.0 - mix) * diffused(source_a, time) + mix * diffused(source_b, time) for time in times for mix in LAMBDAS
-    ]
-    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
-    decoded = process(np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS)), 0)
-    decoded = decoded.reshape(len(times), len(LAMBDAS), *source_a.shape)
-    ends = [np.concatenate([source_a[None], _to_images(row), source_b[None]]) for row in decoded]
-
-    def rmse(x, source):
-        return float(np.sqrt(np.square(x - images_to_x(source).numpy()).mean()) * 127.5)
-
+    """`interpolate` as a picture with a row for each t (Fig. 8; with many values of t, Fig. 9)."""
+    decoded = interpolate(trained, source_a, source_b, times=times, batch_size=batch_size, seed=seed)
+    x_a, x_b = (images_to_x(source).numpy() for source in (source_a, source_b))
     numbers = {
         "t": list(times),
-        "rmse_to_source_a": [rmse(row[0], source_a) for row in decoded],
-        "rmse_to_source_b": [rmse(row[-1], source_b) for row in decoded],
-        "rmse_between_sources": rmse(images_to_x(source_a), source_b),
+        "rmse_to_source_a": [float(_rmse(row[0], x_a)) for row in decoded],
+        "rmse_to_source_b": [float(_rmse(row[-1], x_b)) for row in decoded],
+        "rmse_between_sources": float(_rmse(x_a, x_b)),
     }
     picture = figures.labelled_grid(
-        ends,
+        [np.concatenate([source_a[None], _to_images(row), source_b[None]]) for row in decoded],
         row_labels=[f"t={time}" for time in times],
         column_labels=["source", "rec.", *(f"{mix:.1f}" for mix in LAMBDAS[1:-1]), "rec.", "source"],
         caption="Two images, mixed after t steps of the forward process",
     )
-    return PaperFigure(picture, numbers, "Little noise mixes pixels; much noise mixes what the images are of.")
+    return PaperFigure(picture, numbers, "With little noise it mixes pixels, with much noise what the images show.")
 
 
-def animation(trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int) -> PaperFigure:
-    """A sampling run as a GIF: x_t of `count` samples at `frames` + 1 times."""
-    num_timesteps = trained.diffusion.num_timesteps
-    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
-    times = np.unique(np.linspace(num_timesteps, 0, frames + 1).astype(int))[::-1].tolist()
-    x_t, grids = process.noise(count), []
-    for before, time in zip([num_timesteps, *times[:-1]], times, strict=True):
-        x_t = process(x_t, before, time)
-        grids.append(figures.square_grid(_to_images(x_t)))
-    return PaperFigure(figures.animation(grids, seconds=4.0), {"t": times}, "Sampling, from noise to images.")
+# --- Nearest neighbours ----------------------------------------------------------------------------------------
 
 
 def neighbors(
@@ -223,43 +282,43 @@ def neighbors(
     batch_size: int,
     seed: int,
 ) -> PaperFigure:
-    """Samples beside their nearest images of `source`, by pixels and by a network's features (Figs. 12, 15).
+    """Samples beside their nearest training images, by pixels and by features of a network (Figs. 12, 15).
 
     Args:
       trained: the model.
-      source: the training images, all of which are searched.
-      network: whose features.
+      source: the training images; it searches all of them.
+      network: the network of the features, or None for pixels only.
       count: how many samples.
-      crop: compare pixels of the central crop x crop only, as the paper does for faces; None: of all.
-      batch_size: images at once.
-      seed: of the samples.
+      crop: compare the pixels of the central crop x crop only, as the paper does for faces; None compares all.
+      batch_size: images computed at once.
+      seed: seed of the noise.
     """
     images = draw_samples(trained, num_samples=count, batch_size=batch_size, seed=seed)
     columns, labels = [images[:, None]], ["sample"]
     numbers: dict[str, Any] = {"num_samples": count, "crop": crop}
     reader = ImageReader(source)
 
-    def found(name: str, featurise: Callable[[np.ndarray], np.ndarray]) -> None:
+    def add_columns(name: str, featurize: Callable[[np.ndarray], np.ndarray]) -> None:
         chunks = (
-            featurise(reader(first, min(_CHUNK, source.num_examples - first)))
+            featurize(reader(first, min(_CHUNK, source.num_examples - first)))
             for first in tqdm.trange(0, source.num_examples, _CHUNK, desc=f"neighbours by {name}", unit="chunk")
         )
-        indices, distances = nearest_neighbors(featurise(images), chunks, _NEIGHBORS)
+        indices, distances = nearest_neighbors(featurize(images), chunks, _NEIGHBORS)
         numbers[f"{name}_indices"], numbers[f"{name}_distances"] = indices.tolist(), distances.tolist()
         columns.append(np.stack([[reader(index, 1)[0] for index in row] for row in indices.tolist()]))
         labels.extend(f"{name} {i + 1}" for i in range(_NEIGHBORS))
 
-    found("pixels", lambda part: _central_crop(part, crop).reshape(len(part), -1))
+    add_columns("pixels", lambda chunk: _central_crop(chunk, crop).reshape(len(chunk), -1))
     if network is not None:
         outputs_of = _in_batches(network, trained.strategy, batch_size)
-        found(network.name, lambda part: outputs_of(part.astype(np.float32))["features"])
+        add_columns(network.name, lambda chunk: outputs_of(chunk.astype(np.float32))["features"])
     picture = figures.labelled_grid(
         list(np.concatenate(columns, axis=1)),
         row_labels=[f"{i}" for i in range(count)],
         column_labels=labels,
         caption=f"Samples, and the nearest of {source.num_examples:,} training images ({source.name})",
     )
-    return PaperFigure(picture, numbers, "Samples beside their nearest training images: copies would show.")
+    return PaperFigure(picture, numbers, "Copies of training images would show here.")
 
 
 def _central_crop(images: np.ndarray, crop: int | None) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Numbers of the paper (Ho, Jain & Abbeel 2020), to stand beside ours."""
+"""Results of the paper (Ho, Jain & Abbeel 2020), for comparison with a run."""
 
-# Table 4: progressive lossy compression of CIFAR-10's test set, by reverse process time T - t + 1.
+# Table 4: progressive lossy compression of the CIFAR-10 test set. Keys are reverse process times T - t + 1.
 TABLE_4 = {
     time: {"paper_rate_bits_per_dim": rate, "paper_distortion_rmse": rmse}
     for time, rate, rmse in (
@@ -17,7 +17,7 @@ TABLE_4 = {
     )
 }
 
-# Table 1, CIFAR-10 without labels: (model, Inception Score, FID, NLL test (train) in bits/dim).
+# Table 1, unconditional CIFAR-10: (model, Inception Score, FID, NLL test (train) in bits/dim).
 TABLE_1 = (
     ("Diffusion (original)", "", "", "<= 5.40"),
     ("Gated PixelCNN", "4.60", "65.93", "3.03 (2.90)"),
@@ -33,7 +33,7 @@ TABLE_1 = (
     ("DDPM, L_simple", "9.46 +- 0.11", "3.17", "<= 3.75 (3.72)"),
 )
 
-# Table 3, FID on LSUN at 256x256: (model, Bedroom, Church, Cat). Starred: measured by StyleGAN2's authors.
+# Table 3, FID on LSUN 256x256: (model, Bedroom, Church, Cat). StyleGAN2's authors measured the starred numbers.
 TABLE_3 = (
     ("ProgressiveGAN", "8.34", "6.42", "37.52"),
     ("StyleGAN", "2.65", "4.21*", "8.53*"),
@@ -42,7 +42,7 @@ TABLE_3 = (
     ("DDPM, L_simple, large", "4.90", "", ""),
 )
 
-# Appendix B, on a TPU v3-8: (training batch, its steps a second, sampling batch, its seconds for all T steps).
+# Appendix B, on a TPU v3-8: (training batch, steps per second, sampling batch, seconds for all T steps).
 _SPEED_256 = (64, 2.2, 128, 300.0)
 SPEED_V3_8 = {
     "cifar10": (128, 21.0, 256, 17.0),
