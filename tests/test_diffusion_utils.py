@@ -1,4 +1,4 @@
-"""The diffusion's mathematics against the authors' float32 program and closed forms."""
+"""The mathematics of the diffusion against the authors' float32 program and closed forms."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def make(mean_type="eps", var_type="fixedlarge", loss_type="kl", num_timesteps=1
 
 
 def assert_golden(ours, key, atol=0.0):
-    """Equal to 1e-5 of each value, or where values cancel to 1e-6 of the array's scale; `atol` is added to that."""
+    """Relative error at most 1e-5, or, where values cancel, 1e-6 of the array's largest value plus `atol`."""
     expected = GOLDEN[key]
     atol = atol + 1e-6 * max(1.0, np.abs(expected).max())
     assert np.all(np.abs(ours - expected) <= 1e-5 * np.abs(expected) + atol), key
@@ -38,21 +38,21 @@ def constant_denoise_fn(var_type):
     return lambda x_t, t: tf.constant(output)
 
 
-def test_normalisation_of_images():
+def test_images_scale_to_x_and_back():
     x = diffusion_utils.images_to_x(GOLDEN["x_start_uint8"].astype(np.uint8))
     np.testing.assert_array_equal(x, X_START)
     np.testing.assert_array_equal(diffusion_utils.x_to_images(x), GOLDEN["x_start_uint8"])
     np.testing.assert_array_equal(diffusion_utils.x_to_images(tf.constant([-3.0, 3.0])), [0, 255])
 
 
-def test_forward_process():
+def test_forward_process_matches_the_authors():
     diffusion = make()
     assert_golden(diffusion.q_sample(X_START, T, GOLDEN["noise"]), "q_sample")
     for name, ours in zip(("mean", "variance", "log_variance"), diffusion.q_mean_variance(X_START, T), strict=True):
         assert_golden(ours, f"q_mean_variance/{name}")
 
 
-def test_posterior():
+def test_posterior_matches_the_authors():
     names = ("mean", "variance", "log_variance_clipped")
     for name, ours in zip(names, make().q_posterior(X_START, X_T, T), strict=True):
         assert_golden(ours, f"q_posterior/{name}")
@@ -60,7 +60,7 @@ def test_posterior():
 
 @pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, VAR_TYPES)))
 @pytest.mark.parametrize("clip", [True, False])
-def test_reverse_process_and_bound(mean_type, var_type, clip):
+def test_reverse_process_and_bound_match_the_authors(mean_type, var_type, clip):
     diffusion, denoise_fn = make(mean_type, var_type), constant_denoise_fn(var_type)
     key = f"{mean_type}/{var_type}/clip{int(clip)}"
     p = diffusion.p_mean_variance(denoise_fn, X_T, T, clip_denoised=clip)
@@ -72,7 +72,7 @@ def test_reverse_process_and_bound(mean_type, var_type, clip):
 
 @pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, VAR_TYPES)))
 @pytest.mark.parametrize("loss_type", ["mse", "kl"])
-def test_training_losses(mean_type, var_type, loss_type):
+def test_training_losses_match_the_authors(mean_type, var_type, loss_type):
     if (var_type, loss_type) == ("learned", "mse"):
         with pytest.raises(InputError, match="loss_type=kl"):
             make(mean_type, var_type, loss_type)
@@ -84,7 +84,7 @@ def test_training_losses(mean_type, var_type, loss_type):
 
 
 @pytest.mark.parametrize(("mean_type", "var_type"), list(itertools.product(MEAN_TYPES, ("fixedlarge", "fixedsmall"))))
-def test_decoder_term_of_a_good_prediction(mean_type, var_type):
+def test_decoder_term_of_a_good_prediction_matches_the_authors(mean_type, var_type):
     t, x_t = np.zeros_like(T), GOLDEN["q_sample_t0"]
     diffusion = make(mean_type, var_type)
     assert_golden(diffusion.q_sample(X_START, t, GOLDEN["noise"]), "q_sample_t0")
@@ -97,7 +97,7 @@ def test_decoder_term_of_a_good_prediction(mean_type, var_type):
 
 
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
-def test_sampling_step(var_type):
+def test_sampling_step_matches_the_authors(var_type):
     diffusion = make("eps", var_type)
     for clip in (True, False):
         sample, pred_xstart = diffusion.p_sample(
@@ -108,7 +108,7 @@ def test_sampling_step(var_type):
 
 
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
-def test_realistic_prediction(var_type):
+def test_operations_on_a_good_prediction_match_the_authors(var_type):
     diffusion, denoise_fn = make("eps", var_type), lambda *_: tf.constant(GOLDEN["near_eps"])
     sample, pred_xstart = diffusion.p_sample(denoise_fn, X_T, T, GOLDEN["noise2"])
     assert_golden(sample, f"p_sample_near/eps/{var_type}/sample")
@@ -121,16 +121,16 @@ def test_realistic_prediction(var_type):
             assert_golden(losses, f"training_losses_near/eps/fixedlarge/{loss_type}")
 
 
-def test_prior_term():
+def test_prior_term_matches_the_authors():
     assert_golden(make().prior_bpd(tf.constant(X_START)), "prior_bpd")
 
 
-def test_decoder_likelihood_and_its_cdf():
+def test_decoder_likelihood_and_its_cdf_match_the_authors():
     x, means, log_scales = (GOLDEN[f"dgll/{name}"] for name in ("x", "means", "log_scales"))
     log_probs = diffusion_utils.discretized_gaussian_log_likelihood(
         x[:, None, None], means=means[None, :, None], log_scales=log_scales[None, None, :]
     )
-    # A probability is the difference of two CDFs, each good to 1.2e-7; its logarithm is good where it is not small.
+    # A probability is a difference of two CDFs with errors of 1.2e-7 each, so the logarithm of a small one is not exact.
     probability, expected = np.exp(log_probs), np.exp(GOLDEN["dgll/log_probs"])
     np.testing.assert_allclose(probability, expected, atol=2.4e-7)
     likely = expected > 0.02
@@ -141,7 +141,7 @@ def test_decoder_likelihood_and_its_cdf():
     )
 
 
-def test_decoder_likelihood_is_eq_13_within_its_cdf():
+def test_decoder_likelihood_is_eq_13_up_to_its_approximate_cdf():
     levels = np.arange(256) / 127.5 - 1.0
     for mean, scale in ((0.1, 0.02), (-0.99, 0.01), (1.0, 0.1)):
         edges = np.concatenate([[-np.inf], levels[:-1] + 1 / 255, [np.inf]])
@@ -155,7 +155,7 @@ def test_decoder_likelihood_is_eq_13_within_its_cdf():
         np.testing.assert_allclose(ours.sum(), 1.0, atol=1e-5)
 
 
-def test_normal_kl_is_the_integral():
+def test_normal_kl_is_its_integral():
     mean1, logvar1, mean2, logvar2 = 0.3, -1.2, -0.5, 0.4
     p = scipy.stats.norm(mean1, np.exp(0.5 * logvar1))
     q = scipy.stats.norm(mean2, np.exp(0.5 * logvar2))
@@ -163,7 +163,7 @@ def test_normal_kl_is_the_integral():
     np.testing.assert_allclose(diffusion_utils.normal_kl(mean1, logvar1, mean2, logvar2), integral, rtol=1e-6)
 
 
-def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
+def test_eps_with_fixedsmall_matches_the_authors_class_for_256x256():
     diffusion = make("eps", "fixedsmall", "mse")
     denoise_fn = constant_denoise_fn("fixedsmall")
     assert_golden(diffusion.q_sample(X_START, T, GOLDEN["noise"]), "v1/q_sample")
@@ -172,7 +172,7 @@ def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
     assert_golden(mean, "v1/q_posterior/mean")
     assert_golden(variance, "v1/q_posterior/variance")
     assert_golden(diffusion.predict_xstart_from_eps(X_T, T, GOLDEN["model_output"]), "v1/predict_start_from_noise")
-    later = T > 0  # at t = 0 that class takes log(1e-20), which no sample and no bound term of ours reads
+    later = T > 0  # at t = 0 that class has log(1e-20), and ours never reads the entry
     np.testing.assert_allclose(log_variance[later], GOLDEN["v1/q_posterior/log_variance_clipped"][later], rtol=1e-5)
     for clip in (True, False):
         p = diffusion.p_mean_variance(denoise_fn, X_T, T, clip_denoised=clip)
@@ -186,7 +186,7 @@ def test_the_authors_class_for_256x256_is_eps_with_fixedsmall():
         assert_golden(sample, f"v1/p_sample/clip{int(clip)}")
 
 
-def test_interpolation_of_two_images():
+def test_interpolation_matches_the_authors():
     diffusion = make("eps", "fixedsmall", num_timesteps=20)
     t = np.full([4], 12, np.int32)
     x1 = diffusion.q_sample(X_START[:4], t, GOLDEN["noise"][:4])
@@ -206,12 +206,12 @@ def test_predictions_invert_the_forward_process(mean_type):
     ]
     output = {"eps": eps, "xstart": X_START, "xprev": diffusion.q_posterior(X_START, X_T, T)[0]}[mean_type]
     p = diffusion.p_mean_variance(lambda *_: tf.cast(output, tf.float32), X_T, T, clip_denoised=False)
-    early = T < 500  # later x_0 drowns in the noise, and float32 cannot bring it back
+    early = T < 500  # later float32 cannot recover x_0 from the noise
     np.testing.assert_allclose(p.pred_xstart[early], X_START[early], atol=2e-3)
     np.testing.assert_allclose(p.mean[early], diffusion.q_posterior(X_START, X_T, T)[0][early], atol=2e-3)
 
 
-def test_eps_is_refused_where_it_cannot_say_x_0():
+def test_eps_is_refused_if_it_cannot_determine_x_0():
     with pytest.raises(InputError, match="jsd"):
         make("eps", schedule="jsd")
     diffusion = make("xstart", schedule="jsd")

@@ -1,4 +1,4 @@
-"""The recipes of Appendix B, and what is refused."""
+"""The recipes of Appendix B, and the values that a preset refuses."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import PRESETS, get_preset
 
 
-def test_recipes_are_appendix_b():
+def test_recipes_are_those_of_appendix_b():
     assert set(PRESETS) == {
         "digits", "cifar10", "celebahq256", "lsun_church", "lsun_bedroom", "lsun_bedroom_large", "lsun_cat",
     }  # fmt: skip
@@ -52,12 +52,12 @@ def test_values_out_of_range_are_refused_by_field_and_range(change, message):
         get_preset("digits", **change)
 
 
-def test_unknown_preset_lists_the_known():
+def test_unknown_preset_lists_the_choices():
     with pytest.raises(ConfigError, match="dataset=mnist: choose one of digits, cifar10"):
         get_preset("mnist")
 
 
-def test_a_longer_run_is_the_same_recipe():
+def test_longer_run_has_the_same_recipe():
     preset = get_preset("digits")
     assert preset.recipe_differences(get_preset("digits", num_steps=9000, keep_checkpoints=1)) == []
     assert preset.recipe_differences(get_preset("digits", dropout=0.5, seed=3)) == [

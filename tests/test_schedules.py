@@ -1,4 +1,4 @@
-"""Schedules and tables against the authors' float64 numbers."""
+"""Beta schedules and tables against the authors' float64 numbers."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from support import golden
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES
-from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
+from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule, posterior
 
 GOLDEN = golden.load("schedules")
 TABLES = (
@@ -21,28 +21,40 @@ def _betas(name, num_timesteps=1000):
 
 
 @pytest.mark.parametrize("name", CHOICES["beta_schedule"])
-def test_betas_are_the_authors(name):
+def test_betas_match_the_authors(name):
     betas = _betas(name)
     assert betas.dtype == np.float64
     np.testing.assert_allclose(betas, GOLDEN[f"betas_{name}"], rtol=1e-15)
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_tables_are_the_authors(table):
+def test_tables_match_the_authors(table):
     ours = getattr(NoiseSchedule(_betas("linear")), table)
     np.testing.assert_allclose(ours, GOLDEN[table], rtol=1e-13, atol=0)
 
 
-def test_the_other_class_of_the_authors_differs_only_at_t_0():
+def test_log_variance_of_the_authors_second_class_differs_at_t_0_only():
     ours = NoiseSchedule(_betas("linear")).posterior_log_variance_clipped
     np.testing.assert_allclose(ours[1:], GOLDEN["v1_posterior_log_variance_clipped"][1:], rtol=1e-13)
 
 
-def test_jsd_ends_in_pure_noise_and_has_a_finite_posterior():
+def test_jsd_ends_in_pure_noise_with_a_finite_posterior():
     schedule = NoiseSchedule(_betas("jsd", 50))
     assert schedule.alphas_cumprod[-1] == 0.0
     assert np.isfinite(schedule.posterior_mean_coef1).all()
     assert np.isfinite(schedule.posterior_log_variance_clipped).all()
+
+
+def test_posterior_of_a_long_step_is_bayes_rule():
+    """q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0): precisions add."""
+    abar = NoiseSchedule(_betas("linear")).alphas_cumprod
+    t, s = np.array([999, 700, 300, 20]), np.array([700, 300, 20, 0])
+    alphas = abar[t] / abar[s]
+    q = posterior(alphas, 1 - alphas, abar[t], abar[s])
+    likelihood, prior = alphas / (1 - alphas), 1 / (1 - abar[s])  # precisions of x_s
+    np.testing.assert_allclose(q.variance, 1 / (likelihood + prior), rtol=1e-9)
+    np.testing.assert_allclose(q.mean_coef1, q.variance * prior * np.sqrt(abar[s]), rtol=1e-9)
+    np.testing.assert_allclose(q.mean_coef2, q.variance * likelihood / np.sqrt(alphas), rtol=1e-9)
 
 
 def test_unknown_schedule_lists_the_choices():
@@ -51,6 +63,6 @@ def test_unknown_schedule_lists_the_choices():
 
 
 @pytest.mark.parametrize("betas", [[0.1], [0.1, 0.0], [0.1, 1.5], [[0.1, 0.2]]])
-def test_impossible_betas_are_refused(betas):
+def test_invalid_betas_are_refused(betas):
     with pytest.raises(InputError, match="betas"):
         NoiseSchedule(np.array(betas))

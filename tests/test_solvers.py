@@ -1,4 +1,4 @@
-"""Tables of the samplers against diffusers' schedulers, and the order of their convergence on data that is known."""
+"""Tables of the samplers against diffusers' schedulers, and their order of convergence on known data."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ SCHEDULE = golden.linear_diffusion("eps", "fixedsmall", 1000).schedule
 
 
 def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip_denoised=False):
-    """Steps of a table: a single one as it is, more as a graph."""
+    """Steps of a table: a single one eagerly, several as a graph."""
     stop = len(table.timesteps) if stop is None else stop
 
     def steps(x):
@@ -45,12 +45,12 @@ def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip
         *((name, n, f"dpmpp2m_{name}_zero_{n}") for name in ("linspace", "trailing") for n in (10, 20)),
     ],
 )
-def test_timesteps_are_those_of_diffusers(spacing, steps, key):
+def test_timesteps_match_diffusers(spacing, steps, key):
     np.testing.assert_array_equal(timesteps(SCHEDULE, steps, spacing), GOLDEN[f"{key}_timesteps"])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_timesteps_are_distinct_and_all_where_all_are_asked_for(spacing):
+def test_timesteps_are_distinct_and_complete(spacing):
     for steps in (1, 2, 3, 7, 20, 33, 50, 100, 333, 999):
         ts = timesteps(SCHEDULE, steps, spacing)
         assert len(ts) == steps and (np.diff(ts) < 0).all() and ts[-1] >= 0
@@ -67,8 +67,8 @@ def test_logsnr_spacing_is_even_where_timesteps_are_dense():
 
 
 @pytest.mark.parametrize("key", sorted(key for key in GOLDEN if key.startswith("ddim") and key.endswith("_prev")))
-def test_steps_of_ddim_are_those_of_diffusers(key):
-    """Its `use_clipped_model_output=True`, which takes eps from the clipped x_0."""
+def test_steps_of_ddim_match_diffusers(key):
+    """With `use_clipped_model_output=True`, which computes eps from the clipped x_0."""
     _, spacing, _, steps, i, eta, _, _ = key.split("_")
     i, diffusion = int(i[1:]), golden.linear_diffusion("eps", "fixedsmall", 1000)
     table = ddim_table(diffusion.schedule, timesteps(diffusion.schedule, int(steps), spacing), float(eta[3:]))
@@ -81,7 +81,7 @@ def test_steps_of_ddim_are_those_of_diffusers(key):
 
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
 @pytest.mark.parametrize("steps", [10, 50, 100])
-def test_steps_of_ancestral_sampling_are_those_of_diffusers(steps, var_type):
+def test_steps_of_ancestral_sampling_match_diffusers(steps, var_type):
     diffusion = golden.linear_diffusion("eps", var_type, 1000)
     ts = timesteps(diffusion.schedule, steps, "leading")
     i = steps // 2
@@ -98,8 +98,8 @@ def test_steps_of_ancestral_sampling_are_those_of_diffusers(steps, var_type):
     "key", ["ddim_leading_one1_10", "ddim_trailing_one1_50", "dpmpp2m_linspace_zero_20", "dpmpp2m_trailing_zero_10",
             "dpmpp2m_leading_zero_20", "dpmpp1m_linspace_zero_20"],
 )  # fmt: skip
-def test_whole_trajectories_are_those_of_diffusers(key):
-    """DDIM with eta = 0 is DPM-Solver++ of order 1."""
+def test_trajectories_match_diffusers(key):
+    """`dpmpp1m`: DPM-Solver++ of order 1 is DDIM with eta = 0."""
     diffusion = golden.linear_diffusion("eps", "fixedsmall", 1000)
     ts, trajectory = GOLDEN[f"{key}_timesteps"], GOLDEN[f"{key}_traj"]
     table = dpm_solver_table(SCHEDULE, ts) if "2m" in key else ddim_table(SCHEDULE, ts, 0.0)
@@ -135,9 +135,9 @@ def test_ddim_with_eta_1_is_ancestral_sampling():
 
 @pytest.fixture(scope="module")
 def mixture():
-    """A process of 20,000 fine steps that predicts x_0 of the mixture, starting points, and where the flow takes them.
+    """A process of 20,000 fine steps, starting points, and the points to which the probability flow takes them.
 
-    The flow ends at the least noisy level, where the samplers predict x_0 once more and stop.
+    The flow ends at the least noisy level, from which the samplers' last step predicts x_0.
     """
     betas = np.linspace(5e-6, 1e-3, 20_000)
     diffusion = GaussianDiffusion(
@@ -153,7 +153,7 @@ def mixture():
 @pytest.mark.parametrize(
     ("make_table", "order"), [(lambda s, ts: ddim_table(s, ts, 0.0), 1), (dpm_solver_table, 2)], ids=["ddim", "dpm"]
 )
-def test_samplers_converge_to_the_probability_flow_at_their_order(mixture, make_table, order):
+def test_samplers_converge_to_the_probability_flow_with_their_order(mixture, make_table, order):
     diffusion, x_T, expected = mixture
     steps, errors = [20, 40, 80, 160], []
     for n in steps:
@@ -164,8 +164,8 @@ def test_samplers_converge_to_the_probability_flow_at_their_order(mixture, make_
     assert abs(slope - order) < 0.12 * order, errors
 
 
-def test_inversion_leads_back(mixture):
-    """From x_0 to the latent of the probability flow, and from there to x_0, the closer the more steps."""
+def test_inversion_and_sampling_converge_to_the_probability_flow(mixture):
+    """From x_0 to a latent and back, with four times smaller errors for four times more steps."""
     diffusion, _, points = mixture
     denoise_fn, schedule = gaussian_data.mixture_denoise_fn(diffusion), diffusion.schedule
     sigma = np.sqrt(1.0 / schedule.alphas_cumprod - 1.0)
@@ -200,7 +200,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
         sampler_table(settings, get_preset("cifar10", num_timesteps=50), golden.linear_diffusion("eps", "learned", 50))
 
 
-def test_settings_say_what_matters():
+def test_description_holds_what_samples_depend_on():
     preset = get_preset("cifar10")
     assert SamplerSettings().describe(preset) == {"sampler": "ancestral", "sampler_steps": 1000}
     assert SamplerSettings("ddim").describe(preset) == {

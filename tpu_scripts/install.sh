@@ -70,7 +70,7 @@ if owners != ["tensorflow-tpu"]:
     )
 import tensorflow as tf
 
-from diffusion_tf.tfgan_eval import classifier_metrics
+from diffusion_tf.evaluation.tfgan_eval import classifier_metrics
 
 classifier_metrics()
 versions = [f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow-tpu", "libtpu")]

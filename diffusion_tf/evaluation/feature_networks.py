@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,24 +14,24 @@ from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.storage.files import first_line, read_file
 
-# TF-GAN's export of the Inception network of 2015, which FID and Inception Score are defined by.
+# TF-GAN's export of the 2015 Inception network, by which FID and Inception Score are defined.
 INCEPTION_TFHUB = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 _INCEPTION_SIZE = 299
-DIGITS_SHAPE = (8, 8, 1)  # what the digits' classifier knows
-_MOST_PIXELS = 4096
+DIGITS_SHAPE = (8, 8, 1)  # (H, W, C) of the images that the digits classifier takes
+_MAX_PIXELS = 4096
 _LOCAL_COPY = "give a local copy, `inception=FOLDER` of a SavedModel or FILE.pb with pool_3:0 and logits:0"
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network that turns images into features.
+    """A network that computes features of images.
 
     Attributes:
       name: inception, digits or pixels.
-      sha256: what identifies its weights.
-      resize: how images are brought to its input size.
-      apply: pixels float32 [B, H, W, C] in [0, 255], not rounded, to `features` [B, D]; to `logits` [B, classes] too
-        where the network is a classifier; and to `pixels` [B, H W C] where neighbours are better found among those.
+      sha256: digest of its weights.
+      resize: how it resizes images to its input size.
+      apply: maps pixels float32 [B, H, W, C] in [0, 255], not rounded, to a dictionary: `features` [B, D]; `logits`
+        [B, classes] if the network is a classifier; `pixels` [B, H W C] if precision and recall should use those.
     """
 
     name: str
@@ -47,9 +48,9 @@ def pixels_network(image_shape: tuple[int, int, int]) -> FeatureNetwork:
     """The pixels as features, scaled to [0, 1].
 
     Raises:
-      InputError: there are too many for a covariance.
+      ConfigError: there are too many pixels for a covariance matrix.
     """
-    if math.prod(image_shape) > _MOST_PIXELS:
+    if math.prod(image_shape) > _MAX_PIXELS:
         raise ConfigError(
             "features", f"=pixels is for small images, not {image_shape}: their covariance would fill memory"
         )
@@ -57,8 +58,8 @@ def pixels_network(image_shape: tuple[int, int, int]) -> FeatureNetwork:
 
 
 def digits_network() -> FeatureNetwork:
-    """A perceptron trained here, in seconds, on the training split of the digits; its hidden layer is the features."""
-    import sklearn.neural_network  # only digits need it
+    """Trains a perceptron on the training split of the digits, in seconds; its hidden layer gives the features."""
+    import sklearn.neural_network  # slow to import, and only digits need it
 
     images = load_digits("train")
     classifier = sklearn.neural_network.MLPClassifier((64,), alpha=0.1, max_iter=1000, random_state=0)
@@ -67,7 +68,7 @@ def digits_network() -> FeatureNetwork:
         [np.asarray(array, np.float32) for array in arrays] for arrays in (classifier.coefs_, classifier.intercepts_)
     )
 
-    def apply(pixels):
+    def apply(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         features = tf.nn.relu(_flatten(pixels) / 255.0 @ w0 + b0)
         return {"features": features, "logits": features @ w1 + b1, "pixels": _flatten(pixels)}
 
@@ -76,14 +77,14 @@ def digits_network() -> FeatureNetwork:
 
 
 def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureNetwork:
-    """Inception as TF-GAN evaluates with it: `pool_3` as features, and `logits`.
+    """Inception as in TF-GAN's evaluation, with `pool_3` as features.
 
     Args:
       source: a TF-Hub handle, a SavedModel folder, or a frozen graph file.
       strategy: where it will run.
 
     Raises:
-      InputError: it cannot be fetched or read, or lacks these outputs.
+      ConfigError: it cannot be fetched or read, or has no outputs `pool_3` and `logits`.
     """
     path = _local_path(source)
     try:
@@ -103,9 +104,9 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
             f" {', '.join(sorted(found)) or 'none'}",
         )
 
-    def apply(pixels):
+    def apply(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs = classify(inception_input(pixels))
-        # With the batch from outside: an old graph may not know its outputs' shapes.
+        # An old graph may not know the shapes of its outputs, but their batch size is that of the input.
         pool_3, logits = (tf.reshape(outputs[name], [pixels.shape[0], -1]) for name in ("pool_3", "logits"))
         return {"features": pool_3, "logits": logits}
 
@@ -113,9 +114,9 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
 
 
 def inception_input(pixels: tf.Tensor) -> tf.Tensor:
-    """Pixels [B, H, W, 1 or 3] in [0, 255] as the network wants them, [B, 299, 299, 3] in about [-1, 1].
+    """Resizes and scales pixels [B, H, W, 1 or 3] in [0, 255] for Inception: [B, 299, 299, 3] in about [-1, 1].
 
-    By TF1's bilinear resize (no half-pixel centres, no antialiasing), which published scores rest on.
+    It resizes as TF1 did (bilinear, no half-pixel centres, no antialiasing), because published scores do.
     """
     if pixels.shape[-1] == 1:
         pixels = tf.repeat(pixels, 3, axis=-1)
@@ -125,21 +126,21 @@ def inception_input(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def _local_path(source: str) -> str:
-    """Where `source` lies, fetched from TF-Hub where it is a handle."""
+    """The local path of `source`, which it fetches from TF-Hub if it is a handle."""
     if not source.startswith(("http://", "https://")):
         path = os.path.expanduser(source)
         if not tf.io.gfile.exists(path):
             raise ConfigError("inception", f"={source} does not exist: {_LOCAL_COPY}")
         return path
     try:
-        import tensorflow_hub  # brings tf_keras, and only a handle needs it
+        import tensorflow_hub  # imports tf_keras, and only a handle needs it
 
         return tensorflow_hub.resolve(source)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         raise ConfigError("inception", f"={source} cannot be fetched ({first_line(error)}): {_LOCAL_COPY}") from error
 
 
-def _load_saved_model(path: str) -> Callable:
+def _load_saved_model(path: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     model = tf.saved_model.load(path)
     if callable(model):
         return model
@@ -148,7 +149,7 @@ def _load_saved_model(path: str) -> Callable:
     return lambda images: signature(**{name: images})
 
 
-def _load_frozen_graph(path: str) -> Callable:
+def _load_frozen_graph(path: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
     graph_def, data = tf.compat.v1.GraphDef(), read_file(path)
     try:
         graph_def.ParseFromString(data)
@@ -159,7 +160,7 @@ def _load_frozen_graph(path: str) -> Callable:
             _modernise_batch_norm(node, graph_def)
     nodes = {node.name: node.op for node in graph_def.node}
     outputs = [name for name in ("pool_3", "logits") if name in nodes]
-    # The published graph is fed behind its own decoding and resizing, at `Mul`.
+    # The published graph decodes and resizes before `Mul`; feeding `Mul` skips both.
     inputs = ["Mul"] if "Mul" in nodes else [name for name, op in nodes.items() if op == "Placeholder"]
     if len(inputs) != 1:
         raise ValueError(f"a graph of {len(inputs)} inputs")
@@ -168,8 +169,8 @@ def _load_frozen_graph(path: str) -> Callable:
     return lambda images: dict(zip(outputs, pruned(images), strict=True))
 
 
-def _modernise_batch_norm(node, graph_def) -> None:
-    """Rewrites an operation of the graphs of 2015, which TensorFlow 2 refuses to run, as its successor."""
+def _modernise_batch_norm(node: Any, graph_def: tf.compat.v1.GraphDef) -> None:
+    """Replaces the batch norm of 2015 graphs, which TensorFlow 2 does not run, by its successor."""
     x, mean, variance, beta, gamma = node.input
     epsilon, dtype = node.attr["variance_epsilon"].f, node.attr["T"].type
     if not node.attr["scale_after_normalization"].b:
@@ -187,7 +188,7 @@ def _modernise_batch_norm(node, graph_def) -> None:
 
 
 def _sha256(path: str) -> str:
-    """Of a file, or of all files of a folder by name."""
+    """Digest of a file, or of all files in a folder with their names."""
     digest = hashlib.sha256()
     files = [path]
     if tf.io.gfile.isdir(path):

@@ -9,11 +9,11 @@ import sklearn.metrics
 def nearest_neighbors(
     queries: np.ndarray, chunks: Iterable[np.ndarray], num_neighbors: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The exact nearest neighbours by Euclidean distance, in the memory of one chunk.
+    """Exact nearest neighbours by Euclidean distance, in the memory of one chunk of candidates.
 
     Args:
       queries: features [M, D].
-      chunks: features [n, D] of all candidates, chunk by chunk in their order.
+      chunks: features [n, D] of all candidates, in order.
       num_neighbors: k, at most the number of candidates.
 
     Returns:

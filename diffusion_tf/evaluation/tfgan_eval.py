@@ -1,8 +1,8 @@
-"""TF-GAN's classifier metrics, without the rest of TF-GAN.
+"""Imports TF-GAN's classifier metrics without the rest of TF-GAN.
 
-tensorflow-gan 2.1.0 is the last release, and `import tensorflow_gan` fails since TensorFlow 2.16: it reaches for
-tf.estimator, which is gone. The module of the metrics does not. So the packages above it are entered as bare packages,
-whose `__init__` never runs.
+`import tensorflow_gan` fails since TensorFlow 2.16: its last release, 2.1.0, uses tf.estimator, which TensorFlow has
+removed. The module of the metrics does not use it, but the `__init__` of its parent packages would fail. So this
+registers empty packages in their place.
 """
 
 import functools
@@ -22,13 +22,13 @@ def classifier_metrics() -> types.ModuleType:
     """The module `tensorflow_gan.python.eval.classifier_metrics`.
 
     Raises:
-      InputError: TF-GAN, or TensorFlow Probability that it needs, is not installed.
+      InputError: TF-GAN or TensorFlow Probability, which it needs, is not installed.
     """
     spec = importlib.util.find_spec("tensorflow_gan")
     if spec is None or spec.origin is None or importlib.util.find_spec("tensorflow_probability") is None:
         raise InputError(
-            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM what the README"
-            " says under `Where it runs`"
+            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM run"
+            " tpu_scripts/install.sh"
         )
     root = os.path.dirname(os.path.dirname(spec.origin))
     for name in _PACKAGES:

@@ -1,4 +1,4 @@
-"""What turns images into features: the preprocessing of published scores, and files of Inception's signature."""
+"""Feature networks: Inception's preprocessing, files with its signature, and the digits classifier."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ GOLDEN = golden.load("metrics")
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_inceptions_input_is_tf1s(jit_compile):
-    """The legacy resize; entry i of the fixture is pixel 7 i."""
+def test_inception_input_matches_tf1(jit_compile):
+    """The fixture holds every seventh pixel of TF1's resize."""
     ours = tf.function(inception_input, jit_compile=jit_compile)(tf.constant(GOLDEN["resize_in"]))
     assert ours.shape == (1, 299, 299, 3)
     np.testing.assert_allclose(ours[:, ::7, ::7], GOLDEN["resize_out"], atol=1e-5)
@@ -24,7 +24,7 @@ def test_inceptions_input_is_tf1s(jit_compile):
 
 
 @pytest.mark.parametrize("kind", ["saved_model", "frozen_graph"])
-def test_a_local_inception_gives_its_outputs(kind, tmp_path):
+def test_inception_file_gives_its_outputs(kind, tmp_path):
     path = tmp_path / kind
     if kind == "saved_model":
         inception_files.save_model(path)
@@ -40,7 +40,7 @@ def test_a_local_inception_gives_its_outputs(kind, tmp_path):
     assert (network.name, network.resize) == ("inception", "TF1 bilinear to 299")
 
 
-def test_the_digest_is_of_the_contents(tmp_path):
+def test_digest_depends_on_the_contents_only(tmp_path):
     inception_files.save_frozen_graph(tmp_path / "a.pb")
     (tmp_path / "b.pb").write_bytes((tmp_path / "a.pb").read_bytes())
     strategy = make_strategy("one_device")
@@ -51,7 +51,7 @@ def test_the_digest_is_of_the_contents(tmp_path):
     assert inception_network(str(tmp_path / "b.pb"), strategy).sha256 not in digests
 
 
-def test_bad_inception_files_are_named(tmp_path):
+def test_bad_inception_files_are_refused_by_name(tmp_path):
     strategy = make_strategy("one_device")
     with pytest.raises(InputError, match=r"inception=.*nowhere does not exist: give a local copy, `inception=FOLDER`"):
         inception_network(str(tmp_path / "nowhere"), strategy)
@@ -73,8 +73,8 @@ def test_bad_inception_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_batch_normalisation_of_2015_runs(scale, tmp_path):
-    """TensorFlow 2 refuses the operation of the published graph."""
+def test_batch_norm_of_the_published_graph_runs(scale, tmp_path):
+    """TensorFlow 2 does not run that operation itself."""
     inception_files.save_frozen_graph(tmp_path / "old.pb", batch_norm=True, scale=scale)
     network = inception_network(str(tmp_path / "old.pb"), make_strategy("one_device"))
     pixels = tf.constant(np.random.RandomState(1).uniform(0, 255, (2, 16, 16, 3)), tf.float32)
@@ -84,13 +84,13 @@ def test_batch_normalisation_of_2015_runs(scale, tmp_path):
     np.testing.assert_allclose(outputs["features"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_handle_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
+def test_unreachable_handle_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path))
     with pytest.raises(InputError, match=r"inception=http://localhost:9/i cannot be fetched .*give a local copy"):
         inception_network("http://localhost:9/i", make_strategy("one_device"))
 
 
-def test_the_digits_classifier_knows_digits():
+def test_digits_classifier_is_accurate():
     network = digits_network()
     outputs = network.apply(tf.constant(load_digits("test"), tf.float32))
     accuracy = np.mean(np.argmax(outputs["logits"], axis=1) == load_digit_labels("test"))
@@ -99,7 +99,7 @@ def test_the_digits_classifier_knows_digits():
     assert digits_network().sha256 == network.sha256
 
 
-def test_pixels_are_features_of_themselves():
+def test_pixels_network_returns_the_pixels():
     pixels = tf.constant(load_digits()[:3], tf.float32)
     outputs = pixels_network((8, 8, 1)).apply(pixels)
     np.testing.assert_allclose(outputs["features"] * 255.0, np.reshape(pixels, [3, 64]), rtol=1e-6)

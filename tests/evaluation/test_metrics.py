@@ -1,4 +1,4 @@
-"""Scores from features against the authors' NumPy numbers, a second implementation, and their definitions."""
+"""Scores against the authors' NumPy numbers, a second implementation, and their definitions."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ GOLDEN = golden.load("metrics")
         ("real_small", "gen", "fid_small_vs_big"),
     ],
 )
-def test_frechet_distance_is_the_authors(real, generated, expected):
+def test_frechet_distance_matches_the_authors(real, generated, expected):
     assert frechet_distance(GOLDEN[real], GOLDEN[generated]) == pytest.approx(float(GOLDEN[expected]), rel=1e-4)
 
 
@@ -36,7 +36,7 @@ def test_frechet_distance_to_itself_is_zero():
     assert abs(frechet_distance(GOLDEN["real"], GOLDEN["real"])) < 1e-8
 
 
-def test_frechet_distance_is_its_formula():
+def test_frechet_distance_matches_its_formula():
     real, generated = GOLDEN["real"].astype(np.float64), GOLDEN["gen"].astype(np.float64)
     root = scipy.linalg.sqrtm(np.cov(real.T) @ np.cov(generated.T)).real
     trace = np.trace(np.cov(real.T) + np.cov(generated.T) - 2 * root)
@@ -47,11 +47,11 @@ def test_frechet_distance_is_its_formula():
 @pytest.mark.parametrize(
     ("logits", "expected"), [("logits", "is"), ("logits_small", "is_small"), ("logits1008", "is_1008")]
 )
-def test_classifier_score_is_the_authors(logits, expected):
+def test_classifier_score_matches_the_authors(logits, expected):
     assert classifier_score(GOLDEN[logits]) == pytest.approx(float(GOLDEN[expected]), rel=1e-4)
 
 
-def test_classifier_score_of_splits_is_its_definition():
+def test_classifier_score_of_splits_matches_its_definition():
     def by_definition(logits):
         log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
         marginal = np.exp(log_p).mean(axis=0)
@@ -80,20 +80,20 @@ def by_definition(manifold, points, k):
     return np.mean([(np.linalg.norm(manifold - point, axis=1) <= radii).any() for point in points])
 
 
-def test_precision_and_recall_are_their_definition():
+def test_precision_and_recall_match_their_definition():
     rng = np.random.RandomState(0)
     real, generated = rng.standard_normal((200, 5)), 0.5 * rng.standard_normal((150, 5))
     precision, recall = precision_recall(real, generated)
     assert precision == by_definition(real, generated, 3)
     assert recall == by_definition(generated, real, 3)
-    assert precision > 0.9 > 0.6 > recall  # too narrow a distribution
+    assert precision > 0.9 > 0.6 > recall  # the generated distribution is too narrow
 
 
 def flat(images):
     return images.reshape(len(images), -1).astype(np.float64)
 
 
-def test_a_gaussian_fitted_to_the_digits_scores_poorly():
+def test_gaussian_fitted_to_digits_has_low_precision_and_recall():
     real = flat(load_digits())
     rng = np.random.default_rng(0)
     fitted = rng.multivariate_normal(real.mean(axis=0), np.cov(real.T), 1000)
@@ -103,6 +103,6 @@ def test_a_gaussian_fitted_to_the_digits_scores_poorly():
     assert abs(precision - 0.16) < 0.03 and abs(recall - 0.49) < 0.03
 
 
-def test_held_out_digits_score_well():
+def test_held_out_digits_have_high_precision_and_recall():
     precision, recall = precision_recall(flat(load_digits("train")), flat(load_digits("test")))
     assert precision > 0.85 and recall > 0.85
