@@ -130,7 +130,7 @@ def test_decoder_likelihood_and_its_cdf_match_the_authors():
     log_probs = diffusion_utils.discretized_gaussian_log_likelihood(
         x[:, None, None], means=means[None, :, None], log_scales=log_scales[None, None, :]
     )
-    # A probability is a difference of two CDFs with errors of 1.2e-7 each, so the logarithm of a small one is not exact.
+    # A probability is a difference of two CDFs with errors of 1.2e-7, so the logarithm of a small one is inexact.
     probability, expected = np.exp(log_probs), np.exp(GOLDEN["dgll/log_probs"])
     np.testing.assert_allclose(probability, expected, atol=2.4e-7)
     likely = expected > 0.02

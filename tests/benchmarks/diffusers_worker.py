@@ -1,11 +1,13 @@
-"""diffusers' UNet2DModel in a preset's configuration, on a CPU or a GPU: what `bench.py` and `gpu.py` compare with.
+"""Times diffusers' UNet2DModel for `bench.py` and `gpu.py`, in the configuration of a preset, on a CPU or a GPU.
 
-Its fastest fair options: channels_last, fused Adam, EMA by one foreach operation, bfloat16 by autocast; torch.compile
-is the caller's choice.
+It uses the fastest options that compute the same: channels_last, fused Adam, EMA by one foreach operation, bfloat16 by
+autocast. The caller chooses whether to use torch.compile.
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Callable
 
 import timing
 import torch
@@ -18,7 +20,7 @@ _CIFAR10 = {"image_size": 32, "ch": 128, "ch_mult": [1, 2, 2, 2], "attn_resoluti
 
 
 def make_network(preset: dict) -> UNet2DModel:
-    """The network of diffusers that computes what the preset's does."""
+    """The network of diffusers that is equivalent to the preset's."""
     attention = [preset["image_size"] >> level in preset["attn_resolutions"] for level in range(len(preset["ch_mult"]))]
     return UNet2DModel(
         sample_size=preset["image_size"],
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--preset", type=json.loads, default=_CIFAR10, help="a preset's values as JSON")
-    parser.add_argument("--steps", type=int, default=1, help="training steps of one call")
+    parser.add_argument("--steps", type=int, default=1, help="training steps in each call")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -61,35 +63,37 @@ def main() -> None:
     )
 
 
-def _autocast(args):
+def _autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     return torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.precision == "bfloat16")
 
 
-def _waits(args):
+def _waits(args: argparse.Namespace) -> Callable[[], None]:
     return torch.cuda.synchronize if args.device == "cuda" else lambda: None
 
 
-def _noise(network, batch: int) -> torch.Tensor:
+def _noise(network: UNet2DModel, batch: int) -> torch.Tensor:
     size, channels = network.config.sample_size, network.config.in_channels
     noise = torch.randn(batch, channels, size, size, device=network.device)
     return noise.contiguous(memory_format=torch.channels_last)
 
 
-def _t(network, batch: int) -> torch.Tensor:
+def _t(network: UNet2DModel, batch: int) -> torch.Tensor:
     return torch.randint(0, 1000, (batch,), device=network.device)
 
 
-def _denoiser(network, args):
+def _denoiser(network: UNet2DModel, args: argparse.Namespace) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     network.eval()
     denoise = lambda x, t: network(x, t, return_dict=False)[0]
     return torch.compile(denoise) if args.compile else denoise
 
 
-def _convolution(network, args):
-    """The network's most frequent operation by itself: a chain, each with a kernel of its own."""
+def _convolution(network: UNet2DModel, args: argparse.Namespace) -> Callable[[], None]:
+    """A chain of 3x3 convolutions, the network's most frequent operation, each with its own kernel."""
     size, channels = network.config.sample_size, network.config.block_out_channels[0]
-    draw = lambda *shape: torch.randn(shape, dtype=getattr(torch, args.precision)).to(memory_format=torch.channels_last)
-    kernels = [draw(channels, channels, 3, 3) / (9 * channels) ** 0.5 for _ in range(_CONVOLUTIONS)]
+    randn = lambda *shape: torch.randn(shape, dtype=getattr(torch, args.precision)).to(
+        memory_format=torch.channels_last
+    )
+    kernels = [randn(channels, channels, 3, 3) / (9 * channels) ** 0.5 for _ in range(_CONVOLUTIONS)]
 
     def chain(x):
         for kernel in kernels:
@@ -98,7 +102,7 @@ def _convolution(network, args):
 
     if args.compile:
         chain = torch.compile(chain)
-    x = draw(args.batch, channels, size, size)
+    x = randn(args.batch, channels, size, size)
 
     def call():
         with torch.no_grad():
@@ -107,7 +111,7 @@ def _convolution(network, args):
     return call
 
 
-def _forward(network, args):
+def _forward(network: UNet2DModel, args: argparse.Namespace) -> Callable[[], None]:
     denoise = _denoiser(network, args)
     x, t = _noise(network, args.batch), _t(network, args.batch)
 
@@ -118,19 +122,19 @@ def _forward(network, args):
     return call
 
 
-def _tables(network) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tables(network: UNet2DModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=network.device)
     return betas.float(), (1 - betas).float(), torch.cumprod(1 - betas, 0).float()
 
 
-def _sample(network, args):
-    """Algorithm 2 by its formulas: less work a step than diffusers' own scheduler class, and compiled with the rest."""
+def _sample(network: UNet2DModel, args: argparse.Namespace) -> Callable[[], None]:
+    """Algorithm 2 by its formulas: less work than diffusers' scheduler, and torch.compile includes it."""
     network.eval()
     tables = _tables(network)
 
     def step(x, t, noise):
         eps = network(x, t, return_dict=False)[0].float()
-        # By a vector of t: a scalar from the device would interrupt the compiled program.
+        # t is a vector: reading a scalar from the device would break the compiled graph.
         beta, alpha, alpha_cumprod = (table[t].view(-1, 1, 1, 1) for table in tables)
         x_start = ((x - (1 - alpha_cumprod).sqrt() * eps) / alpha_cumprod.sqrt()).clamp(-1, 1)
         previous = alpha_cumprod / alpha
@@ -151,7 +155,7 @@ def _sample(network, args):
     return call
 
 
-def _train(network, args):
+def _train(network: UNet2DModel, args: argparse.Namespace) -> Callable[[], None]:
     network.train()
     params = list(network.parameters())
     optimizer = torch.optim.Adam(params, lr=2e-4, fused=True)

@@ -1,11 +1,13 @@
-"""A step that `experiments.export` wrote, on the device that JAX finds: what `gpu.py` times. It needs no TensorFlow."""
+"""Times a step that `experiments.export` wrote, for `gpu.py`, on the device that JAX finds. Needs no TensorFlow."""
 
 import argparse
 import json
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other one is on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # diffusers_worker.py shares the GPU
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from diffusion_tf.interop.tpu_compiler import share_memory
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, help="of one call")
+    parser.add_argument("--steps", type=int, help="steps in each call")
     args = parser.parse_args()
     manifest = json.loads((args.folder / "manifest.json").read_text())
     device = jax.devices()[0]
@@ -33,18 +35,25 @@ def main() -> None:
     )
 
 
-def make_call(manifest: dict, text: str, device, steps: int):
-    """A call that takes so many steps, each from what the one before it left."""
+def make_call(manifest: dict, text: str, device: jax.Device, steps: int) -> Callable[[], None]:
+    """A function that runs the program `steps` times, each time on the results of the last.
+
+    Args:
+      manifest: the export's manifest.json.
+      text: its StableHLO program.
+      device: where to run it.
+      steps: how often.
+    """
     names = [argument["name"] for argument in manifest["arguments"]]
     feeds = {names.index(r["feeds"]): i for i, r in enumerate(manifest["results"]) if "feeds" in r}
     executable = _compile(text, feeds, device)
     random = np.random.default_rng(0)
-    # Whose values do not matter, but for zeros a GPU takes less time.
-    first = [np.asarray(_draw(random, manifest, argument)) for argument in manifest["arguments"]]
+    # The values do not matter, except that a GPU takes less time for zeros.
+    first = [np.asarray(_initial(random, manifest, argument)) for argument in manifest["arguments"]]
     arguments = [jax.device_put(array, device) for array in first]
     is_weight = ["initial" in argument for argument in manifest["arguments"]]
 
-    def call():
+    def call() -> None:
         for i, array in enumerate(first):
             if not is_weight[i]:
                 arguments[i] = jax.device_put(array, device)
@@ -57,7 +66,7 @@ def make_call(manifest: dict, text: str, device, steps: int):
     return call
 
 
-def _draw(random, manifest: dict, argument: dict) -> np.ndarray:
+def _initial(random: np.random.Generator, manifest: dict, argument: dict) -> np.ndarray:
     shape, dtype, name = argument["shape"], argument["dtype"], argument["name"]
     if dtype == "uint8":
         return random.integers(256, size=shape).astype(dtype)
@@ -68,7 +77,7 @@ def _draw(random, manifest: dict, argument: dict) -> np.ndarray:
     return (random.standard_normal(shape, np.float32) * (0.02 if "initial" in argument else 1)).astype(dtype)
 
 
-def _compile(text: str, in_place: dict[int, int], device):
+def _compile(text: str, in_place: dict[int, int], device: jax.Device) -> Any:
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
         share_memory(module, in_place, ir)

@@ -1,24 +1,27 @@
-"""Small networks with Inception's signature: a SavedModel, and a frozen graph fed at `Mul`."""
+"""Small networks with the signature of Inception, as a SavedModel and as a frozen graph with the input `Mul`."""
+
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
-# pool_3 is 24 numbers in place of 2,048, logits 8 in place of 1,008.
+# pool_3 has 24 dimensions (Inception: 2,048), logits 8 (1,008).
 _RNG = np.random.RandomState(0)
 POOL = _RNG.standard_normal((27, 24)).astype(np.float32)
 LOGITS = _RNG.standard_normal((24, 8)).astype(np.float32)
 
 
-def classify(images):
-    """float32 [B, 299, 299, 3] to `pool_3` [B, 1, 1, 24] and `logits` [B, 8]."""
+def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Maps images float32 [B, 299, 299, 3] to `pool_3` [B, 1, 1, 24] and `logits` [B, 8]."""
     pooled = tf.nn.avg_pool2d(images, 99, 99, "VALID")
     features = tf.nn.relu(tf.reshape(pooled, [-1, 27]) @ POOL)
     pool_3 = tf.reshape(features, [-1, 1, 1, 24], name="pool_3")
     return {"pool_3": pool_3, "logits": tf.matmul(features, LOGITS, name="logits")}
 
 
-def save_model(path, outputs=("pool_3", "logits")):
-    """As TF-GAN's: a callable object that returns a dictionary."""
+def save_model(path: pathlib.Path, outputs: Sequence[str] = ("pool_3", "logits")) -> None:
+    """Saves a callable object that returns a dictionary, as TF-GAN's SavedModel is."""
 
     class Inception(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, 299, 299, 3], tf.float32)])
@@ -28,8 +31,8 @@ def save_model(path, outputs=("pool_3", "logits")):
     tf.saved_model.save(Inception(), str(path))
 
 
-def save_unnamed(path):
-    """A network whose output has no name."""
+def save_unnamed(path: pathlib.Path) -> None:
+    """Saves a network whose output has no name."""
 
     class Unnamed(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, 299, 299, 3], tf.float32)])
@@ -43,14 +46,23 @@ MOMENTS = {"mean": [0.1, 0.2, 0.3], "variance": [0.5, 1.0, 2.0], "beta": [1.0, 0
 EPSILON = 1e-3
 
 
-def batch_norm(x, scale):
-    """Batch normalisation by MOMENTS, with gamma where `scale`."""
+def batch_norm(x: tf.Tensor, scale: bool) -> tf.Tensor:
+    """Batch normalisation with MOMENTS; `scale` decides whether gamma applies."""
     normal = (x - MOMENTS["mean"]) / np.sqrt(np.asarray(MOMENTS["variance"], np.float32) + EPSILON)
     return tf.cast(normal * (MOMENTS["gamma"] if scale else 1.0) + MOMENTS["beta"], tf.float32)
 
 
-def save_frozen_graph(path, outputs=("pool_3", "logits"), batch_norm=False, scale=True):
-    """As the published file of 2015: `Mul` is behind decoding and resizing, which a feed replaces."""
+def save_frozen_graph(
+    path: pathlib.Path, outputs: Sequence[str] = ("pool_3", "logits"), batch_norm: bool = False, scale: bool = True
+) -> None:
+    """Saves a graph like the published one of 2015, in which `Mul` follows decoding and resizing.
+
+    Args:
+      path: the file.
+      outputs: which of pool_3 and logits keep their names.
+      batch_norm: normalise the input by the operation of 2015, `BatchNormWithGlobalNormalization`.
+      scale: whether that applies gamma.
+    """
     with tf.Graph().as_default() as graph:
         raw = tf.compat.v1.placeholder(tf.float32, [None, 299, 299, 3], name="ExpandDims")
         images = tf.multiply(raw, 1.0, name="Mul")
