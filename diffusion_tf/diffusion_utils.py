@@ -112,7 +112,7 @@ class GaussianDiffusion:
         if model_mean_type == "eps" and schedule.alphas_cumprod[-1] == 0.0:
             raise ConfigError(
                 "model_mean_type",
-                "=eps cannot recover x_0 where alphas_cumprod is 0, as `beta_schedule=jsd` ends: use xstart or xprev",
+                "=eps cannot recover x_0 if alphas_cumprod ends at 0, as with `beta_schedule=jsd`: use xstart or xprev",
             )
         self.schedule = schedule
         self.num_timesteps = schedule.num_timesteps

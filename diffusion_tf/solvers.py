@@ -69,8 +69,8 @@ def ancestral_table(schedule: NoiseSchedule, ts: np.ndarray, model_var_type: str
     if model_var_type == "learned":
         raise ConfigError(
             "sampler_steps",
-            f"={len(ts)}: a learned variance is that of single steps; leave it out, or take"
-            " `sampler=ddim` or dpm_solver++",
+            f"={len(ts)}: the network learned the variance of single steps only; take all steps, or use `sampler=ddim`"
+            " or dpm_solver++",
         )
     abar, abar_prev = _levels(schedule, ts)
     betas = 1.0 - abar / abar_prev
@@ -247,7 +247,9 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
     if spacing != "logsnr":
         raise ConfigError("sampler_spacing", f"={spacing}: choose one of {', '.join(SPACINGS)}")
     if schedule.alphas_cumprod[-1] == 0:
-        raise ConfigError("sampler_spacing", "=logsnr has no first step where alphas_cumprod ends at 0: choose another")
+        raise ConfigError(
+            "sampler_spacing", "=logsnr needs a schedule whose alphas_cumprod does not end at 0: choose another"
+        )
     lambdas = _half_log_snr(schedule.alphas_cumprod)
     wanted = np.linspace(lambdas[-1], lambdas[0], steps)
     return _distinct(np.abs(lambdas - wanted[:, None]).argmin(axis=1))

@@ -62,7 +62,7 @@ def test_logsnr_spacing_is_even_where_timesteps_are_dense():
     abar = SCHEDULE.alphas_cumprod[timesteps(SCHEDULE, 12, "logsnr")]
     steps = np.diff(np.log(abar / (1 - abar)))
     np.testing.assert_allclose(steps[:8], steps.mean(), rtol=0.03)
-    with pytest.raises(ConfigError, match="logsnr has no first step where alphas_cumprod ends at 0"):
+    with pytest.raises(ConfigError, match="logsnr needs a schedule whose alphas_cumprod does not end at 0"):
         timesteps(NoiseSchedule(1.0 / np.arange(50, 0, -1)), 10, "logsnr")
 
 
@@ -192,7 +192,7 @@ def test_inversion_and_sampling_converge_to_the_probability_flow(mixture):
         (SamplerSettings("ddim", 5, eta=1.5), r"ddim_eta=1.5 must be in \[0, 1\]"),
         (SamplerSettings("ancestral", 5, eta=0.5), "ddim_eta=0.5 goes with `sampler=ddim`, not ancestral"),
         (SamplerSettings("ddim", 5, spacing="cosine"), "sampler_spacing=cosine: choose one of trailing"),
-        (SamplerSettings("ancestral", 5), "sampler_steps=5: a learned variance is that of single steps"),
+        (SamplerSettings("ancestral", 5), "sampler_steps=5: the network learned the variance of single steps only"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -163,7 +163,7 @@ def _load_frozen_graph(path: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]
     # The published graph decodes and resizes before `Mul`; feeding `Mul` skips both.
     inputs = ["Mul"] if "Mul" in nodes else [name for name, op in nodes.items() if op == "Placeholder"]
     if len(inputs) != 1:
-        raise ValueError(f"a graph of {len(inputs)} inputs")
+        raise ValueError(f"the graph has {len(inputs)} inputs, not one")
     wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph_def, name=""), [])
     pruned = wrapped.prune(f"{inputs[0]}:0", [f"{name}:0" for name in outputs])
     return lambda images: dict(zip(outputs, pruned(images), strict=True))
