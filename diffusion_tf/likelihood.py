@@ -20,7 +20,8 @@ from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.resumable import Arrays, Parts
+from diffusion_tf.storage.files import Arrays
+from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
 
@@ -171,7 +172,7 @@ def measure_bound(
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
     }
-    parts = Parts(partial, description, num_examples=num_images, batch_size=batch_size)
+    parts = ResumableBatches(partial, description, num_examples=num_images, batch_size=batch_size)
     reader = ImageReader(source)
     weight = 1.0 if num_timesteps_estimate is None else (preset.num_timesteps - 1) / num_timesteps_estimate
 
