@@ -25,8 +25,7 @@ from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import read_json, read_npz, write_json, write_npz
-from diffusion_tf.storage.files import Arrays
+from diffusion_tf.storage.files import Arrays, read_json, read_npz, write_json, write_npz
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel, load_ema
