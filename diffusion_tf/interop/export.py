@@ -101,8 +101,8 @@ def _train_step(preset: Preset, model: UNet) -> Program:
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         *groups, step, images = tensors
-        lists = [list(groups[i : i + count]) for i in range(0, 4 * count, count)]
-        before = StateTensors(*lists, tf.cast(step, tf.int64))
+        params, ema, adam_m, adam_v = (list(groups[i : i + count]) for i in range(0, 4 * count, count))
+        before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
         after, loss, grad_norm = train_step(model, preset, before, images, tf.constant(0, tf.int64), lambda x: x)
         return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
 
@@ -114,7 +114,7 @@ def _train_step(preset: Preset, model: UNet) -> Program:
 
 
 def _sample_step(preset: Preset, model: UNet) -> Program:
-    """Returns one iteration of Algorithm 2: x_t to x_{t-1}, for t = T - 1, ..., 0; the caller draws x_T from N(0, I)."""
+    """Returns one iteration of Algorithm 2: x_t to x_{t-1}, t = T - 1, ..., 0; the caller draws x_T from N(0, I)."""
     diffusion = GaussianDiffusion.from_preset(preset)
     shape = (preset.batch_size, *preset.image_shape)
 

@@ -96,7 +96,7 @@ TOPOLOGIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The compiler's report on a program for one device; None for a figure that it does not give or that is implausible.
+    """The compiler's report on a program for one device; None for a missing or implausible figure.
 
     Attributes:
       compile_seconds: the time that compilation took.

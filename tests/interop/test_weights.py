@@ -120,7 +120,7 @@ def test_a_tf1_checkpoint_without_moments_starts_from_step_0(model, tmp_path):
         (lambda v: {**v, "global_step": np.int64(-1)}, "global_step is -1"),
         (
             lambda v: {**v, "model/conv_in/b": np.zeros(32, np.float64)},
-            r"model/conv_in/b is float64 \(32,\), not float32 \(32,\)",
+            r"conv_in/b is float64 .*, not float32",
         ),
     ],
 )
