@@ -127,7 +127,7 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
             manifest = read_json(path)
             there = {key: manifest[key] for key in (*settings, "shards")}
         except (DamagedFileError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is no manifest of this program: choose another `out` or `name`") from error
+            raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`") from error
         differences = [f"{key}: {value} != {there[key]}" for key, value in settings.items() if value != there[key]]
         if differences:
             raise InputError(
@@ -136,7 +136,7 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
             )
     foreign = sorted(set(tf.io.gfile.glob(pattern)) - known)
     if foreign:  # training would read it too
-        raise InputError(f"{foreign[0]} is there, and {path} does not know it: remove it, or choose another `out`")
+        raise InputError(f"{foreign[0]} exists but is not in {path}: remove it, or choose another `out`")
     write_json(path, manifest)
     return manifest
 
@@ -175,7 +175,7 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                 worker.terminate()  # the executor would wait minutes for the shards in progress
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
-                    "a worker died (short of memory, or the disk of `source` lost?): the same command goes on; a"
+                    "a worker died (short of memory, or the disk of `source` lost?): repeat the command to continue; a"
                     " smaller `num_workers` needs less memory"
                 ) from error
             raise

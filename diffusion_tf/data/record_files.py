@@ -63,4 +63,4 @@ def find_bad_records(
 def _reason(error: Exception) -> str:
     if isinstance(error, tf.errors.DataLossError):
         return "its bytes do not match their CRC, or are cut off"
-    return "no picture of the wanted shape can be made of it"
+    return "it is not an image of the preset's shape"

@@ -109,7 +109,7 @@ class ImageReader:
         except READ_ERRORS as error:
             raise self._source.read_error(error) from error
         if len(images) < count:
-            raise InputError(f"{self._source.name} ends after {first + len(images)} images, and promised more")
+            raise InputError(f"{self._source.name} ends after {first + len(images)} images, but more were expected")
         self._position = first + count
         return np.stack(images)
 

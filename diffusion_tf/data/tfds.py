@@ -77,7 +77,7 @@ def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
     try:
         return tfds.builder_from_directory(folder), folder
     except (OSError, ValueError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:
-        raise ConfigError("data_dir", f": {folder} is no complete TFDS dataset ({first_line(error)})") from error
+        raise ConfigError("data_dir", f": {folder} is not a complete TFDS dataset ({first_line(error)})") from error
 
 
 def _version(folder: str) -> tuple[int, ...]:

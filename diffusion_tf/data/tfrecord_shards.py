@@ -57,7 +57,7 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
     try:
         num_records, pixels_sha256, skipped = _write_records(shard, serialize)
         if not num_records:
-            raise InputError(f"{shard.path}: none of its {len(skipped)} images can be read: take fewer `num_shards`")
+            raise InputError(f"{shard.path}: none of its {len(skipped)} images can be read: use a smaller `num_shards`")
         if _read_back_sha256(shard, num_records) != pixels_sha256:
             raise InputError(f"{shard.path} does not read back as it was written: is its disk sound?")
         with tf.io.gfile.GFile(shard.temporary, "rb") as file:
@@ -66,7 +66,7 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
                 sha256.update(chunk)
             return {"records": num_records, "bytes": file.size(), "sha256": sha256.hexdigest(), "skipped": skipped}
     except (tf.errors.OpError, OSError) as error:  # TensorFlow's errors cannot be pickled for the main process
-        raise InputError(f"cannot write {shard.path} ({first_line(error)}): the same command goes on") from error
+        raise InputError(f"cannot write {shard.path} ({first_line(error)}): repeat the command to continue") from error
 
 
 def check_skipped(skipped: Mapping[str, str], shard: Shard) -> None:

@@ -85,7 +85,7 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
     def find_bad() -> str | None:
         for path in paths:
             for text in find_bad_records(path, decode, limit=1).values():
-                return f"{text}: mend the file, or read another record in its place by `skip_bad_records=N`"
+                return f"{text}: repair the file, or tolerate bad records by `skip_bad_records=N`"
         return None
 
     return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(map(len, bad)))

@@ -130,7 +130,7 @@ def check_scheduler(path: str, preset: Preset) -> None:
 def _read(path: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path} is no configuration: it is not a JSON object")
+        raise InputError(f"{path} is not a configuration: it is not a JSON object")
     return config
 
 

@@ -42,7 +42,8 @@ def read_tf1(prefix: str, model: UNet) -> Arrays:
         reader = tf.train.load_checkpoint(prefix)
     except (tf.errors.OpError, ValueError) as error:
         raise ConfigError(
-            "source", f"={prefix} is no TF1 checkpoint ({first_line(error)}): give its prefix, as .../model.ckpt-790000"
+            "source",
+            f"={prefix} is not a TF1 checkpoint ({first_line(error)}): give its prefix, as .../model.ckpt-790000",
         ) from error
     dtypes = reader.get_variable_to_dtype_map()
     found = {

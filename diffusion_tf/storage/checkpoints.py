@@ -149,7 +149,7 @@ def restore_newest(folder: str, restore: Callable[[str], None]) -> str | None:
         else:
             return path
     if steps:
-        raise InputError(f"{folder} holds no sound checkpoint, and damaged ones of the steps {steps}: remove them")
+        raise InputError(f"{folder} holds only damaged checkpoints, of steps {steps}: remove them")
     return None
 
 
@@ -228,7 +228,7 @@ def _read_header(path: str) -> tuple[dict[str, Any], Header]:
     try:
         manifest = dict(json.loads(metadata["manifest"]) if "manifest" in metadata else metadata)
     except (ValueError, TypeError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is no checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
+        raise DamagedFileError(f"{path} is not a checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
     return manifest, header
 
 

@@ -92,7 +92,7 @@ def new_folder(path: str) -> Iterator[str]:
     """
     path = os.path.expanduser(path).rstrip("/")
     if tf.io.gfile.exists(path) and (not tf.io.gfile.isdir(path) or tf.io.gfile.listdir(path)):
-        raise InputError(f"{path} is there already: name a new folder")
+        raise InputError(f"{path} already exists: name a new folder")
     temporary = _temporary(path)
     _remove_folder(temporary)
     try:
@@ -135,7 +135,7 @@ def read_json(path: str, max_bytes: int = MAX_BYTES) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is no JSON, or is damaged ({first_line(error)})") from error
+        raise DamagedFileError(f"{path} is not JSON, or is damaged ({first_line(error)})") from error
 
 
 def write_json(path: str, value: Any) -> None:
@@ -162,7 +162,7 @@ def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
 
     Raises:
       InputError: the file cannot be read, or is larger than `max_bytes`.
-      DamagedFileError: the file is not an .npz file of arrays, or they take more than `max_bytes` together.
+      DamagedFileError: the file is not an .npz file, or they take more than `max_bytes` together.
     """
     data = read_file(path, max_bytes)
     try:
@@ -173,7 +173,7 @@ def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # zipfile and NumPy raise a dozen types
-        raise DamagedFileError(f"{path} is no .npz of arrays, or is damaged ({first_line(error)})") from error
+        raise DamagedFileError(f"{path} is not an .npz file, or is damaged ({first_line(error)})") from error
 
 
 def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:

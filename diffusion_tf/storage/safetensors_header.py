@@ -73,7 +73,7 @@ def read_header(path: str, kind: str = "safetensors file") -> Header:
             header_bytes = int.from_bytes(prefix, "little")
             if not header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
                 is_pickle = prefix.startswith(_PICKLES)
-                raise ValueError("it is a pickle, which may run code" if is_pickle else "no room for its header")
+                raise ValueError("it is a pickle, which may run code" if is_pickle else "its header does not fit")
             specs, metadata = _parse(file.read(header_bytes))
         header = Header(specs, metadata, file_bytes)
         stated_bytes = 8 + header_bytes + header.array_bytes
@@ -82,7 +82,7 @@ def read_header(path: str, kind: str = "safetensors file") -> Header:
     except (tf.errors.OpError, OSError) as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
     except ValueError as error:
-        raise DamagedFileError(f"{path} is no {kind}, or is damaged ({first_line(error)})") from error
+        raise DamagedFileError(f"{path} is not a {kind}, or is damaged ({first_line(error)})") from error
     return header
 
 
@@ -102,7 +102,7 @@ def read_arrays(path: str, header: Header, kind: str = "safetensors file") -> Ar
     try:
         return safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DamagedFileError(f"{path} is no {kind}, or is damaged ({first_line(error)})") from error
+        raise DamagedFileError(f"{path} is not a {kind}, or is damaged ({first_line(error)})") from error
 
 
 def _parse(text: bytes) -> tuple[dict[str, ArraySpec], dict[str, Any]]:

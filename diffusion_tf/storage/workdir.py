@@ -186,5 +186,5 @@ def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
             value = json.loads(line)
             value["step"] + 0
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is damaged: line {number} is no JSON object with a step") from error
+            raise DamagedFileError(f"{path} is damaged: line {number} is not a JSON object with a step") from error
         yield line, value

@@ -61,7 +61,7 @@ def test_a_reader_keeps_the_order_of_a_split(tmp_path, images):
     read = ImageReader(source)
     for first, count in ((170, 9), (0, 100), (100, 50)):
         np.testing.assert_array_equal(read(first, count), load_digits("test")[first : first + count])
-    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, and promised more"):
+    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, but more were expected"):
         read(150, 30)
     write_tfrecord(tmp_path / "a.tfrecords", images[:6])
     write_tfrecord(tmp_path / "b.tfrecords", images[6:])
@@ -210,7 +210,7 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
 
     bad.write_bytes(content[: 9 * record])
     source = open_source(SMALL_IMAGES, tfrecord=str(bad))
-    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: mend the file, or"):
+    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: repair the file, or"):
         ImageReader(source)(0, 9)
 
 

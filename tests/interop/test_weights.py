@@ -137,15 +137,15 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
     for content, message in (
         ((index, data[:-5000]), "is damaged or incomplete"),
         ((index, changed), "is damaged or incomplete"),
-        ((index[:5000], data), "is no TF1 checkpoint"),
-        ((b"", data), "is no TF1 checkpoint"),
+        ((index[:5000], data), "is not a TF1 checkpoint"),
+        ((b"", data), "is not a TF1 checkpoint"),
     ):
         for name, part in zip(names, content, strict=True):
             (tmp_path / name).write_bytes(part)
         with pytest.raises(InputError, match=message) as error:
             read_tf1(str(tmp_path / "model.ckpt-790"), model)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"source=.*nothing is no TF1 checkpoint .*: give its prefix"):
+    with pytest.raises(InputError, match=r"source=.*nothing is not a TF1 checkpoint .*: give its prefix"):
         read_tf1(str(tmp_path / "nothing"), model)
 
 
@@ -223,7 +223,7 @@ def test_an_exported_folder_equals_one_of_diffusers(model, tmp_path):
     again = read_diffusers(str(tmp_path / "ours"), golden.SMALL, model, None)
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
-    with pytest.raises(InputError, match="ours is there already: name a new folder"):
+    with pytest.raises(InputError, match="ours already exists: name a new folder"):
         write_diffusers(str(tmp_path / "ours"), golden.SMALL, model.weight_names, weights)
 
 
@@ -283,7 +283,7 @@ def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
         with pytest.raises(InputError, match=message):
             read_diffusers(folder, golden.SMALL, model, None)
     path.write_text("{")
-    with pytest.raises(InputError, match=r"scheduler_config.json is no JSON"):
+    with pytest.raises(InputError, match=r"scheduler_config.json is not JSON"):
         read_diffusers(folder, golden.SMALL, model, None)
     path.unlink()  # a UNet2DModel alone
     read_diffusers(folder, golden.SMALL, model, None)
@@ -300,8 +300,8 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
     missing = {key: w for key, w in diffusers_weights().items() if key != "conv_in.bias"}
     both = {**diffusers_weights(), "mid_block.attentions.0.query.bias": np.zeros(64, np.float32)}
     for content, message in (
-        (whole[:-1], "is no safetensors file, or is damaged .it has"),
-        (whole[: header_size + 8], "is no safetensors file, or is damaged .it has"),
+        (whole[:-1], "is not a safetensors file, or is damaged .it has"),
+        (whole[: header_size + 8], "is not a safetensors file, or is damaged .it has"),
         (whole[:8] + b"?" + whole[9:], "its header does not describe arrays"),
         ((tmp_path / "model.zip").read_bytes(), "it is a pickle, which may run code"),
         (pickle.dumps(missing, protocol=4), "it is a pickle, which may run code"),

@@ -108,7 +108,7 @@ def test_the_newest_undamaged_checkpoint_is_restored(tmp_path, caplog):
     assert checkpoints.all_steps(folder) == [1, 2, 3]
     for path in paths[:2]:
         damage(path)
-    with pytest.raises(InputError, match=r"no sound checkpoint, and damaged ones of the steps \[1, 2, 3\]"):
+    with pytest.raises(InputError, match=r"only damaged checkpoints, of steps \[1, 2, 3\]"):
         checkpoints.restore_newest(folder, restore)
 
 

@@ -53,7 +53,7 @@ def test_errors_name_a_file_that_is_not_an_npz(tmp_path):
     np.save(tmp_path / "array.npy", np.arange(3))
     for damaged in (b"", b"PK\x03\x04 half", b"text", (tmp_path / "array.npy").read_bytes()):
         write_file(path, damaged)
-        with pytest.raises(InputError, match=r"a.npz is no .npz of arrays, or is damaged"):
+        with pytest.raises(InputError, match=r"a.npz is not an .npz file, or is damaged"):
             read_npz(path)
 
 
@@ -85,7 +85,7 @@ def test_a_new_folder_is_complete_or_absent(tmp_path):
         write_file(f"{folder}/a/b", b"whole")
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["new", "new/a", "new/a/b"]
     for there in (path, path / "a/b"):
-        with pytest.raises(InputError, match="is there already: name a new folder"), new_folder(str(there)):
+        with pytest.raises(InputError, match="already exists: name a new folder"), new_folder(str(there)):
             pass
     with pytest.raises(InputError, match="cannot write /proc/nothing"), new_folder("/proc/nothing/here") as folder:
         write_file(f"{folder}/a", b"")

@@ -34,8 +34,8 @@ def test_the_header_describes_the_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "no room for its header"),
-        ((2**40).to_bytes(8, "little") + bytes(99), "no room for its header"),
+        (b"", "its header does not fit"),
+        ((2**40).to_bytes(8, "little") + bytes(99), "its header does not fit"),
         (pickle.dumps({"a": 1}, protocol=2), "it is a pickle, which may run code"),
         (pickle.dumps({"a": 1}, protocol=5), "it is a pickle, which may run code"),
         (b"PK\x03\x04" + bytes(99), "it is a pickle, which may run code"),
@@ -51,7 +51,7 @@ def test_the_header_describes_the_arrays(tmp_path):
 def test_other_files_are_refused(tmp_path, content, reason):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(DamagedFileError, match=rf"x.safetensors is no safetensors file, or is damaged \({reason}"):
+    with pytest.raises(DamagedFileError, match=rf"x.safetensors is not a safetensors file, or is damaged \({reason}"):
         read_header(str(path))
 
 
