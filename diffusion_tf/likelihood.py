@@ -18,7 +18,8 @@ from diffusion_tf.errors import InputError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
-from diffusion_tf.storage.resumable import Arrays, Parts
+from diffusion_tf.storage.files import Arrays
+from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
 # --- Terms of a batch ------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def measure_bound(
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
     }
-    kept = Parts(partial, description, num_examples=num_images, batch_size=batch_size)
+    kept = ResumableBatches(partial, description, num_examples=num_images, batch_size=batch_size)
     batches = kept.compute(lambda first, count: _batch_bound(evaluator, first, read_images(first, count)), "bits/dim")
     return _combine(list(batches), trained.diffusion.num_timesteps, num_timesteps_estimate)
 

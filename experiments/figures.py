@@ -28,8 +28,7 @@ from diffusion_tf.evaluation.scores import (
 from diffusion_tf.reports import paper_figures
 from diffusion_tf.reports.paper_figures import PaperFigure
 from diffusion_tf.reports.run_record import read_run
-from diffusion_tf.storage.files import check_writable, write_file, write_json
-from diffusion_tf.storage.resumable import Arrays
+from diffusion_tf.storage.files import Arrays, check_writable, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
 from experiments import common
 

@@ -12,7 +12,8 @@ import shlex
 
 from absl import flags
 
-from diffusion_tf.data.prepare_tfrecords import find_images, prepare
+from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.presets import PRESETS
 from experiments import common
 

@@ -1,8 +1,8 @@
-"""Images as tf.data of uint8 [H, W, C]: the digits of scikit-learn, TFDS, and StyleGAN's TFRecords.
+"""Training and test images as tf.data datasets of uint8 [H, W, C].
 
-The order of the training images is a function of the seed and the step: each epoch is shuffled with a seed of its own,
-while the records are still encoded, and a resumed run skips to its place. (Flips belong to the training step.)
-Measurements read the images of a split in the order of their records.
+The order of the training images is a function of the seed and the step: each epoch is shuffled with its own seed while
+the records are still encoded, and a resumed run skips to its place. Flips belong to the training step. Measurements
+read the images of a split in the order of their records.
 """
 
 from diffusion_tf.data.digits import digits_source
@@ -21,18 +21,18 @@ def open_source(
     tfrecord: str | None = None,
     skip_bad_records: int = 0,
 ) -> ImageSource:
-    """The images of `preset`, from `tfrecord` (a StyleGAN file or glob) where given, else its own place.
+    """Opens the images of `preset`, from StyleGAN TFRecords if `tfrecord` is given.
 
     Args:
-      preset: names the data, and the shape that it must have.
-      split: train or test. StyleGAN TFRecords know no splits: the files are the split.
+      preset: names the dataset and the shape of its images.
+      split: train or test; ignored for StyleGAN TFRecords, where the files are the split.
       data_dir: the folder of prepared TFDS datasets; default ~/tensorflow_datasets.
-      tfrecord: a StyleGAN TFRecord file, or a glob of them.
-      skip_bad_records: so many of its records may be bad, and are replaced by the ones before them. To know them, all
-        are read now.
+      tfrecord: a StyleGAN TFRecord file, or a glob of such files.
+      skip_bad_records: the number of unreadable TFRecords to tolerate; each is replaced by the record before it. If it
+        is not 0, all records are read now to find them.
 
     Raises:
-      InputError: the data is missing, damaged, or of another shape; the message names the flag and the file.
+      InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
     """
     if tfrecord:
         return tfrecord_source(tfrecord, preset.image_shape, skip_bad_records)

@@ -1,88 +1,173 @@
-"""Images as tf.data of uint8 [H, W, C]: the digits of scikit-learn, TFDS, and StyleGAN's TFRecords.
+"""TFRecords in the format of StyleGAN's dataset_tool.
 
-The order of the training images is a function of the seed and the step: each epoch is shuffled with a seed of its own,
-while the records are still encoded, and a resumed run skips to its place. (Flips belong to the training step.)
-Measurements read the images of a split in the order of their records.
+A record holds `shape`, int64 [3] = (C, H, W), and `data`, the bytes of uint8 [C, H, W].
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf.data.source import ImageSource, bad_records, read_runs, require_shape, shuffle_buffer, shuffled
+from diffusion_tf.data.record_files import find_bad_records, read_runs
+from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
 from diffusion_tf.errors import ConfigError
 
-_TFRECORD_FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
+_FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
+_OVERHEAD_BYTES = 16  # of a record: its length (8), the CRC of the length (4), the CRC of the data (4)
 
-_TFRECORD_OVERHEAD = 16  # length (8), its CRC (4), the record's CRC (4)
+
+class _File(NamedTuple):
+    """A TFRecord file whose records all have the length of the first.
+
+    Attributes:
+      path: the file.
+      num_whole: complete records.
+      record_bytes: bytes of a record in the file.
+      rest_bytes: bytes of a last record that is cut off; 0 if there is none.
+    """
+
+    path: str
+    num_whole: int
+    record_bytes: int
+    rest_bytes: int
+
+    @property
+    def num_records(self) -> int:
+        return self.num_whole + (self.rest_bytes > 0)
+
+
+def serialize(image: np.ndarray) -> bytes:
+    """Returns a uint8 [C, H, W] image as a record; images of one shape give records of one length."""
+    feature = {
+        "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=image.shape)),
+        "data": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image.tobytes()])),
+    }
+    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    return example.SerializeToString(deterministic=True)  # otherwise the order of the features is random
 
 
 def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_records: int) -> ImageSource:
-    files = sorted(tf.io.gfile.glob(os.path.expanduser(pattern)))
-    if not files:
+    """Opens the images of all files that match `pattern`.
+
+    Args:
+      pattern: a file, or a glob of files.
+      image_shape: (H, W, C) of the images.
+      skip_bad_records: the number of unreadable records to tolerate; each is replaced by the last good one before it.
+        If it is not 0, all records are read now to find them.
+
+    Raises:
+      InputError: no file matches, a file is not such a TFRecord, or too many records are bad.
+    """
+    paths = sorted(tf.io.gfile.glob(os.path.expanduser(pattern)))
+    if not paths:
         raise ConfigError("tfrecord", f"={pattern} matches no file")
+    decode = _decoder(image_shape)
+    files = [_open(path, image_shape) for path in paths]
+    bad = _tolerated(files, decode, skip_bad_records)
+    num_examples = sum(file.num_records for file in files)
+    buffer_size = shuffle_buffer_size(num_examples, image_shape)
+    runs = [
+        (file.path, begin * file.record_bytes, count)
+        for file, bad_here in zip(files, bad, strict=True)
+        for begin, count in _runs(file.num_records, bad_here)
+    ]
+
+    def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
+        shuffled_paths = shuffled(tf.data.Dataset.from_tensor_slices(paths), len(paths), epoch_seed)
+        if not any(bad):
+            return shuffled(tf.data.TFRecordDataset(shuffled_paths), buffer_size, epoch_seed)
+        all_runs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*runs, strict=True))))
+        in_order = shuffled_paths.flat_map(lambda path: read_runs(all_runs.filter(lambda of, *_: of == path)))
+        return shuffled(in_order, buffer_size, epoch_seed)
+
+    def find_bad() -> str | None:
+        for path in paths:
+            for text in find_bad_records(path, decode, limit=1).values():
+                return f"{text}: repair the file, or tolerate bad records by `skip_bad_records=N`"
+        return None
+
+    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(map(len, bad)))
+
+
+def _decoder(image_shape: tuple[int, int, int]) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns the function from a record to its image, uint8 [H, W, C]."""
     height, width, channels = image_shape
 
-    def decode(record):
-        example = tf.io.parse_single_example(record, _TFRECORD_FEATURES)
+    def decode(record: tf.Tensor) -> tf.Tensor:
+        example = tf.io.parse_single_example(record, _FEATURES)
         wanted = tf.constant([channels, height, width], tf.int64)
         with tf.control_dependencies([tf.debugging.assert_equal(example["shape"], wanted, "its shape is another")]):
             image = tf.reshape(tf.io.decode_raw(example["data"], tf.uint8), [channels, height, width])
         return tf.transpose(image, [1, 2, 0])
 
-    counts = [_count_records(file, image_shape) for file in files]
-    bad = _tolerated(files, counts, decode, skip_bad_records)
-    num_examples = sum(count + (rest > 0) for count, _, rest in counts)
-    buffer = shuffle_buffer(num_examples, image_shape)
-    runs = [
-        (file, begin * record_bytes, count)
-        for file, (num_records, record_bytes, rest), there in zip(files, counts, bad, strict=True)
-        for begin, count in _runs(num_records + (rest > 0), there)
-    ]
-
-    def records(epoch_seed):
-        shuffled_files = shuffled(tf.data.Dataset.from_tensor_slices(files), len(files), epoch_seed)
-        if not any(bad):
-            return shuffled(tf.data.TFRecordDataset(shuffled_files), buffer, epoch_seed)
-        all_runs = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*runs, strict=True))))
-        in_order = shuffled_files.flat_map(lambda file: read_runs(all_runs.filter(lambda of, *_: of == file)))
-        return shuffled(in_order, buffer, epoch_seed)
-
-    def find_bad():
-        texts = (text for file in files for text in bad_records(file, decode, at_most=1).values())
-        text = next(texts, None)
-        return text and f"{text}: mend the file, or read another record in its place by `skip_bad_records=N`"
-
-    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(len(there) for there in bad))
+    return decode
 
 
-def _tolerated(files, counts, decode, skip_bad_records: int) -> list[dict[int, str]]:
-    """The bad records of each file by index, with what is wrong; none are looked for where none are tolerated.
+def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
+    """Checks the first record of a file, and counts the records by its length.
+
+    Raises:
+      InputError: the file is not a StyleGAN TFRecord of images of this shape.
+    """
+    if tf.io.gfile.isdir(path):
+        raise ConfigError(
+            "tfrecord", f"={path} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it"
+        )
+    try:
+        size = tf.io.gfile.stat(path).length
+        with tf.io.gfile.GFile(path, "rb") as start:
+            stated = int.from_bytes(start.read(8), "little")
+        # TensorFlow would allocate as many bytes as the record states.
+        if size and stated + _OVERHEAD_BYTES > size:
+            raise tf.errors.DataLossError(None, None, "longer than its file")
+        first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
+        if first is None:
+            raise ConfigError("tfrecord", f"={path} holds no records")
+        example = tf.io.parse_single_example(first, _FEATURES)
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        raise ConfigError(
+            "tfrecord", f"={path} is not a StyleGAN TFRecord (its first record is cut off, or lacks `shape` and `data`)"
+        ) from error
+    channels, height, width = example["shape"].numpy()
+    check_shape(f"`tfrecord={path}`", (int(height), int(width), int(channels)), image_shape)
+    num_pixel_bytes = len(example["data"].numpy())
+    if num_pixel_bytes != np.prod(image_shape):
+        raise ConfigError("tfrecord", f"={path}: record 0 holds {num_pixel_bytes} bytes, not uint8 pixels")
+    record_bytes = len(first.numpy()) + _OVERHEAD_BYTES
+    num_whole, rest_bytes = divmod(size, record_bytes)
+    return _File(path, num_whole, record_bytes, rest_bytes)
+
+
+def _tolerated(
+    files: Sequence[_File], decode: Callable[[tf.Tensor], tf.Tensor], skip_bad_records: int
+) -> list[dict[int, str]]:
+    """Returns the bad records of each file as {index: description}; none if none are tolerated.
 
     Raises:
       InputError: there are more than `skip_bad_records`.
     """
     if not skip_bad_records:
-        for file, (count, record_bytes, rest) in zip(files, counts, strict=True):
-            if rest:
+        for file in files:
+            if file.rest_bytes:
                 raise ConfigError(
                     "tfrecord",
-                    f"={file} is truncated: record {count} has {rest} of the {record_bytes} bytes of record 0",
+                    f"={file.path} is truncated: record {file.num_whole} has {file.rest_bytes} of the"
+                    f" {file.record_bytes} bytes of record 0",
                 )
         return [{} for _ in files]
     bad = [
-        bad_records(
-            file,
+        find_bad_records(
+            file.path,
             decode,
-            at_most=skip_bad_records + 1,
-            record_bytes=record_bytes,
-            num_records=num_records + (rest > 0),
+            limit=skip_bad_records + 1,
+            record_bytes=file.record_bytes,
+            num_records=file.num_records,
         )
-        for file, (num_records, record_bytes, rest) in zip(files, counts, strict=True)
+        for file in files
     ]
-    texts = [text for there in bad for text in there.values()]
+    texts = [text for bad_here in bad for text in bad_here.values()]
     if len(texts) > skip_bad_records:
         raise ConfigError(
             "skip_bad_records", f"={skip_bad_records}: there are more bad records: {'; '.join(texts[:5])}"
@@ -90,49 +175,15 @@ def _tolerated(files, counts, decode, skip_bad_records: int) -> list[dict[int, s
     return bad
 
 
-def _runs(num_records: int, bad: Mapping[int, str]) -> Iterator[tuple[int, int]]:
-    """(first, count) of consecutive records to read, so that a bad one has the last good one before it in its place."""
-    sound = next((i for i in range(num_records) if i not in bad), 0)
+def _runs(num_records: int, bad: Collection[int]) -> Iterator[tuple[int, int]]:
+    """Yields (first, count) of the records to read: a bad one is replaced by the last good one before it, if any."""
+    good = next((i for i in range(num_records) if i not in bad), 0)
     begin = 0
     for index in sorted(bad):
         if index > begin:
             yield begin, index - begin
-            sound = index - 1
-        yield sound, 1
+            good = index - 1
+        yield good, 1
         begin = index + 1
     if begin < num_records:
         yield begin, num_records - begin
-
-
-def _count_records(file: str, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """How many whole records are in `file`, of how many bytes, and how many bytes are left over.
-
-    It looks at the first: all are of one length, so that the file's size tells the rest.
-    """
-    if tf.io.gfile.isdir(file):
-        raise ConfigError(
-            "tfrecord", f"={file} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it"
-        )
-    try:
-        size = tf.io.gfile.stat(file).length
-        with tf.io.gfile.GFile(file, "rb") as start:
-            stated = int.from_bytes(start.read(8), "little")
-        # TensorFlow takes memory for what a record claims to be before it reads it.
-        if size and stated + _TFRECORD_OVERHEAD > size:
-            raise tf.errors.DataLossError(None, None, "longer than its file")
-        first = next(iter(tf.data.TFRecordDataset(file).take(1)), None)
-        if first is None:
-            raise ConfigError("tfrecord", f"={file} holds no records")
-        example = tf.io.parse_single_example(first, _TFRECORD_FEATURES)
-    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-        raise ConfigError(
-            "tfrecord", f"={file} is not a StyleGAN TFRecord (its first record is cut off, or lacks `shape` and `data`)"
-        ) from error
-    channels, height, width = example["shape"].numpy()
-    require_shape(f"`tfrecord={file}`", (int(height), int(width), int(channels)), image_shape)
-    if len(example["data"].numpy()) != np.prod(image_shape):
-        raise ConfigError("tfrecord", f"={file}: record 0 holds {len(example['data'].numpy())} bytes, not uint8 pixels")
-
-    record_bytes = len(first.numpy()) + _TFRECORD_OVERHEAD
-    count, rest = divmod(size, record_bytes)
-    return count, record_bytes, rest

@@ -25,8 +25,8 @@ from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import read_json, read_npz, write_json, write_npz
-from diffusion_tf.storage.resumable import Arrays, Parts
+from diffusion_tf.storage.files import Arrays, read_json, read_npz, write_json, write_npz
+from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel, load_ema
 
@@ -136,9 +136,11 @@ class FeatureExtractor:
         network = {"features": self.network.name, "sha256": self.network.sha256, "resize": self.network.resize}
         return {**images.description, **network}
 
-    def parts(self, images: Images) -> Parts:
+    def parts(self, images: Images) -> ResumableBatches:
         """The extraction from `images` as it lies on disk."""
-        return Parts(self.partial, self.describe(images), num_examples=images.count, batch_size=self.batch_size)
+        return ResumableBatches(
+            self.partial, self.describe(images), num_examples=images.count, batch_size=self.batch_size
+        )
 
     def __call__(self, images: Images, label: str) -> Arrays:
         """`features` [N, D], of a classifier `logits` [N, classes], and `pixels` [N, D] where distances are theirs.

@@ -1,1 +1,1 @@
-"""Weights and programs of other frameworks: TF1, diffusers, StableHLO, SavedModel, the TPU compiler."""
+"""Exchange with other frameworks: TF1 and diffusers weights, StableHLO, SavedModels and the TPU compiler."""

@@ -1,4 +1,4 @@
-"""What diffusers' configurations say of a network and a diffusion, and whether that is what a preset says."""
+"""Writes a preset as configurations of diffusers, and checks configurations against a preset."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ PIPELINE = {
     "scheduler": ["diffusers", "DDPMScheduler"],
     "unet": ["diffusers", "UNet2DModel"],
 }
-# What diffusers takes where a configuration is silent, of what it says below.
+# The defaults of diffusers' UNet2DModel and DDPMScheduler, for fields that a configuration leaves out.
 _UNET_DEFAULTS = {
     "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
     "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
@@ -31,7 +31,8 @@ _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None,
     "prediction_type": "epsilon", "variance_type": "fixed_small", "rescale_betas_zero_snr": False,
 }  # fmt: skip
-_FLAGS = {
+# The settings of a preset that decide a field.
+_SETTINGS = {
     "sample_size": "`image_size`", "in_channels": "`channels`", "out_channels": "`channels`",
     "block_out_channels": "`ch` and `ch_mult`", "layers_per_block": "`num_res_blocks`",
     "down_block_types": "`attn_resolutions`", "up_block_types": "`attn_resolutions`",
@@ -43,7 +44,7 @@ _VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 
 def unet_config(preset: Preset) -> dict[str, Any]:
-    """The `unet/config.json` of the preset's network, every field given."""
+    """Returns the `unet/config.json` of the preset's network, with every field."""
     attention = [preset.image_size // 2**level in preset.attn_resolutions for level in range(len(preset.ch_mult))]
     return {
         "_class_name": "UNet2DModel",
@@ -61,21 +62,23 @@ def unet_config(preset: Preset) -> dict[str, Any]:
         "downsample_padding": 0,
         "norm_num_groups": NUM_GROUPS,
         "norm_eps": 1e-6,
-        "attention_head_dim": None,  # one head; left out, it would mean heads of 8 channels
+        "attention_head_dim": None,  # one head; if the field is absent, diffusers takes heads of 8 channels
         "dropout": preset.dropout,
     }
 
 
 def scheduler_config(preset: Preset) -> dict[str, Any]:
-    """The `scheduler/scheduler_config.json` of the preset's diffusion.
+    """Returns the `scheduler/scheduler_config.json` of the preset's diffusion.
 
     Raises:
-      InputError: diffusers has no words for it.
+      ConfigError: diffusers cannot express a setting.
     """
-    words = {"model_mean_type": _PREDICTION_TYPES, "model_var_type": _VARIANCE_TYPES, "beta_schedule": {"linear": ""}}
-    for name, known in words.items():
-        if getattr(preset, name) not in known:
-            raise InputError(f"diffusers has no words for --{name}={getattr(preset, name)}, only {', '.join(known)}")
+    known = {"model_mean_type": _PREDICTION_TYPES, "model_var_type": _VARIANCE_TYPES, "beta_schedule": ("linear",)}
+    for name, values in known.items():
+        if getattr(preset, name) not in values:
+            raise ConfigError(
+                name, f"={getattr(preset, name)} is unknown to diffusers, which knows {', '.join(values)}"
+            )
     return {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": PIPELINE["_diffusers_version"],
@@ -90,18 +93,18 @@ def scheduler_config(preset: Preset) -> dict[str, Any]:
 
 
 def check_unet(path: str, preset: Preset, attention_head_dim: str | None) -> None:
-    """Whether the network's configuration at `path` is that of the preset.
+    """Checks that the network's configuration at `path` is that of the preset.
 
     Args:
       path: the file.
       preset: the preset.
-      attention_head_dim: stands in where the file has none, in its syntax: `null` or a number.
+      attention_head_dim: the value if the file has none, as JSON: `null` or a number.
 
     Raises:
-      InputError: it is of another network; the field is named.
+      InputError: a field belongs to another network; the message names it.
     """
     config = _read(path)
-    config.pop("dropout", None)  # the preset's own: weights do not depend on it
+    config.pop("dropout", None)  # a choice of the preset: weights do not depend on it
     wanted = unet_config(preset)
     wanted = {name: wanted[name] for name in _UNET_DEFAULTS}
     _check_attention(path, config, preset, attention_head_dim)
@@ -112,10 +115,10 @@ def check_unet(path: str, preset: Preset, attention_head_dim: str | None) -> Non
 
 
 def check_scheduler(path: str, preset: Preset) -> None:
-    """Whether the diffusion of the scheduler's configuration at `path` is that of the preset.
+    """Checks that the scheduler's configuration at `path` is that of the preset's diffusion.
 
     Raises:
-      InputError: it is of another diffusion; the field is named.
+      InputError: a field belongs to another diffusion; the message names it.
     """
     config = _read(path)
     wanted = {name: value for name, value in scheduler_config(preset).items() if name in _SCHEDULER_DEFAULTS}
@@ -127,33 +130,33 @@ def check_scheduler(path: str, preset: Preset) -> None:
 def _read(path: str) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path} is no configuration: it holds no JSON object")
+        raise InputError(f"{path} is not a configuration: it is not a JSON object")
     return config
 
 
 def _compare(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if found[name] != value:
-            flag = f" ({_FLAGS[name]})" if name in _FLAGS else ""
+            setting = f" ({_SETTINGS[name]})" if name in _SETTINGS else ""
             raise InputError(
                 f"{path} has {name}={json.dumps(found[name])}, and the preset's network or diffusion has"
-                f" {json.dumps(value)}{flag}"
+                f" {json.dumps(value)}{setting}"
             )
 
 
-def _check_attention(path: str, config: dict[str, Any], preset: Preset, stand_in: str | None) -> None:
-    """Our attention has one head: as many channels as there are, or null."""
+def _check_attention(path: str, config: dict[str, Any], preset: Preset, default: str | None) -> None:
+    """Checks that attention has one head: attention_head_dim is null, or the number of channels."""
     if "attention_head_dim" in config:
         head_dim = json.dumps(config["attention_head_dim"])
-        if stand_in not in (None, head_dim):
-            raise ConfigError("attention_head_dim", f"={stand_in}: {path} itself says {head_dim}")
-    elif stand_in is None:
+        if default not in (None, head_dim):
+            raise ConfigError("attention_head_dim", f"={default}: {path} itself says {head_dim}")
+    elif default is None:
         raise InputError(
             f"{path} has no attention_head_dim, which means heads of 8 channels to diffusers, and this network has one"
-            " head: if it was trained so, say `attention_head_dim=null`"
+            " head: if it was trained with one, give `attention_head_dim=null`"
         )
     else:
-        head_dim = stand_in
+        head_dim = default
     levels = [i for i in range(len(preset.ch_mult)) if preset.image_size // 2**i in preset.attn_resolutions]
     channels = {str(preset.ch * preset.ch_mult[level]) for level in (*levels, -1)}
     if head_dim != "null" and channels != {head_dim}:

@@ -1,6 +1,6 @@
-"""The functions that training and sampling run, as StableHLO of one replica, and as SavedModels that need no package.
+"""Exports training and sampling for one replica, as StableHLO and as SavedModels that do not need this package.
 
-A program is a pure function of named arrays. Scalars are int32, as TPUs have no integers of 64 bits.
+A program is a pure function of named arrays. Integer scalars are int32, since TPUs have no 64-bit integers.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ WITH_SAVED_MODEL = ("sampler", "denoiser")
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An argument or a result.
+    """An argument or a result of a program.
 
     Attributes:
-      name: what it is.
-      shape: static.
-      dtype: as NumPy calls it.
-      initial: of an argument, the name of the weights that it starts as, or `zeros`; None: the caller's data.
-      feeds: of a result, the argument of the next call that it becomes.
+      name: the name in the manifest.
+      shape: the static shape.
+      dtype: the NumPy name of the dtype.
+      initial: for an argument, the weights that it holds in the first call, or `zeros`; None: data from the caller.
+      feeds: for a result, the argument that it becomes in the next call.
     """
 
     name: str
@@ -44,21 +44,21 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A pure function of tensors in the order of `arguments`, to a list of those in the order of `results`."""
+    """A pure function of tensors in the order of `arguments`; it returns a list in the order of `results`."""
 
     function: Callable[..., list[tf.Tensor]]
     arguments: list[Array]
     results: list[Array]
 
     def stablehlo(self) -> str:
-        """The function as StableHLO text."""
+        """Returns the function as StableHLO text."""
         specs = [tf.TensorSpec(array.shape, array.dtype) for array in self.arguments]
         compiled = tf.function(self.function, jit_compile=True, autograph=False)
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
 
 
 def build(what: str, preset: Preset, model: UNet | None = None) -> Program:
-    """One of PROGRAMS for a replica that computes `preset.batch_size` images, alone.
+    """Returns one of PROGRAMS for one replica, which computes `preset.batch_size` images.
 
     Args:
       what: the program.
@@ -68,35 +68,41 @@ def build(what: str, preset: Preset, model: UNet | None = None) -> Program:
     Raises:
       InputError: the preset's network cannot be built.
     """
-    model = model or UNet.from_preset(preset)
-    return {"train_step": _train_step, "sample_step": _sample_step, "sampler": _sampler, "denoiser": _denoiser}[what](
-        preset, model
-    )
+    builders = {"train_step": _train_step, "sample_step": _sample_step, "sampler": _sampler, "denoiser": _denoiser}
+    return builders[what](preset, model or UNet.from_preset(preset))
 
 
-def _weights(model: UNet, dtypes: Sequence[str], prefix: str = "params/", initial: str | None = None) -> list[Array]:
+def _weights(model: UNet, dtypes: Sequence[str], group: str = "params", initial: str | None = None) -> list[Array]:
+    """Returns one argument for each weight of the network.
+
+    Args:
+      model: the network.
+      dtypes: the dtype of each argument.
+      group: the first component of the names.
+      initial: what the arguments hold in the first call; default: the weights.
+    """
     return [
-        Array(prefix + name, tuple(v.shape), dtype, initial or f"params/{name}")
+        Array(f"{group}/{name}", tuple(v.shape), dtype, initial or f"params/{name}")
         for name, v, dtype in zip(model.weight_names, model.trainable_variables, dtypes, strict=True)
     ]
 
 
 def _train_step(preset: Preset, model: UNet) -> Program:
-    """`training.train_step`: the state, the step and images to the next state, loss and gradient norm."""
+    """Returns `training.step.train_step`: (state, images) to (next state, loss, gradient norm)."""
     float32 = ["float32"] * len(model.weight_names)
     state = [
         *_weights(model, float32),
-        *_weights(model, float32, "ema/"),
-        *_weights(model, float32, "adam_m/", "zeros"),
-        *_weights(model, float32, "adam_v/", "zeros"),
+        *_weights(model, float32, "ema"),
+        *_weights(model, float32, "adam_m", "zeros"),
+        *_weights(model, float32, "adam_v", "zeros"),
         Array("step", (), "int32", "zeros"),
     ]
     count = len(float32)
 
-    def function(*tensors):
+    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         *groups, step, images = tensors
-        lists = [list(groups[i : i + count]) for i in range(0, 4 * count, count)]
-        before = StateTensors(*lists, tf.cast(step, tf.int64))
+        params, ema, adam_m, adam_v = (list(groups[i : i + count]) for i in range(0, 4 * count, count))
+        before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
         after, loss, grad_norm = train_step(model, preset, before, images, tf.constant(0, tf.int64), lambda x: x)
         return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
 
@@ -108,11 +114,11 @@ def _train_step(preset: Preset, model: UNet) -> Program:
 
 
 def _sample_step(preset: Preset, model: UNet) -> Program:
-    """One step of Algorithm 2, as the sampling loop takes it, at index t = T - 1 ... 0; its x_T is standard normal."""
+    """Returns one iteration of Algorithm 2: x_t to x_{t-1}, t = T - 1, ..., 0; the caller draws x_T from N(0, I)."""
     diffusion = GaussianDiffusion.from_preset(preset)
     shape = (preset.batch_size, *preset.image_shape)
 
-    def function(*tensors):
+    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         *params, x_t, t, first_image = tensors
         noise = sample_noise(preset.seed, first_image, shape)(t)
         ts = tf.fill([shape[0]], t)
@@ -125,11 +131,11 @@ def _sample_step(preset: Preset, model: UNet) -> Program:
 
 
 def _sampler(preset: Preset, model: UNet) -> Program:
-    """All of Algorithm 2: the images `first_image ...` of the preset's seed, float32 in [-1, 1]."""
+    """Returns all of Algorithm 2: images `first_image`, ... of the preset's seed, float32 in [-1, 1]."""
     diffusion = GaussianDiffusion.from_preset(preset)
     shape = (preset.batch_size, *preset.image_shape)
 
-    def function(*tensors):
+    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         *params, first_image = tensors
         noise_fn = sample_noise(preset.seed, first_image, shape)
         return [tf.clip_by_value(p_sample_loop(diffusion, model.denoise_fn(params), noise_fn), -1.0, 1.0)]
@@ -139,49 +145,48 @@ def _sampler(preset: Preset, model: UNet) -> Program:
 
 
 def _denoiser(preset: Preset, model: UNet) -> Program:
-    """The network: x_t and t to its output."""
+    """Returns the network: x_t and t to its output."""
     shape = (preset.batch_size, *preset.image_shape)
 
-    def function(*tensors):
+    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         *params, x_t, t = tensors
         return [model.denoise_fn(params)(x_t, t)]
 
     out_channels = preset.channels * (2 if preset.model_var_type == "learned" else 1)
-    return Program(
-        function,
-        [
-            *_weights(model, ["float32"] * len(model.weight_names)),
-            Array("x_t", shape, "float32"),
-            Array("t", shape[:1], "int32"),
-        ],
-        [Array("model_output", (*shape[:3], out_channels), "float32")],
-    )
+    weights = _weights(model, ["float32"] * len(model.weight_names))
+    arguments = [*weights, Array("x_t", shape, "float32"), Array("t", shape[:1], "int32")]
+    return Program(function, arguments, [Array("model_output", (*shape[:3], out_channels), "float32")])
 
 
 def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
-    """Writes a program with the model's weights into `folder`, the manifest last; returns the paths.
+    """Writes `WHAT.stablehlo.mlir`, `weights.safetensors`, `saved_model/` (for WITH_SAVED_MODEL) and `manifest.json`.
 
-    `WHAT.stablehlo.mlir`, `weights.safetensors`, `manifest.json`, and for WITH_SAVED_MODEL the folder `saved_model`.
+    Args:
+      folder: the folder to write to.
+      what: one of PROGRAMS.
+      preset: the recipe.
+      model: the network, with the weights to write.
+
+    Returns:
+      The paths, the manifest last.
 
     Raises:
       InputError: a file cannot be written.
     """
     program = build(what, preset, model)
     weights = {f"params/{n}": v.numpy() for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
-    text_path, weights_path, manifest_path, saved_model = (
-        os.path.join(folder, name)
-        for name in (f"{what}.stablehlo.mlir", "weights.safetensors", "manifest.json", "saved_model")
-    )
-    check_writable(manifest_path)
-    write_file(text_path, program.stablehlo().encode())
+    names = (f"{what}.stablehlo.mlir", "weights.safetensors", "saved_model", "manifest.json")
+    program_path, weights_path, saved_model_path, manifest_path = (os.path.join(folder, name) for name in names)
+    check_writable(manifest_path)  # before the work
+    write_file(program_path, program.stablehlo().encode())
     write_file(weights_path, safetensors.numpy.save(weights))
-    paths = [text_path, weights_path]
+    paths = [program_path, weights_path]
     if what in WITH_SAVED_MODEL:
-        _write_saved_model(saved_model, what, preset, model, program)
-        paths.append(saved_model)
+        _write_saved_model(saved_model_path, program, model, any_batch=what == "denoiser")
+        paths.append(saved_model_path)
     manifest = {
         "what": what,
-        "program": os.path.basename(text_path),
+        "program": os.path.basename(program_path),
         "weights": os.path.basename(weights_path),
         "preset": dataclasses.asdict(preset),
         "arguments": [_describe(array) for array in program.arguments],
@@ -195,16 +200,23 @@ def _describe(array: Array) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(array).items() if value is not None}
 
 
-def _write_saved_model(path: str, what: str, preset: Preset, model: UNet, program: Program) -> None:
-    """A SavedModel with one signature; the denoiser takes any number of images, the sampler draws `batch_size`."""
+def _write_saved_model(path: str, program: Program, model: UNet, *, any_batch: bool) -> None:
+    """Writes a SavedModel whose signature `serving_default` is the program with the model's weights.
+
+    Args:
+      path: the folder to write.
+      program: the program; its first arguments are the weights, and it has one result.
+      model: the network.
+      any_batch: whether the first dimension of the other arguments may have any size.
+    """
     module = tf.Module()
     module.params = [tf.Variable(v.value) for v in model.trainable_variables]
     data = program.arguments[len(module.params) :]
-    batch = None if what == "denoiser" else preset.batch_size
-    specs = [tf.TensorSpec((batch, *array.shape[1:]) if array.shape else (), array.dtype, array.name) for array in data]
+    shapes = [(None, *array.shape[1:]) if any_batch else array.shape for array in data]
+    specs = [tf.TensorSpec(shape, array.dtype, array.name) for shape, array in zip(shapes, data, strict=True)]
 
     @tf.function(input_signature=specs, autograph=False)
-    def serving_default(*tensors):
+    def serving_default(*tensors: tf.Tensor) -> dict[str, tf.Tensor]:
         return {program.results[0].name: program.function(*module.params, *tensors)[0]}
 
     module.serving_default = serving_default

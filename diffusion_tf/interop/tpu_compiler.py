@@ -1,13 +1,14 @@
-"""Compiles StableHLO for Cloud TPUs on any CPU, and says what the compiler makes of it. Nothing runs on a TPU.
+"""Compiles StableHLO for Cloud TPUs on any CPU, and reports memory, cost and estimated time. Nothing runs on a TPU.
 
-libtpu, which holds the TPUs' compiler, is on PyPI; JAX hands it a program and the name of a slice. Both live in a
-process of their own, as libtpu need not get along with TensorFlow, and may crash.
+The compiler is in libtpu, which is on PyPI; JAX passes it a program and the name of a slice. Both run in a separate
+process, because libtpu may crash and may not work beside TensorFlow.
 """
 
 import dataclasses
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -17,20 +18,24 @@ from typing import Any
 
 from diffusion_tf.errors import InputError
 
-_GIB = 2**30
+_GIB = 2**30  # bytes
+_MAX_ERROR_LENGTH = 300  # characters of the compiler's error that are kept
+# The compiler's time estimate is discarded unless it is between these multiples of the roofline.
+_MIN_ESTIMATE, _MAX_ESTIMATE = 0.9, 10.0
+_BATCH_STEPS = 8  # `largest_batch` is exact to an eighth
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is public about a chip.
+    """Published figures of a TPU chip.
 
     Attributes:
-      devices: what one chip is to a program: two cores, or one.
-      flops_per_second: peak of bfloat16 products.
-      hbm_bytes: its memory.
-      hbm_bytes_per_second: the memory's bandwidth.
-      link_bytes_per_second: of one link to a neighbouring chip, in one direction.
-      clock_hertz: what the compiler counts cycles of; None: unknown.
+      devices: devices that one chip presents to a program: one for each core, or one for all.
+      flops_per_second: peak of bfloat16 matrix products.
+      hbm_bytes: memory.
+      hbm_bytes_per_second: memory bandwidth.
+      link_bytes_per_second: bandwidth of one link to a neighbouring chip, in one direction.
+      clock_hertz: clock of the cycles that the compiler counts; None: unknown.
     """
 
     devices: int
@@ -41,11 +46,11 @@ class Chip:
     clock_hertz: float | None
 
 
-# Peak and HBM: cloud.google.com/tpu/docs/v3, v4, v5e and v6e. All of v2, and the clock and links of v3: Jouppi et al.,
-# "A Domain-Specific Supercomputer for Training Deep Neural Networks", CACM 2020 (links of 496 and 656 Gbit/s). Clock
-# and links of v4: Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer", ISCA 2023. Links of v5e and v6e:
-# half of a quarter of the pages' 400 and 800 GB/s, which count four links and both directions. v5e's clock: its peak
-# over what its four matrix units of 128x128 do in a cycle, as the clocks before it are, too.
+# Peak and HBM: cloud.google.com/tpu/docs/v3, v4, v5e and v6e. v2, and the clock and links of v3 (496 and 656 Gbit/s):
+# Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks", CACM 2020. Clock and links of v4:
+# Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer", ISCA 2023. Links of v5e and v6e: the pages state
+# 400 and 800 GB/s for four links in both directions. Clock of v5e: its peak divided by the operations per cycle of four
+# 128x128 matrix units; the same division gives the published clocks of v2 to v4.
 _V2 = Chip(2, 46e12, 16 * _GIB, 700e9, 62e9, 700e6)
 _V3 = Chip(2, 123e12, 32 * _GIB, 900e9, 82e9, 940e6)
 _V4 = Chip(1, 275e12, 32 * _GIB, 1200e9, 50e9, 1050e6)
@@ -55,13 +60,13 @@ _V6E = Chip(1, 918e12, 32 * _GIB, 1638e9, 100e9, None)
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice that is one machine.
+    """A slice of one machine.
 
     Attributes:
-      chip: what it is made of.
-      num_chips: in a ring, each chip beside its neighbours.
-      libtpu_name: how libtpu calls it.
-      chip_config: libtpu's name for how a chip's cores are used, where there is a choice; `megacore`: as one device.
+      chip: the type of its chips.
+      num_chips: the number of chips, which form a ring.
+      libtpu_name: libtpu's name of the slice.
+      chip_config: libtpu's name for the use of a chip's cores, where there is a choice; `megacore`: as one device.
     """
 
     chip: Chip
@@ -71,12 +76,12 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Devices of the slice, each of which runs one replica."""
+        """The number of devices; each runs one replica."""
         return self.num_chips * self.chip.devices
 
     @property
     def hbm_bytes(self) -> int:
-        """Memory of one device."""
+        """The memory of one device."""
         return self.chip.hbm_bytes // self.chip.devices
 
 
@@ -91,16 +96,16 @@ TOPOLOGIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program for one device; None where it says nothing (sensible).
+    """The compiler's report on a program for one device; None for a missing or implausible figure.
 
     Attributes:
-      compile_seconds: how long it took.
-      error: why it does not compile, in one line; None: it does.
-      hbm_bytes: arguments, results and temporaries, those that share memory counted once.
-      flops: floating point operations.
-      bytes_accessed: read and written in HBM by all operations.
-      estimated_seconds: each operation at the chip's peak or bandwidth, whichever takes longer, one after the other.
-      cycles_seconds: the cycles that the scheduler expects of each operation, at the chip's clock.
+      compile_seconds: the time that compilation took.
+      error: why compilation failed, in one line; None if it succeeded.
+      hbm_bytes: memory of arguments, results and temporaries, counted once if shared.
+      flops: floating-point operations.
+      bytes_accessed: bytes that all operations read from and write to HBM.
+      estimated_seconds: the sum over operations of the time at the chip's peak or bandwidth, whichever is longer.
+      cycles_seconds: the sum of the scheduler's estimated cycles of each operation, at the chip's clock.
     """
 
     compile_seconds: float
@@ -113,23 +118,22 @@ class Compiled:
 
 
 def require_compiler() -> None:
-    """Raises InputError where JAX or libtpu is not installed."""
+    """Raises InputError if JAX or libtpu is not installed."""
     missing = [name for name in ("jax", "libtpu") if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"compiling for TPUs needs {' and '.join(missing)}: pip install '.[tpu_report]'")
 
 
 def roofline_seconds(flops: float, bytes_accessed: float, chip: Chip) -> float:
-    """The least time in which one device can do so much: max(flops / peak, bytes / HBM bandwidth)."""
+    """Returns the least time that one device needs: max(flops / peak, bytes / HBM bandwidth)."""
     return chip.devices * max(flops / chip.flops_per_second, bytes_accessed / chip.hbm_bytes_per_second)
 
 
 def all_reduce_seconds(num_bytes: float, topology: Topology) -> float:
-    """The time to sum `num_bytes` of each device over all of them, without latency and as if nothing else went on.
+    """Returns the time of an all-reduce of `num_bytes` per device, without latency or other traffic.
 
-    With n chips in a ring that sends both ways, 2 (n - 1) / n * bytes / (2 * link). Where a chip is two devices, before
-    it the pair's sum (two reads, one write) and after it a copy of the result (one read, one write):
-    5 * bytes / HBM bandwidth more.
+    A ring of n chips that sends both ways takes 2 (n - 1) / n * bytes / (2 * link). A chip with two devices first sums
+    the two (two reads, one write) and at last copies the result (one read, one write): 5 * bytes / HBM bandwidth more.
     """
     chip, n = topology.chip, topology.num_chips
     ring = (n - 1) / n * num_bytes / chip.link_bytes_per_second
@@ -137,7 +141,15 @@ def all_reduce_seconds(num_bytes: float, topology: Topology) -> float:
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:
-    """The largest batch that fits, to an eighth; 0: not even one image does. Doubles or halves, then bisects."""
+    """Returns the largest batch size that fits, to an eighth, by doubling or halving and bisection.
+
+    Args:
+      fits: whether a batch size fits.
+      start: the batch size to try first.
+
+    Returns:
+      The batch size; 0 if not even one image fits.
+    """
     low, high = 0, start
     if fits(start):
         low, high = start, 2 * start
@@ -148,7 +160,7 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
         low, high = (half, high) if fits(half) else (0, half)
     if not low:
         return 0
-    choices = range(low, high, max(1, low // 8))
+    choices = range(low, high, max(1, low // _BATCH_STEPS))
     left, right = 0, len(choices)
     while right - left > 1:
         middle = (left + right) // 2
@@ -157,12 +169,12 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
 
 
 def compile_stablehlo(text: str, topology: Topology, in_place: Mapping[int, int] | None = None) -> Compiled:
-    """Compiles a program of one device of the slice, in a process of its own; that takes seconds to minutes.
+    """Compiles a program for one device of a slice in a separate process, which takes seconds to minutes.
 
     Args:
-      text: StableHLO whose entry is `main`.
+      text: StableHLO with the entry point `main`.
       topology: the slice.
-      in_place: results that take the memory of an argument of the same shape: argument's index to result's.
+      in_place: index of an argument to the index of the result that takes its memory.
 
     Raises:
       InputError: JAX or libtpu is not installed.
@@ -178,7 +190,7 @@ def compile_stablehlo(text: str, topology: Topology, in_place: Mapping[int, int]
     process = subprocess.run(
         [sys.executable, "-m", "diffusion_tf.interop.tpu_compiler"],
         input=json.dumps(request),
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        cwd=pathlib.Path(__file__).parents[2],  # where the package is found even if it is not installed
         capture_output=True,
         text=True,
         check=False,
@@ -191,10 +203,11 @@ def compile_stablehlo(text: str, topology: Topology, in_place: Mapping[int, int]
 
 
 def _read_answer(answer: dict[str, Any], chip: Chip) -> Compiled:
+    """Returns the report that the answer of the separate process makes."""
     if "error" in answer:
         return Compiled(answer["seconds"], answer["error"])
     flops, bytes_accessed = answer["flops"], answer["bytes_accessed"]
-    # Custom calls, which only rearrange, count as -1 second each.
+    # The compiler counts each custom call, which only moves data, as -1 second.
     estimate = answer["optimal_seconds"] + (answer["custom_calls"] if answer["optimal_seconds"] < 0 else 0)
     roofline = roofline_seconds(flops, bytes_accessed, chip)
     return Compiled(
@@ -202,15 +215,15 @@ def _read_answer(answer: dict[str, Any], chip: Chip) -> Compiled:
         hbm_bytes=answer["hbm_bytes"],
         flops=flops,
         bytes_accessed=bytes_accessed,
-        estimated_seconds=estimate if 0.9 * roofline <= estimate <= 10 * roofline else None,
+        estimated_seconds=estimate if _MIN_ESTIMATE * roofline <= estimate <= _MAX_ESTIMATE * roofline else None,
         cycles_seconds=answer["cycles"] / chip.clock_hertz if chip.clock_hertz else None,
     )
 
 
 def _worker() -> None:
-    """Reads a request of `compile_stablehlo` from stdin, and prints the answer as one line of JSON."""
-    # Else libtpu is not loaded (diffusion_tf/__init__.py), asks Google's metadata server what machine this is, and may
-    # not be in two processes at once.
+    """Reads a request of `compile_stablehlo` from stdin and prints the answer as one line of JSON."""
+    # diffusion_tf/__init__.py prevents loading libtpu; libtpu asks Google's metadata server for the type of this
+    # machine, and by default runs in only one process at a time.
     os.environ.update(TPU_LOAD_LIBRARY="1", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
     import jax
 
@@ -219,12 +232,12 @@ def _worker() -> None:
     try:
         answer = _describe(_compile(request))
     except jax.errors.JaxRuntimeError as error:
-        answer = {"error": " ".join(str(error).splitlines()[0].split())[:300]}
+        answer = {"error": " ".join(str(error).splitlines()[0].split())[:_MAX_ERROR_LENGTH]}
     print(json.dumps({**answer, "seconds": time.monotonic() - start}))
 
 
 def _compile(request: dict[str, Any]) -> Any:
-    # No public function of JAX compiles text for a topology: hence the locked version.
+    # No public function of JAX compiles StableHLO text for a topology, so requirements.lock pins JAX's version.
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jax.experimental import topologies
@@ -233,7 +246,7 @@ def _compile(request: dict[str, Any]) -> Any:
     config = {"chip_config_name": request["chip_config"]} if request["chip_config"] else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=request["libtpu_name"], **config)
     device: Any = topology.devices[0]
-    # TensorFlow's name for what StableHLO calls so.
+    # TensorFlow writes this operation under its old name.
     text = request["text"].replace("mhlo.copy", "stablehlo.optimization_barrier")
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
@@ -242,7 +255,13 @@ def _compile(request: dict[str, Any]) -> Any:
 
 
 def share_memory(module: Any, in_place: dict[int, int], ir: Any) -> None:
-    """Marks arguments of `main` as those whose memory a result takes, as a training step's variables are."""
+    """Lets results of `main` take the memory of arguments, as the variables of a training step do.
+
+    Args:
+      module: the MLIR module, which is changed.
+      in_place: index of an argument to the index of the result that takes its memory.
+      ir: the module jaxlib.mlir.ir.
+    """
     (main,) = (op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
     int32 = ir.IntegerType.get_signless(32)
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(
@@ -254,6 +273,7 @@ def share_memory(module: Any, in_place: dict[int, int], ir: Any) -> None:
 
 
 def _describe(executable: Any) -> dict[str, Any]:
+    """Returns the memory, cost and cycles that the compiler reports, as JSON values."""
     costs = executable.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
     memory = executable.get_compiled_memory_stats()

@@ -22,7 +22,7 @@ from diffusion_tf.evaluation.scores import compute_scores, score_names
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import ProgressiveSampler, ReverseProcess, draw_samples
-from diffusion_tf.storage.resumable import Arrays
+from diffusion_tf.storage.files import Arrays
 from diffusion_tf.trained_model import TrainedModel
 
 SAMPLES_PER_LATENT = 9  # as in Figure 7

@@ -1,1 +1,1 @@
-"""Files: whole or absent, on disk or gs://."""
+"""Files on disk or gs://: atomic writes, checkpoints, run folders and resumable measurements."""

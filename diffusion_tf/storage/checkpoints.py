@@ -1,9 +1,8 @@
-"""Checkpoints: one safetensors file each, complete or absent, with a manifest of what it holds.
+"""Checkpoints: one safetensors file each, complete or absent, with a manifest and a checksum.
 
-`checkpoints/step_00001000.safetensors` holds the arrays by name. Its header states their sizes, and as `manifest` the
-format, the step, a SHA-256 over the arrays and the rest of the manifest, the versions of the packages that wrote it,
-and what else the run wants to know. A file is written beside, synced and renamed, so that a reader never sees half of
-one. Files of format 1, whose header holds the SHA-256 alone, are read too.
+`checkpoints/step_00001000.safetensors` holds the arrays by name. The entry `manifest` in its header states the format,
+the step, the versions of the packages that wrote it, whatever else the run records, and a SHA-256 over the arrays and
+the rest of the manifest. Format 1, whose header holds only the SHA-256, can still be read.
 """
 
 import hashlib
@@ -15,14 +14,14 @@ from typing import Any
 
 import keras
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tensorflow as tf
 from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import copy_file, first_line, read_file, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, first_line, write_file
+from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2
 PACKAGES = {
@@ -32,7 +31,6 @@ PACKAGES = {
     "tensorflow": tf.__version__,
 }
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
-_MAX_HEADER_BYTES = 2**24  # a network of a thousand variables takes 2**19
 _ADVICE = "remove it, or name another"
 
 
@@ -40,14 +38,14 @@ def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Map
     """Writes the checkpoint of `step` and returns its path.
 
     Args:
-      folder: where checkpoints lie.
+      folder: the folder of checkpoints.
       step: training steps taken.
-      arrays: by name.
-      manifest: what else to state in the manifest, as JSON can hold it.
+      arrays: the arrays by name.
+      manifest: further entries of the manifest, as JSON values.
 
     Raises:
-      InputError: it cannot be written.
-      DivergedError: a value is not finite, and nothing was written.
+      InputError: the file cannot be written.
+      DivergedError: a value is not finite; nothing is written.
     """
     for name, array in arrays.items():
         if not np.isfinite(array).all():
@@ -56,29 +54,31 @@ def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Map
     manifest = {**(manifest or {}), "format": FORMAT, "step": step, "num_bytes": size, "packages": PACKAGES}
     manifest["sha256"] = _digest(arrays, manifest)
     path = checkpoint_path(folder, step)
-    # One entry, as the library writes several in no certain order.
+    # One metadata entry: the library writes several in random order, and equal checkpoints must be equal files.
     write_file(path, safetensors.numpy.save(dict(arrays), {"manifest": json.dumps(manifest, sort_keys=True)}))
     return path
 
 
-def load(path: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint, verified against its digest.
+def load(path: str, max_bytes: int | None = None) -> Arrays:
+    """Reads the arrays of a checkpoint and verifies its checksum.
 
     Args:
       path: the file.
-      max_bytes: what the arrays may take, where the reader knows; it is checked before they are read.
+      max_bytes: the most that the arrays may take, checked before they are read; default: no limit.
 
     Raises:
-      InputError: the file is missing, its arrays are larger, or its format is newer than this version.
-      DamagedFileError: it is no checkpoint, or is damaged.
+      InputError: the file cannot be read, its arrays are too large, or its format is newer than this version's.
+      DamagedFileError: the file is not a checkpoint, or is damaged.
     """
-    manifest, file_bytes, array_bytes = _read_header(path)
-    if max_bytes is not None and array_bytes > max_bytes:
-        raise InputError(f"{path} is of another network: its arrays take {array_bytes:,} bytes, not {max_bytes:,}")
+    manifest, header = _read_header(path)
+    if max_bytes is not None and header.array_bytes > max_bytes:
+        raise InputError(
+            f"{path} is of another network: its arrays take {header.array_bytes:,} bytes, not {max_bytes:,}"
+        )
     try:
-        arrays = safetensors.numpy.load(read_file(path, file_bytes))
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise DamagedFileError(f"{path} is no checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
+        arrays = read_arrays(path, header, "checkpoint")
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}: {_ADVICE}") from error
     if manifest.get("sha256") != _digest(arrays, manifest):
         raise DamagedFileError(f"{path} is damaged, its contents do not match their SHA-256: {_ADVICE}")
     if manifest.get("format", 1) not in (1, FORMAT):
@@ -87,40 +87,40 @@ def load(path: str, max_bytes: int | None = None) -> dict[str, np.ndarray]:
 
 
 def load_manifest(path: str) -> dict[str, Any]:
-    """The manifest of the checkpoint at `path`, as its header states it; `load` is what verifies it.
+    """Returns the manifest of the checkpoint at `path` as its header states it; only `load` verifies it.
 
     Raises:
-      InputError: the file is missing.
-      DamagedFileError: it is no checkpoint, or is damaged.
+      InputError: the file cannot be read.
+      DamagedFileError: the file is not a checkpoint, or its header is damaged.
     """
     return _read_header(path)[0]
 
 
 def load_digest(path: str) -> str:
-    """The SHA-256 of the checkpoint at `path`, as its header states it: its identity.
+    """Returns the SHA-256 that identifies the checkpoint at `path`, as its header states it.
 
     Raises:
-      InputError: as `load_manifest`.
+      InputError: as in `load_manifest`.
     """
     return str(load_manifest(path).get("sha256"))
 
 
 def checkpoint_path(folder: str, step: int) -> str:
-    """Where the checkpoint of `step` lies, or would lie."""
+    """Returns the path of the checkpoint of `step`, whether or not it exists."""
     return os.path.join(folder, f"step_{step:08d}.safetensors")
 
 
 def all_steps(folder: str) -> list[int]:
-    """The steps that have a checkpoint in `folder`, ascending."""
+    """Returns the steps of all checkpoints in `folder`, ascending."""
     names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
 
 def find(folder: str, step: int | None = None) -> tuple[int, str]:
-    """(step, path) of the checkpoint of `step`, or of the newest; the best one counts too.
+    """Returns (step, path) of the checkpoint of `step`, by default of the newest; `folder`/best is searched too.
 
     Raises:
-      InputError: there is none; the message lists those that there are.
+      InputError: there is no such checkpoint; the message lists the steps that exist.
     """
     best = os.path.join(folder, "best")
     paths = {found: checkpoint_path(place, found) for place in (best, folder) for found in all_steps(place)}
@@ -132,12 +132,12 @@ def find(folder: str, step: int | None = None) -> tuple[int, str]:
 
 
 def restore_newest(folder: str, restore: Callable[[str], None]) -> str | None:
-    """Calls `restore` with the path of the newest sound checkpoint, and returns that; None where there is none at all.
+    """Calls `restore` with the path of the newest undamaged checkpoint, and returns that path.
 
-    Damaged ones are named in a warning, and stay where they are.
+    Returns None if there are no checkpoints. Damaged ones are named in a warning and kept.
 
     Raises:
-      InputError: all are damaged, or `restore` raises it.
+      InputError: all checkpoints are damaged, or `restore` raises it.
     """
     steps = all_steps(folder)
     for step in reversed(steps):
@@ -149,15 +149,15 @@ def restore_newest(folder: str, restore: Callable[[str], None]) -> str | None:
         else:
             return path
     if steps:
-        raise InputError(f"{folder} holds no sound checkpoint, and damaged ones of the steps {steps}: remove them")
+        raise InputError(f"{folder} holds only damaged checkpoints, of steps {steps}: remove them")
     return None
 
 
 def copy_into(folder: str, path: str) -> str:
-    """Copies the checkpoint at `path` to `folder`, in place of those there, and returns the copy's path.
+    """Replaces the checkpoints in `folder` by a copy of the one at `path`, and returns the path of the copy.
 
     Raises:
-      InputError: it cannot be read, or the copy not written; those there stay.
+      InputError: the copy cannot be made, or the checkpoint is damaged; those in `folder` stay.
     """
     before = all_steps(folder)
     copy = os.path.join(folder, os.path.basename(path))
@@ -170,13 +170,13 @@ def copy_into(folder: str, path: str) -> str:
 
 
 def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | None = None) -> None:
-    """Removes all but the newest `keep` sound checkpoints and, with `keep_every` > 0, those at its multiples.
+    """Removes old checkpoints, but never an undamaged one in favour of a damaged one.
 
     Args:
-      folder: where they lie.
-      keep: how many sound ones; whatever is newer than the oldest of them stays, damaged or not.
-      keep_every: multiples of this step stay for ever.
-      sound: steps whose checkpoints were verified before; it learns those that are verified now.
+      folder: the folder of checkpoints.
+      keep: the number of undamaged checkpoints to keep; everything newer than the oldest of them stays too.
+      keep_every: checkpoints at multiples of this step are kept forever; 0: none.
+      sound: steps whose checkpoints were verified before; newly verified steps are added.
     """
     sound = set() if sound is None else sound
     count = 0
@@ -190,12 +190,13 @@ def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | Non
 
 
 def remove_unfinished(folder: str) -> None:
-    """Removes what a process left half written; only the run's own process may call this."""
+    """Removes half-written files of an earlier process; only the process that owns the run may call this."""
     for path in tf.io.gfile.glob(os.path.join(folder, "step_*.safetensors.tmp")):
         tf.io.gfile.remove(path)
 
 
 def _is_sound(path: str) -> bool:
+    """Whether the checkpoint at `path` can be read; a damaged one is named in a warning."""
     try:
         load(path)
     except DamagedFileError as error:
@@ -205,9 +206,10 @@ def _is_sound(path: str) -> bool:
 
 
 def _digest(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 over the arrays and the manifest without its own `sha256`."""
     digest = hashlib.sha256()
     stated = {name: value for name, value in manifest.items() if name != "sha256"}
-    if stated:  # format 1 has nothing else
+    if stated:  # empty in format 1
         digest.update(json.dumps(stated, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
@@ -216,52 +218,53 @@ def _digest(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> st
     return digest.hexdigest()
 
 
-def _read_header(path: str) -> tuple[dict[str, Any], int, int]:
-    """The manifest, the file's size, and the bytes of its arrays, once the header's own sizes agree with the file's."""
+def _read_header(path: str) -> tuple[dict[str, Any], Header]:
+    """Returns the manifest and the header of the checkpoint at `path`."""
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            file_bytes = file.size()
-            prefix = file.read(8)
-            header_bytes = int.from_bytes(prefix, "little")
-            if not header_bytes <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-                raise ValueError("no room for its header")
-            header = json.loads(file.read(header_bytes))
-        metadata = header.pop("__metadata__", {})
+        header = read_header(path, "checkpoint")
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}: {_ADVICE}") from error
+    metadata = header.metadata
+    try:
         manifest = dict(json.loads(metadata["manifest"]) if "manifest" in metadata else metadata)
-        array_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + header_bytes + array_bytes != file_bytes:
-            raise ValueError(
-                f"it has {file_bytes:,} bytes, and its header speaks of {8 + header_bytes + array_bytes:,}"
-            )
-    except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot read the checkpoint {path} ({first_line(error)})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is no checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
-    return manifest, file_bytes, array_bytes
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is not a checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
+    return manifest, header
 
 
-def assign_arrays(variables: dict[str, tf.Variable], arrays: dict[str, np.ndarray], path: str) -> None:
-    if mismatched := sorted(variables.keys() ^ arrays.keys()):
-        what = "missing" if mismatched[0] in variables else "unknown"
-        raise InputError(f"{path} is of another network: {mismatched[0]} is {what}")
-    for name, variable in variables.items():
-        found, shape = arrays[name], tuple(variable.shape)
-        dtype = "float32" if variable.dtype.is_floating else variable.dtype.name
-        if found.shape != shape or found.dtype != dtype:
-            raise InputError(
-                f"{path} is of another network: {name} is {found.dtype} {found.shape}, not {dtype} {shape}"
-            )
-    for name, variable in variables.items():
-        variable.assign(tf.cast(arrays[name], variable.dtype))
+def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec], path: str) -> None:
+    """Checks that a file holds exactly the arrays of a network.
 
+    Args:
+      found: dtype and shape of each array in the file, by name.
+      wanted: dtype and shape of each array of the network.
+      path: the file, for the message.
 
-def check_names_and_shapes(
-    path: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises InputError where the names and shapes of a file are not those of the network."""
+    Raises:
+      InputError: a name is missing or unknown, or a dtype or shape differs.
+    """
     if mismatched := sorted(wanted.keys() ^ found.keys()):
         what = "missing" if mismatched[0] in wanted else "unknown"
         raise InputError(f"{path} is of another network: {mismatched[0]} is {what}")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InputError(f"{path} is of another network: {name} is {found[name]}, not {shape}")
+    for name, (dtype, shape) in wanted.items():
+        if found[name] != (dtype, shape):
+            found_dtype, found_shape = found[name]
+            raise InputError(
+                f"{path} is of another network: {name} is {found_dtype} {found_shape}, not {dtype} {shape}"
+            )
+
+
+def assign_arrays(variables: Mapping[str, tf.Variable], arrays: Arrays, path: str) -> None:
+    """Assigns arrays from the file at `path` to variables by name; floating-point arrays must be float32.
+
+    Raises:
+      InputError: the arrays are not those of the variables; no variable has changed.
+    """
+    found = {name: ArraySpec(array.dtype.name, array.shape) for name, array in arrays.items()}
+    wanted = {
+        name: ArraySpec("float32" if variable.dtype.is_floating else variable.dtype.name, tuple(variable.shape))
+        for name, variable in variables.items()
+    }
+    check_specs(found, wanted, path)
+    for name, variable in variables.items():
+        variable.assign(tf.cast(arrays[name], variable.dtype))

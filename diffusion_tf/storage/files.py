@@ -1,6 +1,7 @@
-"""Files that are whole or absent, on disk or gs://, with errors that name them.
+"""Reads and writes files on disk or gs://. Every error names the file.
 
-What is read may come from anyone: sizes are checked before memory is taken, and nothing in a file is ever run.
+Writes are atomic: a file is written beside its place, synced and renamed. Files that are read are not trusted: their
+sizes are checked before memory is allocated, and no code in them runs (no pickles).
 """
 
 import contextlib
@@ -17,17 +18,18 @@ import tensorflow as tf
 
 from diffusion_tf.errors import DamagedFileError, InputError
 
-MAX_BYTES = 2**30  # of a file that is read at once, unless its reader knows better
-MAX_ARRAY_BYTES = 2**34  # of all arrays of an .npz: 50,000 pictures of 256x256 take 10 GB
+Arrays = dict[str, np.ndarray]  # by name, as a checkpoint or an .npz file holds them
+MAX_BYTES = 2**30  # the default limit of a file that is read at once
+MAX_ARRAY_BYTES = 2**34  # the arrays of an .npz file: 50,000 images of 256x256 take 10 GB
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Writes a file so that it is there with all of `data` or not at all, also after a power failure; makes its folder.
+    """Writes a file atomically, even across a power failure, and creates its folder.
 
-    It is written beside, synced and renamed. On an object store the rename is a copy, which appears when it is whole.
+    On an object store, the rename is a copy, which becomes visible when it is complete.
 
     Raises:
-      InputError: the path cannot be written; what was there still is.
+      InputError: the file cannot be written; an existing file stays as it was.
     """
     path = os.path.expanduser(path)
     _write_temporary(path, data)
@@ -35,10 +37,10 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def copy_file(source: str, path: str) -> None:
-    """Copies a file, of any size, so that the copy is whole or absent.
+    """Copies a file of any size atomically, and creates the folder of the copy.
 
     Raises:
-      InputError: the source cannot be read, or the copy not written.
+      InputError: the source cannot be read, or the copy cannot be written.
     """
     try:
         tf.io.gfile.makedirs(os.path.dirname(path))
@@ -51,12 +53,12 @@ def copy_file(source: str, path: str) -> None:
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` lies in this machine's file system, and not in an object store."""
+    """Whether `path` is in this machine's file system rather than in an object store."""
     return "://" not in path
 
 
 def sync(path: str) -> None:
-    """Has a file or folder on the disk itself, where a power failure leaves it."""
+    """Flushes a local file or folder to the disk, so that it survives a power failure."""
     if is_local(path):
         descriptor = os.open(path or ".", os.O_RDONLY)
         try:
@@ -66,7 +68,7 @@ def sync(path: str) -> None:
 
 
 def check_writable(path: str) -> None:
-    """Raises InputError where `path` could not be written; changes nothing that is there."""
+    """Raises InputError if a file at `path` cannot be written; an existing file does not change."""
     path = os.path.expanduser(path)
     if tf.io.gfile.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder")
@@ -75,7 +77,7 @@ def check_writable(path: str) -> None:
 
 
 def write_npz(path: str, **arrays: np.ndarray) -> None:
-    """Writes arrays by name as an .npz, whole or not at all."""
+    """Writes arrays by name as an .npz file, atomically."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_file(path, buffer.getvalue())
@@ -83,14 +85,14 @@ def write_npz(path: str, **arrays: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
-    """A folder that is at `path` with all that the block writes into the one it is given, or not at all.
+    """Creates a folder atomically: the block writes into a temporary folder, which becomes `path` when it succeeds.
 
     Raises:
-      InputError: something is at `path`, or it cannot be written.
+      InputError: `path` exists and is not an empty folder, or cannot be written.
     """
     path = os.path.expanduser(path).rstrip("/")
     if tf.io.gfile.exists(path) and (not tf.io.gfile.isdir(path) or tf.io.gfile.listdir(path)):
-        raise InputError(f"{path} is there already: name a new folder")
+        raise InputError(f"{path} already exists: name a new folder")
     temporary = _temporary(path)
     _remove_folder(temporary)
     try:
@@ -108,10 +110,10 @@ def _remove_folder(path: str) -> None:
 
 
 def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """The contents of a file.
+    """Returns the contents of a file.
 
     Raises:
-      InputError: it cannot be read, or is larger than `max_bytes`.
+      InputError: the file cannot be read, or is larger than `max_bytes`.
     """
     try:
         with tf.io.gfile.GFile(os.path.expanduser(path), "rb") as file:
@@ -123,16 +125,17 @@ def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: str, max_bytes: int = MAX_BYTES) -> Any:
-    """The value that a JSON file holds.
+    """Returns the value in a JSON file.
 
     Raises:
-      InputError: it cannot be read, is too large, or is no JSON.
+      InputError: the file cannot be read, or is larger than `max_bytes`.
+      DamagedFileError: the file is not JSON.
     """
     data = read_file(path, max_bytes)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is no JSON, or is damaged ({first_line(error)})") from error
+        raise DamagedFileError(f"{path} is not JSON, or is damaged ({first_line(error)})") from error
 
 
 def write_json(path: str, value: Any) -> None:
@@ -141,11 +144,12 @@ def write_json(path: str, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON text; NaN and infinity, which JSON lacks, become null."""
+    """Returns a value as JSON text; NaN and infinity become null, since JSON has no word for them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
+    """Replaces NaN and infinity in nested dicts and lists by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -153,11 +157,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; never an object that pickle would have to make.
+def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
+    """Returns the arrays of an .npz file; pickled objects are refused.
 
     Raises:
-      InputError: the file cannot be read, is no .npz, or holds arrays of more than `max_bytes` together.
+      InputError: the file cannot be read, or is larger than `max_bytes`.
+      DamagedFileError: the file is not an .npz file, or they take more than `max_bytes` together.
     """
     data = read_file(path, max_bytes)
     try:
@@ -167,12 +172,12 @@ def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarra
             raise ValueError(f"its arrays take {total:,} bytes, and may take {max_bytes:,} at most")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # zipfile and NumPy raise a dozen kinds
-        raise DamagedFileError(f"{path} is no .npz of arrays, or is damaged ({first_line(error)})") from error
+    except Exception as error:  # zipfile and NumPy raise a dozen types
+        raise DamagedFileError(f"{path} is not an .npz file, or is damaged ({first_line(error)})") from error
 
 
 def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """How much memory an array of an .npz takes, which must be no more than the archive has for it."""
+    """Returns the bytes of an array in an .npz file; raises ValueError if the archive does not hold that many."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -184,10 +189,10 @@ def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
 
 
 def append_line(path: str, line: str) -> None:
-    """Adds a line to a text file.
+    """Appends a line to a text file.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the file cannot be written.
     """
     try:
         with tf.io.gfile.GFile(path, "a") as file:
@@ -197,11 +202,12 @@ def append_line(path: str, line: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without the details that TensorFlow puts on further lines."""
+    """Returns the first line of an exception's message; TensorFlow puts details on further lines."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _temporary(path: str) -> str:
+    """Returns the place where a file or folder is written before it is renamed to `path`."""
     return f"{path}.tmp"
 
 
@@ -227,6 +233,6 @@ def _rename_temporary(path: str) -> None:
 
 
 def _remove_temporary(path: str) -> None:
-    """Gives back the room of what could not be written whole."""
+    """Removes what was written before a write failed, for instance because the disk is full."""
     with contextlib.suppress(tf.errors.OpError, OSError):
         tf.io.gfile.remove(_temporary(path))

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its metrics, and where everything else lies. Paths may be gs://."""
+"""The folder of a run: its configuration, its metrics, and the paths of everything else. Paths may be gs://."""
 
 import contextlib
 import dataclasses
@@ -28,8 +28,9 @@ from diffusion_tf.storage.files import (
 class Workdir:
     """The folder of one run.
 
-    `config.json` (the resolved preset), `flags.txt` (of the last command), `checkpoints/`, `metrics.jsonl`,
-    `evaluations.jsonl`, `tensorboard/`, `samples/`, `partial/` (of measurements: what an interrupted one has done).
+    It holds `config.json` (the resolved preset), `flags.txt` (the flags of the last command), `checkpoints/`,
+    `metrics.jsonl`, `evaluations.jsonl`, `tensorboard/`, `samples/`, and `partial/` (finished batches of interrupted
+    measurements).
     """
 
     def __init__(self, path: str):
@@ -45,12 +46,12 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder and holds it against other processes that train in it; a dead process holds nothing.
+        """Creates the folder and locks it against other training processes; the lock ends with the process.
 
-        On gs:// there is no lock, and two processes in one folder undo each other's metrics.
+        There is no lock on gs://, where two processes in one folder overwrite each other's metrics.
 
         Raises:
-          InputError: another process holds it, or the folder cannot be written.
+          InputError: another process holds the lock, or the folder cannot be written.
         """
         if not is_local(self.path):
             yield
@@ -77,16 +78,16 @@ class Workdir:
             yield
 
     def refuse_other_run(self, preset: Preset, num_examples: int | None) -> None:
-        """Looks whether this folder is new, or holds a run of this recipe on as many training images.
+        """Checks that the folder is new, or holds a run of the same recipe and number of training images.
 
         Raises:
-          InputError: it holds another run; the differing fields are named.
+          ConfigError: the folder holds another run; the message names the fields that differ.
         """
         if not tf.io.gfile.exists(self._config):
             return
         there, num_examples_there = self._read_config()
         differences = preset.recipe_differences(there)
-        if num_examples_there not in (None, num_examples):  # None: weights from elsewhere
+        if num_examples_there not in (None, num_examples):  # None: imported weights
             differences.append(f"num_examples: {num_examples} != {num_examples_there}")
         if differences:
             raise ConfigError(
@@ -96,10 +97,10 @@ class Workdir:
             )
 
     def write_config(self, preset: Preset, num_examples: int | None, flags: str) -> None:
-        """Makes the folder and records the configuration, the size of the training set (if known) and the flags.
+        """Creates the folder and writes the configuration, the size of the training set (if known) and the flags.
 
         Raises:
-          InputError: it holds another run, or cannot be written.
+          InputError: the folder holds another run, or cannot be written.
         """
         self.refuse_other_run(preset, num_examples)
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
@@ -107,16 +108,17 @@ class Workdir:
         write_file(self._flags, flags.encode())
 
     def read_preset(self) -> Preset:
-        """The configuration of the run that this folder holds.
+        """Returns the configuration of the run in this folder.
 
         Raises:
-          InputError: there is none, or it cannot be read.
+          InputError: the folder holds no run, or its configuration cannot be read.
         """
         if not tf.io.gfile.exists(self._config):
             raise ConfigError("workdir", f"={self.path} holds no run (no config.json): train one there first")
         return self._read_config()[0]
 
     def _read_config(self) -> tuple[Preset, int | None]:
+        """Returns the preset and the number of training images, if known."""
         try:
             fields: dict[str, Any] = read_json(self._config)
             num_examples = fields.pop("num_examples")
@@ -126,56 +128,56 @@ class Workdir:
             raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops the metrics that a run wrote after the checkpoint of `step`, which it will now write again."""
+        """Removes the metrics after `step`, which a run that resumes from there writes again."""
         if not tf.io.gfile.exists(self._metrics):
             return
         kept = [line for line, metrics in _parse_lines(self._metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
-        """Has the lines of metrics on the disk before a checkpoint that relies on them."""
+        """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint."""
         if tf.io.gfile.exists(self._metrics):
             sync(self._metrics)
 
     def write_divergence(self, step: int, evidence: dict[str, Any]) -> str:
-        """Writes what was found when a run diverged before `step` to `divergence_*.json`, and returns its path."""
+        """Writes the evidence of a divergence before `step` to `divergence_*.json`, and returns its path."""
         path = os.path.join(self.path, f"divergence_{step:08d}.json")
         write_json(path, evidence)
         return path
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The lines of `metrics.jsonl`."""
+        """Returns the lines of `metrics.jsonl`."""
         return _read_lines(self._metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """The lines of `evaluations.jsonl`."""
+        """Returns the lines of `evaluations.jsonl`."""
         return [self.complete(line) for line in _read_lines(self._evaluations)]
 
     def complete(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """An evaluation as this version records it: one that names no sampler was made by ancestral sampling."""
+        """Returns an evaluation with its sampler: older versions recorded none and used ancestral sampling."""
         if "sampler" in evaluation:
             return evaluation
         return {**evaluation, "sampler": "ancestral", "sampler_steps": self.read_preset().num_timesteps}
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Adds one line to `evaluations.jsonl`."""
+        """Appends one line to `evaluations.jsonl`."""
         append_line(self._evaluations, to_json(evaluation))
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        """Adds one line to `metrics.jsonl`."""
+        """Appends one line to `metrics.jsonl`."""
         append_line(self._metrics, to_json(metrics))
 
 
 def _read_lines(path: str) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; none where there is no file."""
+    """Returns the objects in a file of JSON lines; none if there is no file."""
     return [value for _, value in _parse_lines(path)] if tf.io.gfile.exists(path) else []
 
 
 def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line and what it says, but for a last one that a process died over.
+    """Yields each line and its object, without an incomplete last line, which a killed process leaves.
 
     Raises:
-      DamagedFileError: a line is no JSON object with a step.
+      DamagedFileError: a line is not a JSON object with a step.
     """
     for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
@@ -184,5 +186,5 @@ def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
             value = json.loads(line)
             value["step"] + 0
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is damaged: line {number} is no JSON object with a step") from error
+            raise DamagedFileError(f"{path} is damaged: line {number} is not a JSON object with a step") from error
         yield line, value

@@ -8,7 +8,7 @@ import tensorflow as tf
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
-from diffusion_tf.storage.resumable import Arrays
+from diffusion_tf.storage.files import Arrays
 from diffusion_tf.training.optimizer import ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON, StateTensors, warmed_up_learning_rate
 from diffusion_tf.unet import UNet
 

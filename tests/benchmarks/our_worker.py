@@ -12,7 +12,8 @@ import tensorflow_datasets as tfds
 import timing
 
 from diffusion_tf.data import open_source
-from diffusion_tf.data.prepare_tfrecords import find_images, prepare
+from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import training_batches
 from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import PRESETS, Preset, get_preset

@@ -1,4 +1,4 @@
-"""StyleGAN TFRecords of LMDBs and folders: what a record holds, resuming, refusals, and damage."""
+"""Preparing StyleGAN TFRecords from folders and LMDBs: contents, resuming, refused settings and damaged files."""
 
 import hashlib
 import io
@@ -17,21 +17,17 @@ import pytest
 import tensorflow as tf
 
 from diffusion_tf.data import open_source
-from diffusion_tf.data import prepare_tfrecords as stylegan_tfrecords
-from diffusion_tf.data.prepare_tfrecords import find_images, prepare
+from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import ImageReader
+from diffusion_tf.data.tfrecord_shards import Shard, write_shard
+from diffusion_tf.data.tfrecords import serialize
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SIZES = [(40, 30), (30, 41), (33, 33), (64, 17), (16, 16), (9, 12), (50, 50)]
 FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Workers start in seconds: a thread does their work here, and processes where a test runs the program."""
-    monkeypatch.setattr(stylegan_tfrecords, "_executor", lambda _: ThreadPoolExecutor(1))
 
 
 def picture(index, size, mode="RGB"):
@@ -58,7 +54,9 @@ def folder(tmp_path):
 
 
 def write(source, out, **kwargs):
+    """Prepares TFRecords in a thread, as worker processes take seconds to start."""
     options = {"name": "church", "resolution": 16, "num_shards": 3, "num_workers": 1, "skip_bad_images": 0, **kwargs}
+    options["make_executor"] = ThreadPoolExecutor
     return prepare(find_images(str(source), options.pop("limit", None)), str(out), **options)
 
 
@@ -121,21 +119,21 @@ def test_an_lmdb_becomes_records_in_its_order(tmp_path):
     np.testing.assert_array_equal(read(pattern), np.stack([by_hand(value, 16) for value in values[:2]]))
 
 
-def test_photos_are_upright(tmp_path):
+def test_photos_are_turned_upright(tmp_path):
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # lies on its left side
+    exif[0x0112] = 6  # rotated by 90 degrees
     (tmp_path / "photo.png").write_bytes(encode(picture(0, (20, 20)), "png", exif=exif))
     pattern, _ = write(tmp_path, tmp_path / "out", num_shards=1)
     upright = encode(picture(0, (20, 20)).rotate(-90), "png")
     np.testing.assert_array_equal(read(pattern)[0], by_hand(upright, 16))
 
 
-def test_records_are_those_of_stylegan2s_own_tool():
+def test_records_equal_those_of_stylegan2s_tool():
     same = 0
     for record in records(str(ROOT / "tests/fixtures/stylegan2_4x4.tfrecords")):
         parsed = tf.io.parse_single_example(record, FEATURES)
-        ours = stylegan_tfrecords.serialize(np.frombuffer(parsed["data"].numpy(), np.uint8).reshape(3, 4, 4))
-        # Its tool left the order of the two features to chance.
+        ours = serialize(np.frombuffer(parsed["data"].numpy(), np.uint8).reshape(3, 4, 4))
+        # StyleGAN2's tool writes the two features in random order.
         assert sorted(ours) == sorted(record) and tf.train.Example.FromString(ours) == tf.train.Example.FromString(
             record
         )
@@ -148,7 +146,7 @@ def run(*args):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(folder, tmp_path):
+def test_a_killed_run_continues(folder, tmp_path):
     for index in range(113):
         (folder / f"d{index:03d}.png").write_bytes(encode(picture(index, (200, 180)), "png"))
     out = tmp_path / "out"
@@ -177,7 +175,7 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     assert f"--workdir=runs/church --dataset=lsun_church --image_size=128 --tfrecord='{pattern}'" in again.stdout
 
 
-def test_lost_and_cut_shards_are_made_again(folder, tmp_path):
+def test_lost_and_truncated_shards_are_written_again(folder, tmp_path):
     _, manifest = write(folder, tmp_path / "out")
     lost, cut, kept = ((tmp_path / "out" / name) for name in manifest["shards"])
     lost.unlink()
@@ -205,16 +203,14 @@ def test_other_settings_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"\(source: .*/moved != .*/images; names_sha256"):
         write(tmp_path / "moved", tmp_path / "out")
     (tmp_path / "out/church.json").write_text("[]")
-    with pytest.raises(InputError, match="church.json is no manifest of this program"):
+    with pytest.raises(InputError, match="church.json is not a manifest of this program"):
         write(tmp_path / "moved", tmp_path / "out")
     (tmp_path / "out/church.json").unlink()
-    with pytest.raises(
-        InputError, match=r"church-r04-00000-of-00003.tfrecords is there, and .*church.json does not know"
-    ):
+    with pytest.raises(InputError, match=r"church-r04-00000-of-00003.tfrecords exists but is not in .*church.json"):
         write(tmp_path / "moved", tmp_path / "out")
 
 
-def test_bad_images_are_named_and_skipped_only_on_request(folder, tmp_path, capsys):
+def test_unreadable_images_are_skipped_only_on_request(folder, tmp_path, capsys):
     good = (folder / "b1.jpg").read_bytes()
     (folder / "b1.jpg").write_bytes(good[:-99])
     (folder / "b5.jpg").write_bytes(b"<html>")
@@ -226,41 +222,39 @@ def test_bad_images_are_named_and_skipped_only_on_request(folder, tmp_path, caps
     assert "skipped b5.jpg: no image" in capsys.readouterr().err.splitlines()
     assert len(read(pattern)) == 5 and [entry["records"] for entry in manifest["shards"].values()] == [2, 1, 2]
     assert [list(entry["skipped"]) for entry in manifest["shards"].values()] == [[], ["b1.jpg"], ["b5.jpg"]]
-    with pytest.raises(InputError, match="none of its 1 images can be read: take fewer `num_shards`"):
+    with pytest.raises(InputError, match="none of its 1 images can be read: use a smaller `num_shards`"):
         write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
 
 
-def test_a_disk_that_fails_is_told(folder, tmp_path, monkeypatch):
+def test_a_failing_disk_is_reported(folder, tmp_path):
     (tmp_path / "out/church-r04-00001-of-00003.tfrecords.tmp").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"cannot write .*church-r04-00001-of-00003.tfrecords \(.*the same command"):
+    with pytest.raises(InputError, match=r"cannot write .*church-r04-00001-of-00003.tfrecords \(.*repeat the command"):
         write(folder, tmp_path / "out")
-    serialize = stylegan_tfrecords.serialize
-    monkeypatch.setattr(stylegan_tfrecords, "serialize", lambda image: serialize(image ^ 1))
+    shard = Shard(str(tmp_path / "flipped.tfrecords"), find_images(str(folder)), resolution=16, skip_bad_images=0)
     with pytest.raises(InputError, match="does not read back as it was written: is its disk sound"):
-        write(folder, tmp_path / "flipped")
-    assert not list((tmp_path / "flipped").glob("*.tfrecords"))
+        write_shard(shard, serialize=lambda image: serialize(image ^ 1))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": 100}, "--resolution=100 must be a power of two, 4 or more"),
-        ({"resolution": 2}, "--resolution=2 must be"),
-        ({"num_shards": 8}, "--num_shards=8 is more than the 7 images"),
-        ({"name": "a/b"}, "--name=a/b: letters, digits"),
-        ({"out": "/tmp/a*"}, r"--out=/tmp/a\*: without \* \?"),
+        ({"resolution": 100}, "resolution=100 must be a power of two, 4 or more"),
+        ({"resolution": 2}, "resolution=2 must be"),
+        ({"num_shards": 8}, "num_shards=8 is more than the 7 images"),
+        ({"name": "a/b"}, "name=a/b: letters, digits"),
+        ({"out": "/tmp/a*"}, r"out=/tmp/a\*: without \* \?"),
         ({"out": "/proc/nothing"}, "cannot write /proc/nothing/church.json"),
     ],
 )
-def test_bad_options_are_named(folder, tmp_path, options, message):
+def test_bad_options_are_refused(folder, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         write(folder, **{"out": tmp_path / "out", **options})
 
 
-def test_bad_sources_are_named(folder, tmp_path, monkeypatch):
+def test_bad_sources_are_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "lmdb").mkdir()
     for source, message in (
-        (tmp_path / "nowhere", "--source=.*nowhere does not exist: name the folder of an LMDB"),
+        (tmp_path / "nowhere", "source=.*nowhere does not exist: name the folder of an LMDB"),
         (folder / "notes.txt", "notes.txt is a file .unpack it first.: name the folder"),
         (tmp_path / "lmdb", "lmdb holds no images: neither an LMDB .data.mdb. nor .bmp, .jpeg"),
     ):
@@ -279,4 +273,7 @@ def test_bad_sources_are_named(folder, tmp_path, monkeypatch):
     images = find_images(str(folder))
     (folder / "b3.jpg").unlink()
     with pytest.raises(InputError, match="cannot read .*b3.jpg"):
-        prepare(images, str(tmp_path), name="a", resolution=4, num_shards=1, num_workers=1, skip_bad_images=9)
+        prepare(
+            images, str(tmp_path), name="a", resolution=4, num_shards=1, num_workers=1, skip_bad_images=9,
+            make_executor=ThreadPoolExecutor,
+        )  # fmt: skip

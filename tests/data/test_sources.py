@@ -1,4 +1,4 @@
-"""Images from every kind of source, their order, and damaged files."""
+"""Image sources: contents, order and damaged files."""
 
 import dataclasses
 import pathlib
@@ -9,9 +9,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from diffusion_tf.data import open_source
-from diffusion_tf.data import source as sources
 from diffusion_tf.data.digits import load_digit_labels, load_digits
-from diffusion_tf.data.source import ImageReader, training_batches
+from diffusion_tf.data.source import ImageReader, shuffle_buffer_size, training_batches
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
@@ -21,7 +20,7 @@ TINY_TFRECORD = pathlib.Path(__file__).parent.parent / "fixtures" / "stylegan2_4
 
 
 def write_tfrecord(path, images):
-    """As StyleGAN's dataset_tool does: uint8 CHW."""
+    """Writes uint8 [C, H, W] as StyleGAN's dataset_tool does."""
     with tf.io.TFRecordWriter(str(path)) as writer:
         for image in images.transpose(0, 3, 1, 2):
             feature = {
@@ -47,7 +46,7 @@ def rows(images):
     return sorted(image.tobytes() for image in images.reshape(-1, *images.shape[-3:]))
 
 
-def test_digits_are_scikit_learns():
+def test_digits_come_from_scikit_learn():
     digits = load_digits()
     assert digits.shape == (1797, 8, 8, 1) and digits.dtype == np.uint8
     assert digits.max() == 255 and len(np.unique(digits)) == 17
@@ -56,13 +55,13 @@ def test_digits_are_scikit_learns():
     assert rows(np.concatenate([train, test])) == rows(digits)
 
 
-def test_measurements_read_a_split_in_its_order(tmp_path, images):
+def test_a_reader_keeps_the_order_of_a_split(tmp_path, images):
     source = open_source(DIGITS, "test")
     assert source.num_examples == 179
     read = ImageReader(source)
     for first, count in ((170, 9), (0, 100), (100, 50)):
         np.testing.assert_array_equal(read(first, count), load_digits("test")[first : first + count])
-    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, and promised more"):
+    with pytest.raises(InputError, match="scikit-learn digits, test ends after 179 images, but more were expected"):
         read(150, 30)
     write_tfrecord(tmp_path / "a.tfrecords", images[:6])
     write_tfrecord(tmp_path / "b.tfrecords", images[6:])
@@ -70,14 +69,14 @@ def test_measurements_read_a_split_in_its_order(tmp_path, images):
     np.testing.assert_array_equal(ImageReader(source)(4, 5), images[4:9])
 
 
-def test_labels_belong_to_the_digits():
+def test_labels_match_the_digits():
     digits, labels = load_digits("test"), load_digit_labels("test")
     means = np.stack([load_digits("train")[load_digit_labels("train") == label].mean(axis=0) for label in range(10)])
     nearest = np.argmin(((digits[:, None] - means) ** 2).sum(axis=(2, 3, 4)), axis=1)
     assert (nearest == labels).mean() > 0.85
 
 
-def test_an_epoch_holds_each_image_once():
+def test_an_epoch_contains_each_image_once():
     source = open_source(DIGITS)
     assert source.num_examples == 1618
     two_epochs = batches(source, 2 * 2, batch_size=809)
@@ -85,10 +84,10 @@ def test_an_epoch_holds_each_image_once():
     assert not np.array_equal(two_epochs[:2], two_epochs[2:])
 
 
-def test_order_follows_seed_and_step(tmp_path, images):
+def test_the_order_depends_on_seed_and_step_only(tmp_path, images):
     write_tfrecord(tmp_path / "a.tfrecords", images)
     source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"))
-    whole = batches(source, 12)  # several epochs; batches straddle their ends
+    whole = batches(source, 12)  # several epochs, whose ends lie within batches
     np.testing.assert_array_equal(batches(source, 12), whole)
     for start_step in (1, 2, 5, 11):
         np.testing.assert_array_equal(batches(source, 12 - start_step, start_step=start_step), whole[start_step:])
@@ -104,7 +103,7 @@ def test_replicas_and_workers_share_the_global_batch():
     np.testing.assert_array_equal(np.concatenate(workers, axis=1), whole)
 
 
-def test_tfrecord_shards_are_read_exactly(tmp_path, images):
+def test_all_tfrecord_shards_are_read(tmp_path, images):
     write_tfrecord(tmp_path / "s-00.tfrecords", images[:3])
     write_tfrecord(tmp_path / "s-01.tfrecords", images[3:])
     source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "s-*.tfrecords"))
@@ -112,7 +111,7 @@ def test_tfrecord_shards_are_read_exactly(tmp_path, images):
     assert rows(batches(source, 5, batch_size=2)) == rows(images)
 
 
-def test_a_file_of_stylegan2s_own_tool():
+def test_a_file_of_stylegan2s_tool_is_read():
     preset = get_preset("lsun_church", image_size=4, ch_mult=(1,), attn_resolutions=(4,))
     source = open_source(preset, tfrecord=str(TINY_TFRECORD))
     assert source.num_examples == 24
@@ -136,7 +135,7 @@ def tfds_folder(tmp_path_factory):
     return str(folder), pixels
 
 
-def test_tfds(tfds_folder):
+def test_a_prepared_tfds_dataset_is_read(tfds_folder):
     folder, pixels = tfds_folder
     source = open_source(get_preset("cifar10"), data_dir=folder)
     assert source.num_examples == 10
@@ -149,12 +148,12 @@ def test_tfds(tfds_folder):
     np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
 
 
-def test_tfds_of_another_size(tfds_folder):
+def test_a_tfds_dataset_of_another_size_is_refused(tfds_folder):
     with pytest.raises(InputError, match=r"images are \(32, 32, 3\), the preset wants \(64, 64, 3\)"):
         open_source(get_preset("cifar10", image_size=64), data_dir=tfds_folder[0])
 
 
-def test_missing_data_names_the_flag(tmp_path):
+def test_errors_name_the_setting_of_missing_data(tmp_path):
     with pytest.raises(InputError, match="data_dir=.*nowhere holds no prepared cifar10: make it with `tfds build"):
         open_source(get_preset("cifar10"), data_dir=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="tfrecord=.*nothing.* matches no file"):
@@ -163,11 +162,11 @@ def test_missing_data_names_the_flag(tmp_path):
         open_source(SMALL_IMAGES)
 
 
-def test_wrong_tfrecords_name_the_file(tmp_path, images):
+def test_errors_name_the_file_of_wrong_tfrecords(tmp_path, images):
     good = tmp_path / "good.tfrecords"
     write_tfrecord(good, images)
     wrong_size = dataclasses.replace(SMALL_IMAGES, image_size=32)
-    with pytest.raises(InputError, match=r"good.tfrecords: images are \(16, 16, 3\), the preset wants \(32, 32, 3\)"):
+    with pytest.raises(InputError, match=r"good.tfrecords`: images are \(16, 16, 3\), the preset wants \(32, 32, 3\)"):
         open_source(wrong_size, tfrecord=str(good))
 
     cut = tmp_path / "cut.tfrecords"
@@ -196,7 +195,7 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
     record = len(content) // 10
     for index in (3, 4):
         content[index * record + 100] ^= 1
-    content[7 * record] ^= 1  # its length
+    content[7 * record] ^= 1  # the length of the record
     bad.write_bytes(content[: 9 * record + 5])  # and the last one is cut off
 
     with pytest.raises(InputError, match="skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
@@ -211,10 +210,10 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
 
     bad.write_bytes(content[: 9 * record])
     source = open_source(SMALL_IMAGES, tfrecord=str(bad))
-    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: mend the file, or"):
+    with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: repair the file, or"):
         ImageReader(source)(0, 9)
 
 
-def test_records_are_shuffled_within_bounded_memory():
-    assert sources.shuffle_buffer(50_000, (32, 32, 3)) == 50_000
-    assert sources.shuffle_buffer(3_000_000, (256, 256, 3)) * 256 * 256 * 3 <= 2**30
+def test_the_shuffle_buffer_has_bounded_memory():
+    assert shuffle_buffer_size(50_000, (32, 32, 3)) == 50_000
+    assert shuffle_buffer_size(3_000_000, (256, 256, 3)) * 256 * 256 * 3 <= 2**30

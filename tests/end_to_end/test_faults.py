@@ -168,17 +168,17 @@ DATA = [
 RECORD_FAULTS = [
     ("a bad CRC", data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS))), "x.tfrecords: record 5 (its bytes"),
     ("a bad length", data("x.tfrecords", flip(7 * RECORD)(bytearray(RECORDS))), "x.tfrecords: record 7 (its bytes"),
-    ("another shape", records_of(second=(4, 4, 3)), "x.tfrecords: record 1 (no picture of the wanted shape"),
+    ("another shape", records_of(second=(4, 4, 3)), "x.tfrecords: record 1 (it is not an image of the preset's shape"),
 ]
 CATS_SCORE = ["--features=pixels", "--metrics=fid", "--samples=run/x.npz", CAT[-1], "--out=new.json"]
 CHECKPOINTS = [
-    ("cut off", change(NEWEST, lambda content: content[:-1]), f"{NEWEST} is no checkpoint, or is damaged (it has"),
+    ("cut off", change(NEWEST, lambda content: content[:-1]), f"{NEWEST} is not a checkpoint, or is damaged (it has"),
     ("a flipped bit", change(NEWEST, flip(-5)), f"{NEWEST} is damaged, its contents do not match their SHA-256"),
     ("a flipped manifest", change(NEWEST, flip(40)), f"{NEWEST} is"),
-    ("an empty file", data(NEWEST, b""), f"{NEWEST} is no checkpoint, or is damaged (no room for its header)"),
-    ("a huge header", data(NEWEST, b"\xff" * 8 + b"{}"), f"{NEWEST} is no checkpoint, or is damaged (no room"),
-    ("a deep header", data(NEWEST, (10**6).to_bytes(8, "little") + b"[" * 10**6), f"{NEWEST} is no checkpoint"),
-    ("a pickle", data(NEWEST, pickle.dumps(Pickled())), f"{NEWEST} is no checkpoint, or is damaged"),
+    ("an empty file", data(NEWEST, b""), f"{NEWEST} is not a checkpoint, or is damaged (its header does not fit)"),
+    ("a huge header", data(NEWEST, b"\xff" * 8 + b"{}"), f"{NEWEST} is not a checkpoint, or is damaged (its header"),
+    ("a deep header", data(NEWEST, (10**6).to_bytes(8, "little") + b"[" * 10**6), f"{NEWEST} is not a checkpoint"),
+    ("a pickle", data(NEWEST, pickle.dumps(Pickled())), f"{NEWEST} is not a checkpoint, or is damaged"),
     ("a newer format", newer_format, f"{NEWEST} is of format 99, and this version reads up to 2: update it"),
     (
         "another network",
@@ -188,17 +188,21 @@ CHECKPOINTS = [
 ]
 RUN = [
     ("no configuration", lambda run: (run / "config.json").unlink(), "--workdir=run holds no run (no config.json)"),
-    ("a cut configuration", change("config.json", lambda c: c[:-9]), "run/config.json is no JSON, or is damaged"),
+    ("a cut configuration", change("config.json", lambda c: c[:-9]), "run/config.json is not JSON, or is damaged"),
     ("an unknown field", change("config.json", lambda c: c.replace(b'"ch"', b'"cx"')), "not a configuration of this"),
-    ("a deep configuration", text("config.json", "[" * 10**5), "run/config.json is no JSON, or is damaged"),
+    ("a deep configuration", text("config.json", "[" * 10**5), "run/config.json is not JSON, or is damaged"),
     ("no checkpoint", lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoint; there are: none"),
 ]
 SAMPLES = [
     ("no samples", sound, "cannot read run/x.npz"),
-    ("a text", text("x.npz", "no archive"), "x.npz is no .npz of arrays, or is damaged"),
-    ("cut off", several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])), "x.npz is no .npz of"),
-    ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is no .npz of arrays, or is damaged"),
-    ("a bomb", bomb("x.npz"), "x.npz is no .npz of arrays, or is damaged (samples.npy claims to be uint8"),
+    ("a text", text("x.npz", "no archive"), "x.npz is not an .npz file, or is damaged"),
+    (
+        "cut off",
+        several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])),
+        "x.npz is not an .npz",
+    ),
+    ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is not an .npz file, or is damaged"),
+    ("a bomb", bomb("x.npz"), "x.npz is not an .npz file, or is damaged (samples.npy claims to be uint8"),
     ("another name", npz("x.npz", images=load_digits()), "x.npz holds no `samples`, not samples uint8"),
     ("another dtype", npz("x.npz", samples=np.zeros((9, 8, 8, 1))), "x.npz holds float64 (9, 8, 8, 1), not samples"),
     ("another shape", npz("x.npz", samples=np.zeros((9, 4, 4, 1), np.uint8)), "x.npz holds uint8 (9, 4, 4, 1), not"),
@@ -206,9 +210,9 @@ SAMPLES = [
 digits = npz("x.npz", samples=load_digits()[:32])
 cache = "reference_pixels_train.npz"
 STATISTICS = [
-    ("a text", several(digits, text(cache, "features")), f"run/{cache} is no .npz of arrays, or is damaged"),
-    ("a bomb", several(digits, bomb(cache)), f"run/{cache} is no .npz of arrays, or is damaged"),
-    ("a pickle", several(digits, npz(cache, features=np.array([Pickled()], object))), f"run/{cache} is no .npz of"),
+    ("a text", several(digits, text(cache, "features")), f"run/{cache} is not an .npz file, or is damaged"),
+    ("a bomb", several(digits, bomb(cache)), f"run/{cache} is not an .npz file, or is damaged"),
+    ("a pickle", several(digits, npz(cache, features=np.array([Pickled()], object))), f"run/{cache} is not an .npz"),
     (
         "of others",
         several(digits, npz(cache, description=np.array('{"split": "test"}'))),
@@ -227,9 +231,9 @@ TABLE = [
      "--skip_bad_records=1: there are more bad records: run/x.tfrecords: record 5"),
     *[("sample", f"checkpoints: {name}", fault, SAMPLE, line) for name, fault, line in CHECKPOINTS],
     ("train", "checkpoints: all damaged", both_damaged, TRAIN,
-     "run/checkpoints holds no sound checkpoint, and damaged ones of the steps [2, 4]"),
+     "run/checkpoints holds only damaged checkpoints, of steps [2, 4]"),
     ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
-    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl is damaged: line 2 is no JSON object with a"),
+    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl is damaged: line 2 is not a JSON object"),
     *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
     *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
     *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],

@@ -315,7 +315,7 @@ def test_a_killed_likelihood_goes_on(trained, tmp_path):
             ["--features=inception", "--inception=/nowhere.pb"],
             "--inception=/nowhere.pb does not exist: give a local copy",
         ),
-        (["--samples=setup.py"], "setup.py is no .npz of arrays"),
+        (["--samples=setup.py"], "setup.py is not an .npz file"),
         (["--checkpoint=3"], "no checkpoint of step 3; there are: 2, 4"),
     ],
 )

@@ -114,7 +114,7 @@ def test_files_of_samples_are_checked(tmp_path):
         with pytest.raises(InputError, match=message):
             file_images(path, (8, 8, 1))
     (tmp_path / "samples.npz").write_bytes(b"PK no archive")
-    with pytest.raises(InputError, match="samples.npz is no .npz of arrays, or is damaged"):
+    with pytest.raises(InputError, match="samples.npz is not an .npz file, or is damaged"):
         file_images(path, (8, 8, 1))
     write_npz(path, samples=load_digits()[:5])
     assert file_images(path, (8, 8, 1)).count == 5

@@ -1,4 +1,4 @@
-"""Exported programs, run by JAX from their files alone, do what training and sampling do."""
+"""Exported programs, run by JAX from their files alone, compute the same as training and sampling."""
 
 import json
 import os
@@ -32,7 +32,7 @@ PRESET = get_preset(
 
 
 class Exported:
-    """A program as its folder describes it: `call(**data)` gives its results by name, and feeds them back."""
+    """An exported program; calling it returns the results by name, and feeds them into the next call."""
 
     def __init__(self, folder):
         import jax
@@ -75,7 +75,7 @@ def random_model(preset):
     return model
 
 
-def test_ten_exported_steps_are_those_of_the_training_loop(tmp_path):
+def test_ten_exported_steps_equal_the_training_loop(tmp_path):
     trainer = Trainer(PRESET, make_strategy("one_device"))
     export.write(str(tmp_path), "train_step", PRESET, trainer.state.model)
     exported = Exported(tmp_path)
@@ -90,13 +90,13 @@ def test_ten_exported_steps_are_those_of_the_training_loop(tmp_path):
             np.testing.assert_allclose(results[name], expected[name], rtol=1e-5, err_msg=f"{name} of step {step}")
     state = trainer.state.to_arrays()
     off = np.concatenate([np.abs(results[name] - array).ravel() for name, array in state.items()])
-    # Adam makes whole steps of the rounding noise where there is no gradient, as of biases before normalisation.
+    # Where the gradient is zero, as for biases before normalisation, Adam turns rounding errors into full steps.
     assert np.mean(off < 1e-5) > 0.99
     assert results["step"] == 10
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_exported_sampling_is_the_samplers(tmp_path, precision):
+def test_exported_sampling_equals_the_sampler(tmp_path, precision):
     preset = get_preset("digits", batch_size=3, num_timesteps=6, ch_mult=(1,), precision=precision, seed=4)
     model = random_model(preset)
     expected = Sampler(TrainedModel(preset, make_strategy("one_device"), model), batch_size=3, seed=4)(7)
@@ -120,7 +120,7 @@ def test_exported_sampling_is_the_samplers(tmp_path, precision):
     np.testing.assert_allclose(np.clip(results["x_t"], -1, 1), expected, atol=tolerance)
 
 
-def test_the_denoisers_saved_model_needs_no_package(tmp_path):
+def test_the_denoisers_saved_model_does_not_need_the_package(tmp_path):
     model = random_model(PRESET)
     export.write(str(tmp_path), "denoiser", PRESET, model)
     x_t, t = np.random.RandomState(0).standard_normal((8, 8, 8, 1)).astype(np.float32), np.arange(8) % 6
@@ -138,7 +138,7 @@ assert "diffusion_tf" not in sys.modules
     np.testing.assert_allclose(np.load(tmp_path / "output.npy"), expected[:5], atol=1e-5)
 
 
-def test_a_run_is_exported_with_its_ema_weights(tmp_path):
+def test_the_program_exports_the_ema_weights_of_a_run(tmp_path):
     state = TrainState(PRESET, make_strategy("one_device"))
     for ema in state.ema:
         ema.assign(ema + 0.5)
@@ -175,7 +175,7 @@ def test_a_run_is_exported_with_its_ema_weights(tmp_path):
         (["--what=sampler", "--out=/proc/x"], "cannot write /proc/x/manifest.json"),
     ],
 )
-def test_bad_input_of_an_export_gets_one_line(args, message):
+def test_bad_flags_give_one_line(args, message):
     result = run_fork("export", *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr

@@ -1,12 +1,12 @@
-"""The TPUs' compiler on a CPU, and the report that rests on it."""
+"""Compiling for TPUs on a CPU, and the report of tpu_report."""
 
 import json
+import sys
 
 import pytest
 from support.forked_programs import run_fork
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop import tpu_compiler
 from diffusion_tf.interop.tpu_compiler import (
     TOPOLOGIES,
     all_reduce_seconds,
@@ -28,34 +28,34 @@ def matmul(m, k, n):
     }}"""
 
 
-def test_devices_are_what_cloud_tpu_sells():
+def test_slices_have_the_devices_and_memory_of_cloud_tpus():
     devices = {name: (slice_.num_devices, slice_.hbm_bytes / 2**30) for name, slice_ in TOPOLOGIES.items()}
     assert devices == {"v2-8": (8, 8), "v3-8": (8, 16), "v4-8": (4, 32), "v5e-8": (8, 16), "v6e-8": (8, 32)}
 
 
-def test_roofline():
-    assert roofline_seconds(61.5e12, 1, V3.chip) == pytest.approx(1)  # a core has half of the chip
+def test_the_roofline_uses_the_figures_of_one_device():
+    assert roofline_seconds(61.5e12, 1, V3.chip) == pytest.approx(1)  # a core is half a chip
     assert roofline_seconds(1, 450e9, V3.chip) == pytest.approx(1)
     assert roofline_seconds(197e12, 2 * 819e9, V5E.chip) == pytest.approx(2)
 
 
-def test_all_reduce():
-    # Seven eighths of the bytes twice, over two directions of 50 GB/s.
+def test_the_all_reduce_follows_ring_and_memory_bandwidth():
+    # 7/8 of the bytes twice, over two directions of 50 GB/s each.
     assert all_reduce_seconds(8e9, V5E) == pytest.approx(2 * 7e9 / 100e9)
-    # Three quarters twice, over two directions of 656 Gbit/s; five passes of 900 GB/s for the two cores.
+    # 3/4 of the bytes twice, over two directions of 656 Gbit/s each; five passes at 900 GB/s for the two cores.
     assert all_reduce_seconds(4e9, V3) == pytest.approx(2 * 3e9 / (2 * 82e9) + 20e9 / 900e9)
 
 
 @pytest.mark.parametrize(
     ("limit", "start", "found", "tries"), [(100, 16, 96, 7), (16, 16, 16, 5), (5, 64, 5, 7), (1, 8, 1, 4), (0, 4, 0, 3)]
 )
-def test_largest_batch(limit, start, found, tries):
+def test_the_largest_batch_is_found_to_an_eighth(limit, start, found, tries):
     tried = []
     assert largest_batch(lambda batch: tried.append(batch) or batch <= limit, start) == found
     assert len(tried) == tries == len(set(tried))
 
 
-def test_compiles_a_product():
+def test_a_matrix_product_has_exact_cost_and_memory():
     m, k, n = 2048, 4096, 1024
     compiled = compile_stablehlo(matmul(m, k, n), V3)
     assert compiled.error is None and compiled.compile_seconds > 0
@@ -65,29 +65,30 @@ def test_compiles_a_product():
     assert 0.9 * roofline < compiled.cycles_seconds < 1.5 * roofline
 
 
-def test_a_result_in_place_takes_no_memory():
+def test_a_result_in_place_of_an_argument_takes_no_memory():
     side = 2048
     compiled = compile_stablehlo(matmul(side, side, side), V5E, in_place={1: 0})
     assert compiled.error is None and compiled.hbm_bytes < 3 * 2 * side**2
 
 
-def test_what_does_not_fit_has_the_compilers_reason():
+def test_a_program_that_does_not_fit_has_the_compilers_error():
     compiled = compile_stablehlo(matmul(65536, 65536, 65536), V3)
     assert compiled.error.startswith("RESOURCE_EXHAUSTED") and "exceeds available HBM" in compiled.error
     assert compiled.flops is None
 
 
-def test_a_crash_is_a_reason():
+def test_a_crash_of_the_compiler_is_an_error():
     assert "ended with code 1 and said: " in compile_stablehlo("no program", V3).error
 
 
-def test_names_what_to_install(monkeypatch):
-    monkeypatch.setattr(tpu_compiler.importlib.util, "find_spec", lambda _: None)
+def test_missing_packages_are_named(monkeypatch):
+    for name in ("jax", "libtpu"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"needs jax and libtpu: pip install '\.\[tpu_report\]'"):
         compile_stablehlo("", V3)
 
 
-def test_report(tmp_path):
+def test_the_report_projects_steps_per_second(tmp_path):
     network = ["--ch=32", "--ch_mult=1", "--num_res_blocks=1", "--num_timesteps=50"]
     args = ["--dataset=digits", *network, "--batch_size=16", "--sample_batch_size=8", "--precision=bfloat16"]
     result = run_fork("tpu_report", *args, "--topology=v3-8", f"--out={tmp_path}/report.json")
@@ -113,7 +114,7 @@ def test_report(tmp_path):
         (["--topology=v4-8", "--batch_size=6"], "--batch_size=6 must be divisible by the 4 devices of v4-8"),
     ],
 )
-def test_bad_input_gets_one_line(args, message):
+def test_bad_flags_give_one_line(args, message):
     result = run_fork("tpu_report", *args)
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr

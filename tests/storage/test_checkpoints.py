@@ -1,4 +1,4 @@
-"""Checkpoints are whole or refused."""
+"""Checkpoints are complete and verified, or refused."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from diffusion_tf.storage import checkpoints
 ARRAYS = {"params/a": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.asarray(7, np.int64)}
 
 
-def test_round_trip_is_exact(tmp_path):
+def test_a_checkpoint_reads_back_exactly(tmp_path):
     path = checkpoints.save(str(tmp_path), 7, ARRAYS)
     loaded = checkpoints.load(path)
     assert loaded.keys() == ARRAYS.keys()
@@ -25,7 +25,7 @@ def test_round_trip_is_exact(tmp_path):
     assert os.listdir(tmp_path) == ["step_00000007.safetensors"]
 
 
-def test_every_damaged_byte_is_noticed(tmp_path):
+def test_any_flipped_byte_or_cut_is_detected(tmp_path):
     path = checkpoints.save(str(tmp_path), 7, ARRAYS)
     with open(path, "rb") as file:
         sound = file.read()
@@ -37,8 +37,8 @@ def test_every_damaged_byte_is_noticed(tmp_path):
             checkpoints.load(path)
 
 
-def test_missing_checkpoints_are_named(tmp_path):
-    with pytest.raises(InputError, match="cannot read the checkpoint .*none.safetensors"):
+def test_errors_name_missing_checkpoints(tmp_path):
+    with pytest.raises(InputError, match="cannot read .*none.safetensors"):
         checkpoints.load(str(tmp_path / "none.safetensors"))
     with pytest.raises(InputError, match="holds no checkpoint; there are: none"):
         checkpoints.find(str(tmp_path))
@@ -48,14 +48,14 @@ def test_missing_checkpoints_are_named(tmp_path):
     assert checkpoints.find(str(tmp_path))[0] == 7
 
 
-def test_kept_by_count_and_by_period(tmp_path):
+def test_old_checkpoints_are_kept_by_count_and_by_period(tmp_path):
     for step in range(10, 110, 10):
         checkpoints.save(str(tmp_path), step, ARRAYS)
         checkpoints.remove_old(str(tmp_path), keep=2, keep_every=40)
     assert checkpoints.all_steps(str(tmp_path)) == [40, 80, 90, 100]
 
 
-def test_a_half_written_file_is_no_checkpoint(tmp_path):
+def test_a_half_written_file_is_ignored(tmp_path):
     checkpoints.save(str(tmp_path), 10, ARRAYS)
     (tmp_path / "step_00000020.safetensors.tmp").write_bytes(b"half")
     assert checkpoints.all_steps(str(tmp_path)) == [10]
@@ -67,7 +67,7 @@ def damage(path):
         file.write(b"\xff")
 
 
-def test_the_manifest_tells_what_a_checkpoint_is(tmp_path):
+def test_the_manifest_describes_the_checkpoint(tmp_path):
     path = checkpoints.save(str(tmp_path), 7, ARRAYS, {"config_sha256": "c"})
     manifest = checkpoints.load_manifest(path)
     assert manifest["format"] == 2 and manifest["step"] == 7 and manifest["num_bytes"] == 6 * 4 + 8
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path):
         checkpoints.load(str(path))
 
 
-def test_the_newest_sound_checkpoint_is_restored(tmp_path, caplog):
+def test_the_newest_undamaged_checkpoint_is_restored(tmp_path, caplog):
     folder, restored = str(tmp_path), []
     restore = lambda path: restored.append(checkpoints.load(path)["step"])
     assert checkpoints.restore_newest(folder, restore) is None
@@ -108,24 +108,24 @@ def test_the_newest_sound_checkpoint_is_restored(tmp_path, caplog):
     assert checkpoints.all_steps(folder) == [1, 2, 3]
     for path in paths[:2]:
         damage(path)
-    with pytest.raises(InputError, match=r"no sound checkpoint, and damaged ones of the steps \[1, 2, 3\]"):
+    with pytest.raises(InputError, match=r"only damaged checkpoints, of steps \[1, 2, 3\]"):
         checkpoints.restore_newest(folder, restore)
 
 
-def test_no_sound_checkpoint_goes_for_a_damaged_one(tmp_path):
+def test_a_damaged_checkpoint_replaces_no_undamaged_one(tmp_path):
     folder = str(tmp_path)
     paths = {step: checkpoints.save(folder, step, ARRAYS) for step in (1, 2, 3, 4, 5)}
     damage(paths[5])
     damage(paths[3])
     checkpoints.remove_old(folder, keep=2, keep_every=0)
-    assert checkpoints.all_steps(folder) == [2, 3, 4, 5]  # 4 and 2 are the two newest sound ones
+    assert checkpoints.all_steps(folder) == [2, 3, 4, 5]  # 4 and 2 are the two newest undamaged ones
     known: set[int] = set()
     checkpoints.save(folder, 5, ARRAYS)
     checkpoints.remove_old(folder, keep=2, keep_every=0, sound=known)
     assert checkpoints.all_steps(folder) == [4, 5] and known == {4, 5}
 
 
-def test_the_best_checkpoint_goes_only_for_a_sound_one(tmp_path):
+def test_a_damaged_copy_does_not_replace_the_best_checkpoint(tmp_path):
     best = str(tmp_path / "best")
     checkpoints.copy_into(best, checkpoints.save(str(tmp_path), 1, ARRAYS))
     damaged = checkpoints.save(str(tmp_path), 2, ARRAYS)
@@ -137,17 +137,17 @@ def test_the_best_checkpoint_goes_only_for_a_sound_one(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_not_saved(tmp_path, value):
+def test_arrays_that_are_not_finite_are_not_saved(tmp_path, value):
     with pytest.raises(DivergedError, match="the checkpoint of step 8 was not written: ema/w is not finite"):
         checkpoints.save(str(tmp_path), 8, {"ema/w": np.array([1.0, value], np.float32)})
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
+def test_a_full_disk_leaves_older_checkpoints_intact(tmp_path):
     folder = str(tmp_path)
     checkpoints.save(folder, 7, ARRAYS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # the kernel refuses what a full disk would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))  # the kernel fails the write as on a full disk
     try:
         with pytest.raises(InputError, match="cannot write .*step_00000008.safetensors"):
             checkpoints.save(folder, 8, ARRAYS)
@@ -157,14 +157,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     checkpoints.load(checkpoints.checkpoint_path(folder, 7))
 
 
-def test_a_larger_network_takes_no_memory(tmp_path):
+def test_a_larger_checkpoint_is_refused_before_it_is_read(tmp_path):
     path = checkpoints.save(str(tmp_path), 7, ARRAYS)
     with pytest.raises(InputError, match="is of another network: its arrays take 32 bytes, not 31"):
         checkpoints.load(path, 31)
 
 
-def test_an_object_store_is_a_folder_too():
-    folder = "ram://checkpoints"  # goes by the same functions of tf.io.gfile as gs://
+def test_checkpoints_work_in_an_object_store():
+    folder = "ram://checkpoints"  # takes the same path through tf.io.gfile as gs://
     for step in (1, 2, 3):
         checkpoints.save(folder, step, ARRAYS)
         checkpoints.remove_old(folder, keep=2, keep_every=0)
@@ -173,7 +173,7 @@ def test_an_object_store_is_a_folder_too():
 
 
 def test_the_manifest_is_one_entry_of_the_header(tmp_path):
-    """Several would be written in no certain order, and no two files of a run would be the same bytes."""
+    """The library writes several entries in random order, and equal checkpoints must be equal files."""
     with open(checkpoints.save(str(tmp_path), 7, ARRAYS), "rb") as file:
         content = file.read()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

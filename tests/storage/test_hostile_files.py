@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it ends in values or in our own error, and takes no memory that the file has not."""
+"""Reading any bytes returns values or raises InputError, and allocates no more memory than the file justifies."""
 
 import json
 import pathlib
@@ -24,13 +24,13 @@ from diffusion_tf.training.loop import Progress
 
 RECORDS = (pathlib.Path(__file__).parent.parent / "fixtures/stylegan2_4x4.tfrecords").read_bytes()
 PICTURES = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
-BOUND = 2**22  # of what reading a file of a few kilobytes may take
+BOUND = 2**22  # bytes that reading a file of a few kilobytes may allocate
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @st.composite
 def damaged(draw, sound: bytes):
-    """A sound file with a few bytes changed, or pieces taken out, doubled or put in."""
+    """A valid file with a few bytes changed, or slices removed, doubled or inserted."""
     content = bytearray(sound)
     for _ in range(draw(st.integers(1, 4))):
         begin = draw(st.integers(0, len(content)))
@@ -88,7 +88,7 @@ def read_checkpoint(path):
 
 @QUICK
 @given(data=st.data())
-def test_checkpoints(tmp_path, data):
+def test_checkpoints_are_read_or_refused(tmp_path, data):
     sound = sound_checkpoint(tmp_path / "sound")
     manifest = json_values.map(lambda value: header({"__metadata__": {"manifest": json.dumps(value)}}))
     content = data.draw(st.one_of(st.binary(max_size=64), damaged(sound), headers, manifest))
@@ -97,7 +97,7 @@ def test_checkpoints(tmp_path, data):
 
 @QUICK
 @given(data=st.data(), samples=st.booleans())
-def test_archives_of_arrays(tmp_path, data, samples):
+def test_npz_files_are_read_or_refused(tmp_path, data, samples):
     np.savez_compressed(tmp_path / "sound.npz", samples=np.zeros((4, 8, 8, 1), np.uint8), scores=np.arange(3.0))
     np.savez(tmp_path / "stored.npz", samples=np.zeros((4, 8, 8, 1), np.uint8), scores=np.arange(3.0))
     sound = (tmp_path / ("sound.npz" if samples else "stored.npz")).read_bytes()
@@ -105,7 +105,7 @@ def test_archives_of_arrays(tmp_path, data, samples):
     reads_or_refuses(read_npz, tmp_path / "x.npz", content)
 
 
-def test_an_archive_takes_no_more_than_it_may(tmp_path):
+def test_an_npz_larger_than_its_limit_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", samples=np.zeros(2**24, np.uint8))  # a file of 16 kB
     tracemalloc.start()
     with pytest.raises(InputError, match="its arrays take 16,777,216 bytes, and may take 1,048,576 at most"):
@@ -116,7 +116,7 @@ def test_an_archive_takes_no_more_than_it_may(tmp_path):
 
 @QUICK
 @given(content=st.one_of(st.binary(max_size=64), json_values.map(lambda value: json.dumps(value).encode())))
-def test_json_configurations_and_metrics(tmp_path, content):
+def test_json_files_are_read_or_refused(tmp_path, content):
     reads_or_refuses(read_json, tmp_path / "x.json", content)
     workdir = Workdir(str(tmp_path))
     reads_or_refuses(lambda _: workdir.read_preset(), tmp_path / "config.json", content)
@@ -133,11 +133,11 @@ def read_pictures(path):
 
 @settings(QUICK, max_examples=10)
 @given(content=st.one_of(st.binary(min_size=1, max_size=64), damaged(RECORDS[: 6 * 98])))
-def test_tfrecords(tmp_path, content):
+def test_tfrecords_are_read_or_refused(tmp_path, content):
     reads_or_refuses(read_pictures, tmp_path / "x.tfrecords", content)
 
 
-def test_a_record_that_claims_the_whole_memory_is_refused(tmp_path):
+def test_a_record_that_claims_too_much_memory_is_refused(tmp_path):
     pywrap = pytest.importorskip("tensorboard.compat.tensorflow_stub.pywrap_tensorflow")
     length = (2**62).to_bytes(8, "little")
     crc = pywrap.masked_crc32c(length).to_bytes(4, "little")
@@ -158,7 +158,7 @@ def read_compressed(path):
 
 @QUICK
 @given(data=st.data(), numbers=st.tuples(*[st.integers(0, 2**32 - 1)] * 3), body=st.binary(max_size=64))
-def test_compressed_images(tmp_path, data, numbers, body):
+def test_compressed_images_are_read_or_refused(tmp_path, data, numbers, body):
     stream, steps_size, _ = numbers
     sizes = (steps_size, len(body), zlib.crc32(body))
     sealed = bitstream.pack(bitstream.Header(TABLE.digest, 12, (8, 8, 1), stream, *sizes), body)
@@ -166,7 +166,7 @@ def test_compressed_images(tmp_path, data, numbers, body):
     reads_or_refuses(read_compressed, tmp_path / "x.dtfc", content)
 
 
-def test_a_compressed_image_is_no_larger_than_one_can_be(tmp_path):
+def test_a_compressed_image_beyond_the_largest_size_is_refused(tmp_path):
     (tmp_path / "x.dtfc").write_bytes(b"DTFC" * 2**13)
     with pytest.raises(InputError, match="holds 32,768 bytes, and may hold 16,423 at most"):
         read_image_file(str(tmp_path / "x.dtfc"), TABLE.image_shape)
@@ -174,10 +174,10 @@ def test_a_compressed_image_is_no_larger_than_one_can_be(tmp_path):
 
 @QUICK
 @given(data=st.data())
-def test_tables_of_compression(tmp_path, data):
+def test_compression_tables_are_read_or_refused(tmp_path, data):
     fields = json.loads(TABLE.to_json())
     changed = st.sampled_from(sorted(fields)).flatmap(
         lambda name: json_values.map(lambda value: json.dumps({**fields, name: value}).encode())
     )
     content = data.draw(st.one_of(changed, damaged(TABLE.to_json()), json_values.map(lambda v: json.dumps(v).encode())))
-    reads_or_refuses(lambda path: Table.read(path), tmp_path / "x.json", content)
+    reads_or_refuses(Table.read, tmp_path / "x.json", content)

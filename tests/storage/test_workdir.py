@@ -1,4 +1,4 @@
-"""A run's folder: its configuration and metrics."""
+"""The folder of a run: its configuration, metrics and lock."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.storage.workdir import Workdir
 
 
-def test_configuration_round_trips(tmp_path):
+def test_the_configuration_reads_back(tmp_path):
     workdir = Workdir(tmp_path / "run")
     preset = get_preset("cifar10", seed=3, attn_resolutions=(16, 8))
     workdir.refuse_other_run(preset, 100)
@@ -21,7 +21,7 @@ def test_configuration_round_trips(tmp_path):
     assert (tmp_path / "run" / "flags.txt").read_text() == "--seed=3\n"
 
 
-def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
+def test_another_recipe_is_refused_and_writes_nothing(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), 100, "first")
     before = (tmp_path / "config.json").read_bytes()
@@ -34,7 +34,7 @@ def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
     workdir.refuse_other_run(get_preset("digits", num_steps=9000), 100)
 
 
-def test_weights_from_elsewhere_are_trained_on_any_number_of_images(tmp_path):
+def test_imported_weights_may_train_on_any_number_of_images(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), None, "")
     assert workdir.read_preset() == get_preset("digits")
@@ -46,13 +46,13 @@ def test_weights_from_elsewhere_are_trained_on_any_number_of_images(tmp_path):
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"dataset": "digits", "num_examples": 1}', '{"unknown": 1, "num_examples": 1}']
 )
-def test_a_foreign_configuration_is_named(tmp_path, text):
+def test_a_foreign_configuration_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="config.json is not a configuration of this version"):
         Workdir(tmp_path).read_preset()
 
 
-def test_an_empty_folder_holds_no_run(tmp_path):
+def test_an_empty_folder_has_no_preset(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         Workdir(tmp_path).read_preset()
 
@@ -79,7 +79,7 @@ time.sleep(600)
 """
 
 
-def test_a_folder_is_one_processs_and_not_a_dead_ones(tmp_path):
+def test_the_lock_excludes_other_processes_until_they_end(tmp_path):
     workdir = Workdir(str(tmp_path / "run"))
     with workdir.lock(), pytest.raises(InputError, match="in use by process [0-9]+: wait"), workdir.lock():
         pass
@@ -95,14 +95,14 @@ def test_a_folder_is_one_processs_and_not_a_dead_ones(tmp_path):
         assert (tmp_path / "run" / "lock").read_text().strip().isdigit()
 
 
-def test_an_object_store_has_no_lock():
+def test_there_is_no_lock_in_an_object_store():
     workdir = Workdir("ram://locked")
     with workdir.lock(), workdir.lock():
         workdir.write_config(get_preset("digits"), 100, "")
     assert workdir.read_preset() == get_preset("digits")
 
 
-def test_a_configuration_from_before_a_flag_is_read(tmp_path):
+def test_a_configuration_without_a_newer_field_is_read(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), 100, "")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -111,9 +111,9 @@ def test_a_configuration_from_before_a_flag_is_read(tmp_path):
     workdir.refuse_other_run(get_preset("digits"), 100)
 
 
-def test_damaged_metrics_are_named(tmp_path):
+def test_damaged_metrics_are_refused_and_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
     for use in (Workdir(tmp_path).read_metrics, lambda: Workdir(tmp_path).rewind_metrics(5)):
-        with pytest.raises(InputError, match="metrics.jsonl is damaged: line 2 is no JSON object with a step"):
+        with pytest.raises(InputError, match="metrics.jsonl is damaged: line 2 is not a JSON object with a step"):
             use()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

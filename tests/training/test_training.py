@@ -451,7 +451,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(poisoned
     with open(f"{newest}.tmp", "wb") as file:
         file.write(b"half of one")
     assert_equal_arrays(poisoned.train(workdir), straight[0])
-    assert "step_00000006.safetensors is no checkpoint, or is damaged" in caplog.text
+    assert "step_00000006.safetensors is not a checkpoint, or is damaged" in caplog.text
     assert metrics(workdir) == straight[1]
     checkpoints.load(newest)
     assert not os.path.exists(f"{newest}.tmp")

@@ -1,4 +1,4 @@
-"""Weights from elsewhere against real files of the authors' program and of diffusers, and files that are none."""
+"""Importing weights from real files of the authors' program and of diffusers, and refusing other files."""
 
 import json
 import pathlib
@@ -40,11 +40,8 @@ def output(model, arrays, group, x, t):
     return model.denoise_fn(params)(x, t)
 
 
-# --- The authors' checkpoints ----------------------------------------------------------------------------------
-
-
 def tf1_variables(model):
-    """The variables of the authors' small checkpoint, drawn as its description says."""
+    """The variables of the authors' small checkpoint, drawn as tests/fixtures/README.md describes."""
     weights, rest = np.random.RandomState(4242), np.random.RandomState(790)
     shapes = {golden.tf1_name(v.path): v.shape for v in model.trainable_variables}
     plus_one = lambda name, w: w + np.float32(1) if name.endswith("gamma") else w
@@ -71,7 +68,7 @@ def save_tf1(prefix, variables):
 
 @pytest.fixture(scope="module")
 def tf1_checkpoint(tmp_path_factory, model):
-    """The authors' small checkpoint: its index, as TF 1.15 wrote it with digests of all data, and that data again."""
+    """The authors' small checkpoint: the index that TF 1.15 wrote, with CRCs of all data, and the data drawn again."""
     prefix = tmp_path_factory.mktemp("tf1") / "model.ckpt-790"
     variables = tf1_variables(model)
     prefix.with_name("model.ckpt-790.index").write_bytes((FIXTURES / "tf1_small.index").read_bytes())
@@ -80,7 +77,7 @@ def tf1_checkpoint(tmp_path_factory, model):
     return prefix
 
 
-def test_the_authors_checkpoint_becomes_a_runs(tf1_checkpoint, model, tmp_path):
+def test_a_tf1_checkpoint_gives_the_authors_output_and_resumes(tf1_checkpoint, model, tmp_path):
     arrays = read_tf1(str(tf1_checkpoint), model)
     for group, fixture, key in (("params", "unet_small", "output"), ("ema", "ema_small", "output_ema")):
         inputs = golden.load(fixture)
@@ -89,7 +86,6 @@ def test_the_authors_checkpoint_becomes_a_runs(tf1_checkpoint, model, tmp_path):
     for name in model.weight_names:
         for group, suffix in (("adam_m", "/Adam"), ("adam_v", "/Adam_1")):
             np.testing.assert_array_equal(arrays[f"{group}/{name}"], variables[tf1_name(name) + suffix])
-    # And training goes on from it.
     path = checkpoints.save(str(tmp_path), 790, arrays)
     state = TrainState(golden.SMALL, make_strategy("one_device"))
     state.restore(path)
@@ -98,7 +94,7 @@ def test_the_authors_checkpoint_becomes_a_runs(tf1_checkpoint, model, tmp_path):
         np.testing.assert_array_equal(array, arrays[name])
 
 
-def test_a_checkpoint_without_adam_starts_from_step_0(model, tmp_path):
+def test_a_tf1_checkpoint_without_moments_starts_from_step_0(model, tmp_path):
     variables = {name: v for name, v in tf1_variables(model).items() if "/Adam" not in name and "power" not in name}
     save_tf1(tmp_path / "model.ckpt", variables)
     arrays = read_tf1(str(tmp_path / "model.ckpt"), model)
@@ -111,7 +107,7 @@ def test_a_checkpoint_without_adam_starts_from_step_0(model, tmp_path):
     ("change", "message"),
     [
         (lambda v: {n: a for n, a in v.items() if "Exponential" not in n}, "model.ckpt has no EMA weights"),
-        (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no scalar global_step"),
+        (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no global_step"),
         (
             lambda v: {n: a for n, a in v.items() if n != "model/conv_out/b/ExponentialMovingAverage"},
             "is of another network: model/conv_out/b/ExponentialMovingAverage is missing",
@@ -119,10 +115,13 @@ def test_a_checkpoint_without_adam_starts_from_step_0(model, tmp_path):
         (lambda v: {**v, "model/class_emb/W": np.float32(1)}, "is of another network: model/class_emb/W is unknown"),
         (
             lambda v: {**v, "model/conv_in/W": np.zeros((3, 3, 3, 64), np.float32)},
-            r"is of another network: model/conv_in/W is \(3, 3, 3, 64\), not \(3, 3, 3, 32\)",
+            r"is of another network: model/conv_in/W is float32 \(3, 3, 3, 64\), not float32 \(3, 3, 3, 32\)",
         ),
         (lambda v: {**v, "global_step": np.int64(-1)}, "global_step is -1"),
-        (lambda v: {**v, "model/conv_in/b": np.zeros(32, np.float64)}, "model/conv_in/b is not float32"),
+        (
+            lambda v: {**v, "model/conv_in/b": np.zeros(32, np.float64)},
+            r"conv_in/b is float64 .*, not float32",
+        ),
     ],
 )
 def test_other_tf1_checkpoints_are_refused(model, tmp_path, change, message):
@@ -136,22 +135,22 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
     index, data = (tf1_checkpoint.with_name(name).read_bytes() for name in names)
     changed = data[:1000] + b"?" + data[1001:]
     for content, message in (
-        ((index, data[:-5000]), "is damaged, or not all there"),
-        ((index, changed), "is damaged, or not all there"),
-        ((index[:5000], data), "is no TF1 checkpoint"),
-        ((b"", data), "is no TF1 checkpoint"),
+        ((index, data[:-5000]), "is damaged or incomplete"),
+        ((index, changed), "is damaged or incomplete"),
+        ((index[:5000], data), "is not a TF1 checkpoint"),
+        ((b"", data), "is not a TF1 checkpoint"),
     ):
         for name, part in zip(names, content, strict=True):
             (tmp_path / name).write_bytes(part)
         with pytest.raises(InputError, match=message) as error:
             read_tf1(str(tmp_path / "model.ckpt-790"), model)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"source=.*nothing is no TF1 checkpoint .*: give its prefix"):
+    with pytest.raises(InputError, match=r"source=.*nothing is not a TF1 checkpoint .*: give its prefix"):
         read_tf1(str(tmp_path / "nothing"), model)
 
 
 @pytest.mark.slow
-def test_the_full_cifar10_network_is_imported(tmp_path):
+def test_the_full_cifar10_network_is_imported_and_exported(tmp_path):
     model, variables = UNet.from_preset(get_preset("cifar10")), {"global_step": np.int64(5)}
     for variable in model.trainable_variables:
         name = golden.tf1_name(variable.path)
@@ -164,7 +163,6 @@ def test_the_full_cifar10_network_is_imported(tmp_path):
     x = np.random.RandomState(1).standard_normal([1, 32, 32, 3]).astype(np.float32)
     for t in (37, 911):
         assert relative_error(output(model, arrays, "ema", x, np.array([t])), fixture[f"cifar10_t{t}"]) < 5e-5
-    # And by way of diffusers' format.
     weights = [arrays[f"ema/{name}"] for name in model.weight_names]
     write_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model.weight_names, weights)
     again = read_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model, None)
@@ -172,11 +170,8 @@ def test_the_full_cifar10_network_is_imported(tmp_path):
         np.testing.assert_array_equal(again[f"ema/{name}"], arrays[f"ema/{name}"])
 
 
-# --- diffusers -----------------------------------------------------------------------------------------------------
-
-
 def diffusers_weights(scale=0.02):
-    """The weights of the small folders, drawn as their description says."""
+    """The weights of the small folders, drawn as tests/fixtures/README.md describes."""
     weights = {}
     for key, shape in DIFFUSERS["shapes"].items():
         stream = np.random.RandomState(zlib.crc32(key.encode()))
@@ -186,7 +181,7 @@ def diffusers_weights(scale=0.02):
 
 
 def save_diffusers(folder, kind, weights, **changes):
-    """Writes one of the small folders with their own configurations, or `changes` of the network's."""
+    """Writes one of the small folders, with `changes` to the configuration of its network."""
     for name, config in DIFFUSERS[kind].items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +198,7 @@ def save_diffusers(folder, kind, weights, **changes):
 
 @pytest.mark.parametrize("kind", ["diffusers_small", "diffusers_small_hub"])
 @pytest.mark.parametrize(("scale", "key"), [(0.02, "y"), (0.1, "y_scale0p1")])
-def test_folders_of_diffusers_give_its_output(kind, scale, key, model, tmp_path):
+def test_a_diffusers_folder_gives_the_output_of_diffusers(kind, scale, key, model, tmp_path):
     fixture = golden.load("diffusers_small")
     arrays = read_diffusers(save_diffusers(tmp_path, kind, diffusers_weights(scale)), golden.SMALL, model, None)
     for group in ("params", "ema"):
@@ -211,8 +206,7 @@ def test_folders_of_diffusers_give_its_output(kind, scale, key, model, tmp_path)
     assert arrays["step"] == 0 and not any(arrays[f"adam_m/{name}"].any() for name in model.weight_names)
 
 
-def test_export_writes_what_diffusers_would(model, tmp_path):
-    """The very arrays, names and configurations of the folder that diffusers saved."""
+def test_an_exported_folder_equals_one_of_diffusers(model, tmp_path):
     arrays = read_diffusers(
         save_diffusers(tmp_path / "theirs", "diffusers_small", diffusers_weights()), golden.SMALL, model, None
     )
@@ -229,19 +223,19 @@ def test_export_writes_what_diffusers_would(model, tmp_path):
     again = read_diffusers(str(tmp_path / "ours"), golden.SMALL, model, None)
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
-    with pytest.raises(InputError, match="ours is there already: name a new folder"):
+    with pytest.raises(InputError, match="ours already exists: name a new folder"):
         write_diffusers(str(tmp_path / "ours"), golden.SMALL, model.weight_names, weights)
 
 
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ({"beta_schedule": "quad"}, "diffusers has no words for --beta_schedule=quad, only linear"),
-        ({"model_mean_type": "xprev"}, "no words for --model_mean_type=xprev, only eps, xstart"),
-        ({"model_var_type": "learned", "loss_type": "kl"}, "no words for --model_var_type=learned"),
+        ({"beta_schedule": "quad"}, "beta_schedule=quad is unknown to diffusers, which knows linear"),
+        ({"model_mean_type": "xprev"}, "model_mean_type=xprev is unknown to diffusers, which knows eps, xstart"),
+        ({"model_var_type": "learned", "loss_type": "kl"}, "model_var_type=learned is unknown to diffusers"),
     ],
 )
-def test_what_diffusers_does_not_know_is_not_exported(preset, message, tmp_path):
+def test_a_preset_that_diffusers_cannot_express_is_not_exported(preset, message, tmp_path):
     with pytest.raises(InputError, match=message):
         write_diffusers(str(tmp_path / "exported"), get_preset("digits", **preset), [], [])
     assert not list(tmp_path.iterdir())
@@ -256,17 +250,17 @@ def test_what_diffusers_does_not_know_is_not_exported(preset, message, tmp_path)
         ({"attention_head_dim": "absent"}, "8", "attention_head_dim=8 makes several heads, and this network has one"),
         ({"attention_head_dim": 8}, None, "attention_head_dim=8 makes several heads"),
         ({"attention_head_dim": 64}, None, None),
-        ({"attention_head_dim": 8}, "null", "--attention_head_dim=null: .*config.json itself says 8"),
+        ({"attention_head_dim": 8}, "null", "attention_head_dim=null: .*config.json itself says 8"),
         ({"norm_eps": "absent"}, None, "norm_eps=1e-05, and the preset's network or diffusion has 1e-06"),
-        ({"block_out_channels": [64, 64]}, None, r"=\[64, 64\], .* has \[32, 64\] \(--ch and --ch_mult\)"),
+        ({"block_out_channels": [64, 64]}, None, r"=\[64, 64\], .* has \[32, 64\] \(`ch` and `ch_mult`\)"),
         ({"act_fn": "gelu"}, None, 'act_fn="gelu"'),
-        ({"sample_size": 32}, None, r"sample_size=32, .* has 16 \(--image_size\)"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, None, r"down_block_types.*\(--attn_resolutions\)"),
+        ({"sample_size": 32}, None, r"sample_size=32, .* has 16 \(`image_size`\)"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, None, r"down_block_types.*\(`attn_resolutions`\)"),
         ({"use_flux": True}, None, "has use_flux=true, which this program does not know"),
         ({"dropout": 0.5, "_name_or_path": "google/ddpm"}, None, None),
     ],
 )  # fmt: skip
-def test_configurations_are_checked(changes, head_dim, message, model, tmp_path):
+def test_the_configuration_of_the_network_is_checked(changes, head_dim, message, model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **changes)
     if message is None:
         read_diffusers(folder, golden.SMALL, model, head_dim)
@@ -275,27 +269,27 @@ def test_configurations_are_checked(changes, head_dim, message, model, tmp_path)
             read_diffusers(folder, golden.SMALL, model, head_dim)
 
 
-def test_schedulers_are_checked(model, tmp_path):
+def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
     path = tmp_path / "scheduler/scheduler_config.json"
     config = json.loads(path.read_text())
     for change, message in (
-        ({"variance_type": "fixed_small"}, r'variance_type="fixed_small", .* has "fixed_large" \(--model_var_type\)'),
-        ({"beta_schedule": "squaredcos_cap_v2"}, r'"squaredcos_cap_v2", .* has "linear" \(--beta_schedule\)'),
-        ({"prediction_type": "v_prediction"}, r"--model_mean_type"),
-        ({"num_train_timesteps": 500}, r"num_train_timesteps=500, .* has 1000 \(--num_timesteps\)"),
+        ({"variance_type": "fixed_small"}, r'variance_type="fixed_small", .* has "fixed_large" \(`model_var_type`\)'),
+        ({"beta_schedule": "squaredcos_cap_v2"}, r'"squaredcos_cap_v2", .* has "linear" \(`beta_schedule`\)'),
+        ({"prediction_type": "v_prediction"}, r"`model_mean_type`"),
+        ({"num_train_timesteps": 500}, r"num_train_timesteps=500, .* has 1000 \(`num_timesteps`\)"),
     ):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
             read_diffusers(folder, golden.SMALL, model, None)
     path.write_text("{")
-    with pytest.raises(InputError, match=r"scheduler_config.json is no JSON"):
+    with pytest.raises(InputError, match=r"scheduler_config.json is not JSON"):
         read_diffusers(folder, golden.SMALL, model, None)
     path.unlink()  # a UNet2DModel alone
     read_diffusers(folder, golden.SMALL, model, None)
 
 
-def test_what_is_no_safetensors_file_is_refused(model, tmp_path):
+def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
     path = tmp_path / "unet" / WEIGHTS
     whole = path.read_bytes()
@@ -306,27 +300,21 @@ def test_what_is_no_safetensors_file_is_refused(model, tmp_path):
     missing = {key: w for key, w in diffusers_weights().items() if key != "conv_in.bias"}
     both = {**diffusers_weights(), "mid_block.attentions.0.query.bias": np.zeros(64, np.float32)}
     for content, message in (
-        (whole[:-1], "is damaged, or not all there"),
-        (whole[: header_size + 8], "is damaged, or not all there"),
-        (whole[: header_size // 2], "is no safetensors file, or not all there: its header would not fit"),
-        (b"", "its header would not fit"),
-        (b"\xff" * 7 + b"\x7f" + whole[8:], "its header would not fit"),
-        (whole[:8] + b"?" + whole[9:], "its header is no JSON"),
-        ((2).to_bytes(8, "little") + b"[]", "its header is no JSON object"),
-        ((9).to_bytes(8, "little") + b'{"a": []}', "its header names no shapes"),
-        ((tmp_path / "model.zip").read_bytes(), "safetensors is a pickle, which may hold code to run, and is not read"),
-        (pickle.dumps(missing, protocol=2), "is a pickle"),
-        (pickle.dumps(missing, protocol=4), "is a pickle"),
-        (safetensors.numpy.save(half), "is F16, not F32"),
+        (whole[:-1], "is not a safetensors file, or is damaged .it has"),
+        (whole[: header_size + 8], "is not a safetensors file, or is damaged .it has"),
+        (whole[:8] + b"?" + whole[9:], "its header does not describe arrays"),
+        ((tmp_path / "model.zip").read_bytes(), "it is a pickle, which may run code"),
+        (pickle.dumps(missing, protocol=4), "it is a pickle, which may run code"),
+        (safetensors.numpy.save(half), r"is float16 .*, not float32"),
         (safetensors.numpy.save(missing), "is of another network: conv_in.bias is missing"),
-        (safetensors.numpy.save(both), "holds parts of attention under old and new names"),
+        (safetensors.numpy.save(both), "holds layers of attention under both old and new names"),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as error:
             read_diffusers(folder, golden.SMALL, model, None)
         assert "\n" not in str(error.value)
     path.rename(path.with_suffix(".bin"))
-    with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save it as"):
+    with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save the weights as"):
         read_diffusers(folder, golden.SMALL, model, None)
     with pytest.raises(InputError, match=r"cannot read .*nothing/config.json"):
         read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model, None)
