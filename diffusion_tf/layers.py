@@ -110,6 +110,11 @@ class Dense(keras.layers.Dense):
 class DenseAndBias(keras.layers.Dense):
     """A dense layer along the channels of maps side by side; it returns its bias [units] beside the product."""
 
+    def build(self, shape: Sequence[int | None]) -> None:
+        """Creates the variables for maps that have this shape side by side."""
+        super().build(shape)
+        self.input_spec = None  # Keras would allow one input only
+
     def call(self, maps: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps [B, H, W, C_i] to [B, H, W, units] and [units]."""
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
@@ -158,13 +163,14 @@ class Network(keras.Model):
     Args:
       name: the first part of the variables' paths.
       config: the arguments of the subclass.
-      frozen: whether the weights may be frozen.
+      frozen: whether `freeze` will be called before a program reads the weights.
     """
 
     def __init__(self, name: str, config: dict[str, Any], *, frozen: bool):
         super().__init__(name=name, autocast=False)
         self._config = config
         self.frozen = frozen
+        self._refuses_weights = False
 
     def get_config(self) -> dict[str, Any]:
         """The arguments from which `from_config` makes the same network, with initial weights."""
@@ -204,9 +210,16 @@ class Network(keras.Model):
 
         A program on a CPU may read reordered copies of frozen weights, and would miss the assignment.
         """
+        self._refuses_weights = True
         for variable in self.variables:
             for method in ("assign", "assign_add", "assign_sub"):
                 setattr(variable.value, method, _refuse_assignment)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in Keras; raises RuntimeError if the weights are frozen."""
+        if self._refuses_weights:
+            _refuse_assignment()  # Keras would report that the file does not fit
+        super().load_weights(*args, **kwargs)
 
 
 def _refuse_assignment(*_: Any, **__: Any) -> NoReturn:

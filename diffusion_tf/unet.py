@@ -187,16 +187,15 @@ class UNet(layers.Network):
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer([h], temb, rng) if isinstance(layer, ResnetBlock) else layer(h)
+            h = layer([h], temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
             if isinstance(layer, AttentionBlock):
                 skips.pop()  # the attention's output takes the place of its block's
             skips.append(h)
 
-        h = self.mid_block_1([h], temb, rng)
-        h = self.mid_attn_1(h)
-        h = self.mid_block_2([h], temb, rng)
+        h = self.mid_block_1([h], temb, rng=rng)
+        h = self.mid_block_2([self.mid_attn_1(h)], temb, rng=rng)
 
         for layer in self.up:
-            h = layer(ops.side_by_side([h, skips.pop()]), temb, rng) if isinstance(layer, ResnetBlock) else layer(h)
+            h = layer(ops.side_by_side([h, skips.pop()]), temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
 
         return self.conv_out(self.norm_out([h]))
