@@ -209,6 +209,40 @@ def test_random_numbers_are_those_of_an_eager_call(backend, shape):
     np.testing.assert_array_equal(keep, rng.keep("dropout", shape, 0.3))
 
 
+@pytest.mark.parametrize("usable", [True, False])
+def test_adam_in_place_takes_the_step_of_its_definition(usable):
+    w, ema, m, v, grad = draw((4, 3), (4, 3), (4, 3), (4, 3), (4, 3))
+    v, learning_rate, clip, k = np.square(v), 0.1, 0.25, 3
+    variables = [tf.Variable(array, dtype=tf.float32) for array in (w, ema, m, v)]
+    if usable:
+        m = 0.9 * m + 0.1 * clip * grad
+        v = 0.999 * v + 0.001 * np.square(clip * grad)
+        w = w - learning_rate * (m / (1 - 0.9**k)) / (np.sqrt(v / (1 - 0.999**k)) + 1e-8)
+        ema = 0.75 * ema + 0.25 * w
+    else:
+        grad, clip = np.where(grad > 0, np.inf, np.nan), np.nan
+
+    @tf.function(autograph=False)
+    def step():
+        with entered(BACKENDS["cpu"]):
+            return ops.adam_in_place(
+                *([variable] for variable in variables),
+                [tf.constant(grad, tf.float32)],
+                clip=tf.constant(clip),
+                usable=tf.constant(usable),
+                learning_rate=tf.constant(learning_rate),
+                step=tf.constant(float(k)),
+                beta1=0.9,
+                beta2=0.999,
+                epsilon=1e-8,
+                ema_step=0.25,
+            )
+
+    assert step()
+    for variable, expected in zip(variables, (w, ema, m, v), strict=True):
+        np.testing.assert_allclose(variable, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_adam_in_place_leaves_the_step_to_the_compiler_under_xla():
     assert not ops.adam_in_place([], [], [], [], [], clip=1.0, usable=True)
 

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from diffusion_tf.ops import backend
-from diffusion_tf.ops.backend import Backend
+from diffusion_tf.ops.backend import XLA, Backend
 from diffusion_tf.runtime.microbatches import map_microbatches
 
 CPU_GRAPH = Backend(cpu_graph=True)
@@ -60,10 +60,10 @@ def test_results_of_microbatches_are_added_up(on, batch, size):
 def test_a_small_network_is_one_program_without_regions():
     seen = []
 
-    def function(first, x):
+    def function(_, x):
         seen.append(backend.current())
         return tf.square(x)
 
     y, sizes = traced(Backend(cpu_graph=True, compiles_network=True), function, [np.arange(8.0)], max_size=3)
     np.testing.assert_array_equal(y, np.arange(8.0) ** 2)
-    assert set(sizes) == {8} and set(seen) == {backend.XLA}
+    assert set(sizes) == {8} and set(seen) == {XLA}
