@@ -50,6 +50,7 @@ class ResnetBlock(keras.layers.Layer):
 
     def call(self, x: Sequence[tf.Tensor], temb: tf.Tensor, rng: CounterRng | None = None) -> tf.Tensor:
         """Maps x [B, H, W, C_i], side by side, and temb [B, 4 ch], swish applied; dropout acts if `rng` is given."""
+        x = ops.side_by_side(x)
         h, bias = self.conv1(self.norm1(x))
         keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout) if rng and self.dropout else None
         h = self.norm2([h], offset=self.temb_proj(temb) + bias, keep=keep, rate=self.dropout)
@@ -196,6 +197,6 @@ class UNet(layers.Network):
         h = self.mid_block_2([self.mid_attn_1(h)], temb, rng=rng)
 
         for layer in self.up:
-            h = layer(ops.side_by_side([h, skips.pop()]), temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
+            h = layer([h, skips.pop()], temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
 
         return self.conv_out(self.norm_out([h]))
