@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.layers import NUM_GROUPS
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.files import read_json
-from diffusion_tf.unet import NUM_GROUPS
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",

@@ -8,7 +8,7 @@ import tensorflow as tf
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
-from diffusion_tf.training.optimizer import ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON, StateTensors, warmed_up_learning_rate
+from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.unet import UNet
 
 
@@ -53,32 +53,6 @@ class TrainState:
         variables = self._named_variables()
         size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
         assign_arrays(variables, checkpoints.load(path, size), path)
-
-    def apply_in_place(
-        self, before: StateTensors, grads: Sequence[tf.Tensor], clip: tf.Tensor, usable: tf.Tensor, preset: Preset
-    ) -> None:
-        """`apply_gradients` to the state itself, on one CPU, by TensorFlow's operations that change variables.
-
-        XLA's fusions take two to three times as long: each writes one new array, and works out anew what others did.
-        """
-        k = tf.cast(before.step + 1, tf.float32)
-        learning_rate = warmed_up_learning_rate(preset.learning_rate, preset.warmup_steps, before.step)
-        # Of what is not usable 0 is taken, which even infinity times 0 is here, and nothing decays.
-        if_usable = lambda value, otherwise: tf.where(usable, tf.cast(value, tf.float32), otherwise)
-        adam = {
-            "lr": if_usable(learning_rate, 0.0),
-            "beta1_power": ADAM_BETA1**k,
-            "beta2_power": ADAM_BETA2**k,
-            "beta1": if_usable(ADAM_BETA1, 1.0),
-            "beta2": if_usable(ADAM_BETA2, 1.0),
-            "epsilon": ADAM_EPSILON,
-        }
-        clip, ema_step = if_usable(clip, 0.0), if_usable(1.0 - np.float32(preset.ema_decay), 0.0)
-        for w, ema, m, v, grad in zip(self.params, self.ema, self.adam_m, self.adam_v, grads, strict=True):
-            clipped = tf.math.multiply_no_nan(grad, clip)
-            tf.raw_ops.ResourceApplyAdam(var=w.handle, m=m.handle, v=v.handle, grad=clipped, **adam)
-            tf.raw_ops.ResourceApplyGradientDescent(var=ema.handle, alpha=ema_step, delta=ema - w)
-        self.step.assign(before.step + 1)
 
     def tensors(self) -> StateTensors:
         """The state as tensors. Call it in replica context."""

@@ -22,6 +22,10 @@ class GoldenRng:
     def __init__(self, fixture):
         self.fixture = fixture
 
+    def skip(self, examples):
+        assert examples == 0
+        return self
+
     def uniform(self, stream, shape):
         assert stream == "t"
         return tf.constant((self.fixture["t"] + 0.5) / 1000.0, tf.float32)
@@ -80,18 +84,18 @@ def test_ema_averages_the_weights_after_each_step():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "precision", "microbatches"), [(24, "float32", 3), (23, "float32", 1), (16, "bfloat16", 1)]
+    ("batch_size", "precision", "microbatches"), [(6, "float32", 3), (5, "float32", 1), (4, "bfloat16", 1)]
 )
 def test_microbatches_have_the_loss_and_gradients_of_the_whole_batch(batch_size, precision, microbatches):
-    # A CPU computes at most 8 images of 64x64 at once in float32, and 16 in bfloat16.
-    preset = dataclasses.replace(TINY, image_size=64, batch_size=batch_size, precision=precision)
+    preset = dataclasses.replace(TINY, image_size=16, batch_size=batch_size, precision=precision)
     sizes = []
 
     def spy(model, preset, params, images, rng):
         tf.py_function(lambda x: sizes.append(len(x)), [images], [])
         return loss_and_gradients(model, preset, params, images, rng)
 
-    trainer = Trainer(preset, make_strategy("one_device"), loss_and_gradients=spy)
+    # At most two images of a microbatch in float32, and four in bfloat16.
+    trainer = Trainer(preset, make_strategy("one_device"), loss_and_gradients=spy, microbatch_bytes=2 * 4 * 16**2)
     images = np.random.default_rng(0).integers(0, 256, (batch_size, *preset.image_shape), np.uint8)
     params = [tf.constant(w) for w in trainer.state.params]
     found = trainer.run_steps(iter(tf.data.Dataset.from_tensors(images)), tf.constant(1))
