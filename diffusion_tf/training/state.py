@@ -1,4 +1,6 @@
-"""What a run is made of: weights, EMA, Adam's moments and the step; how they move, and how they are saved."""
+"""The training state: weights, their EMA, Adam's moments and the step, as variables and as a checkpoint's arrays."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -6,19 +8,27 @@ import tensorflow as tf
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
-from diffusion_tf.storage.files import Arrays
 from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.unet import UNet
 
 
 class TrainState:
-    """What a run is made of: the model, its EMA, Adam's moments and the step, as variables of one strategy."""
+    """The training state as variables of a strategy.
+
+    Attributes:
+      model: the network.
+      params: its weights, in the order of `model.trainable_variables`, as all lists here.
+      ema: the exponential moving average of the weights.
+      adam_m: Adam's first moments.
+      adam_v: Adam's second moments.
+      step: training steps taken, int64.
+    """
 
     def __init__(self, preset: Preset, strategy: tf.distribute.Strategy):
         with strategy.scope():
             self.model = UNet.from_preset(preset)
             self.params = [v.value for v in self.model.trainable_variables]
-            # The shadow weights start as the weights (Appendix B: decay 0.9999, no correction for the start).
+            # The EMA starts as the weights themselves, with no bias correction.
             self.ema = [tf.Variable(w.numpy(), trainable=False, name="ema") for w in self.params]
             self.adam_m = [tf.Variable(tf.zeros(w.shape), trainable=False, name="adam_m") for w in self.params]
             self.adam_v = [tf.Variable(tf.zeros(w.shape), trainable=False, name="adam_v") for w in self.params]
@@ -31,11 +41,11 @@ class TrainState:
         return {**named, "step": self.step}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Every variable by name, as a checkpoint holds it."""
+        """Every variable by its name in a checkpoint."""
         return {name: np.asarray(variable.numpy()) for name, variable in self._named_variables().items()}
 
     def restore(self, path: str) -> None:
-        """Takes every variable from the checkpoint at `path`; nothing changes where it does not fit.
+        """Assigns every variable from the checkpoint at `path`; if it does not fit, nothing changes.
 
         Raises:
           InputError: the file is damaged, or its names, shapes or dtypes are not this state's.
@@ -45,25 +55,35 @@ class TrainState:
         assign_arrays(variables, checkpoints.load(path, size), path)
 
     def tensors(self) -> StateTensors:
-        """The state as a step in replica context reads it."""
+        """The state as tensors. Call it in replica context."""
         variables = StateTensors(self.params, self.ema, self.adam_m, self.adam_v, self.step)
         return tf.nest.map_structure(tf.convert_to_tensor, variables)
 
     def assign(self, tensors: StateTensors) -> None:
-        """Takes over the state after a step, in replica context; it is equal on all replicas."""
+        """Assigns the state after a step, equal on all replicas. Call it in replica context."""
         variables = [*self.params, *self.ema, *self.adam_m, *self.adam_v, self.step]
 
-        def assign_all(strategy, values):
+        def assign_all(strategy: tf.distribute.Strategy, values: Sequence[tf.Tensor]) -> None:
             for variable, value in zip(variables, values, strict=True):
                 strategy.extended.update(variable, lambda v, new: v.assign(new), args=(value,))
 
         tf.distribute.get_replica_context().merge_call(assign_all, args=(tf.nest.flatten(tensors),))
 
 
-def state_arrays(weights: Arrays, ema: Arrays, adam: tuple[Arrays, Arrays] | None = None, step: int = 0) -> Arrays:
-    """What a run's checkpoint holds; Adam's moments are zeros where there are none, and then the step is 0.
+def state_arrays(
+    weights: Mapping[str, np.ndarray],
+    ema: Mapping[str, np.ndarray],
+    adam: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
+    step: int = 0,
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, as `TrainState.to_arrays` names them, from those of its groups by weight name.
 
-    At a later step Adam would take zeros for converged averages and make steps that are several times too large.
+    Args:
+      weights: the weights.
+      ema: their EMA.
+      adam: Adam's first and second moments. Without them both are zeros and the step is 0: at a later step, Adam's bias
+        correction would take the zeros for converged averages, and its steps would be several times too large.
+      step: training steps taken.
     """
     if adam is None:
         zeros = {name: np.zeros_like(w) for name, w in weights.items()}
