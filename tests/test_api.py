@@ -1,0 +1,190 @@
+"""The public API, through `import diffusion_tf` alone."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+import diffusion_tf as dtf
+
+# A network and a process small enough for a full bound and a full encoding.
+TINY = dtf.get_preset(
+    "digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), batch_size=8, num_steps=6, warmup_steps=2,
+    steps_per_loop=2, checkpoint_every=2, sample_every=0, ema_decay=0.5,
+)  # fmt: skip
+DIGITS = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(workdir, calls):
+    return dtf.train(TINY, workdir, DIGITS[:64], callbacks=[lambda step, metrics: calls.append((step, metrics))])
+
+
+def weights(run):
+    return [np.asarray(w) for w in run.unet.trainable_variables]
+
+
+def test_import_leaves_tensorflow_alone_until_a_name_needs_it():
+    program = """
+import os, sys
+import diffusion_tf as dtf
+assert "tensorflow" not in sys.modules and "keras" not in sys.modules
+assert os.environ["TF_CPU_ALLOCATOR_USE_BFC"] == "1"
+assert set(dtf.__all__) <= set(dir(dtf))
+assert dtf.get_preset("cifar10").ch == 128 and issubclass(dtf.ConfigError, dtf.InputError)
+assert "tensorflow" not in sys.modules
+from diffusion_tf import *
+assert load is dtf.load and "tensorflow" in sys.modules
+"""
+    # Without the allocator's variables, as a shell starts it.
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path)), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="'diffusion_tf' has no attribute 'lode'"):
+        _ = dtf.lode
+
+
+def test_training_writes_a_run_and_calls_back(run, workdir, calls):
+    assert run.step == 6 and run.preset == TINY
+    assert [step for step, _ in calls] == [2, 4, 6]
+    lines = [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [metrics["loss"] for _, metrics in calls]
+
+
+def test_training_resumes_to_the_same_bits(run, workdir, tmp_path):
+    shorter = dataclasses.replace(TINY, num_steps=2)
+    assert dtf.train(shorter, str(tmp_path / "run"), DIGITS[:64]).step == 2
+    resumed = dtf.train(TINY, str(tmp_path / "run"), DIGITS[:64])
+    for ours, expected in zip(weights(resumed), weights(run), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    first = dtf.load(workdir, checkpoint=2)
+    assert first.step == 2
+    with pytest.raises(dtf.ConfigError, match="num_examples: 65 != 64"):
+        dtf.train(TINY, workdir, DIGITS[:65])
+
+
+def test_an_array_trains_as_the_presets_own_images_do(run, tmp_path):
+    train_split = DIGITS[np.arange(len(DIGITS)) % 10 != 9]
+    preset = dataclasses.replace(TINY, num_steps=2)
+    ours, expected = (dtf.train(preset, str(tmp_path / str(i)), images) for i, images in enumerate((train_split, None)))
+    for a, b in zip(weights(ours), weights(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_denoise_is_the_network(run):
+    x_t = np.random.RandomState(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
+    t = np.array([0, 3, 7])
+    ours = run.denoise(x_t, t)
+    assert ours.shape == (3, 8, 8, 1) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, run.unet(tf.constant(x_t), tf.constant(t, tf.int32)), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run.denoise(x_t[1:2], 3), ours[1:2], rtol=0, atol=1e-5)
+    for arguments, message in (
+        ((x_t[..., 0], t), r"x_t must be \[N, 8, 8, 1\], not \[3, 8, 8\]"),
+        ((x_t, t[:2]), r"t must be an int or int \[3\]"),
+        ((x_t, 0.5), "t must be an int"),
+        ((x_t, 8), r"t must be in \[0, 8\)"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.denoise(*arguments)
+
+
+def test_samples_depend_on_seed_and_index_alone(run):
+    samples = run.sample(5, seed=3)
+    assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
+    np.testing.assert_array_equal(run.sample(5, seed=3), samples)
+    in_batches = run.sample(5, seed=3, batch_size=2).astype(int)
+    assert np.abs(in_batches - samples).max() <= 1  # float rounding
+    assert np.abs(run.sample(5, seed=4).astype(int) - samples).max() > 1
+
+
+def test_ddim_in_one_step_is_the_predicted_image(run):
+    """One step of DDIM from x_T shows the clipped pred_xstart there."""
+    samples = run.sample(2, seed=1, sampler="ddim", steps=1)
+    # The same x_T: one step of another deterministic sampler from it shows the same image.
+    np.testing.assert_array_equal(run.sample(2, seed=1, sampler="dpm_solver++", steps=1), samples)
+    for arguments, message in (
+        ({"sampler": "euler"}, "sampler=euler: choose one of"),
+        ({"steps": 9}, "steps=9 must be from 1 to"),
+        ({"seed": -1}, "seed=-1 must be in"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.sample(2, **arguments)
+
+
+def test_bits_per_dim_is_what_the_likelihood_program_measures(run, workdir, tmp_path):
+    """Of the test split, whose images have the indices 0 ... here and there."""
+    test_split = DIGITS[9::10][:6]
+    out = tmp_path / "likelihood.json"
+    subprocess.run(
+        [sys.executable, "-m", "experiments.likelihood", f"--workdir={workdir}", "--num_images=6", "--seed=2",
+         f"--out={out}"],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    measured = run.bits_per_dim(test_split, seed=2)
+    assert measured.shape == (6,) and measured.dtype == np.float64
+    np.testing.assert_allclose(measured.mean(), json.loads(out.read_text())["bits_per_dim"], rtol=1e-5)
+    np.testing.assert_allclose(run.bits_per_dim(test_split, seed=2, batch_size=4), measured, rtol=1e-5)
+
+
+def test_an_estimate_of_bits_per_dim_has_the_bound_as_its_mean(run):
+    images = np.repeat(DIGITS[:1], 600, axis=0)  # 600 independent draws
+    estimates = run.bits_per_dim(images, num_timesteps_estimate=2, batch_size=200)
+    bound = run.bits_per_dim(images[:200], batch_size=100)
+    error = np.hypot(estimates.std() / np.sqrt(600), bound.std() / np.sqrt(200))
+    assert abs(estimates.mean() - bound.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("method", ["bits_per_dim"])
+def test_images_of_another_kind_are_refused(run, method):
+    for images, found in (
+        (DIGITS[0], r"uint8 \[8, 8, 1\]"),
+        (DIGITS[:2].astype(np.float32), r"float32 \[2, 8, 8, 1\]"),
+        (DIGITS[:0], r"uint8 \[0, 8, 8, 1\]"),
+        (DIGITS[:2, :4], r"uint8 \[2, 4, 8, 1\]"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=rf"images must be uint8 \[N, 8, 8, 1\] with N > 0, not {found}"):
+            getattr(run, method)(images)
+
+
+def test_load_says_what_is_missing(tmp_path, workdir, run):
+    with pytest.raises(dtf.InputError, match="nothing holds no run"):
+        dtf.load(str(tmp_path / "nothing"))
+    with pytest.raises(dtf.InputError, match="holds no checkpoint of step 5; there are: "):
+        dtf.load(workdir, checkpoint=5)
+    with pytest.raises(dtf.ConfigError, match="precision=float16: choose one of"):
+        dtf.load(workdir, precision="float16")
+    with pytest.raises(dtf.ConfigError, match="strategy=multi_worker trains by"):
+        dtf.load(workdir, strategy="multi_worker")
+    shutil.copytree(workdir, tmp_path / "damaged")
+    (tmp_path / "damaged/config.json").write_text("{")
+    with pytest.raises(dtf.InputError, match="config.json"):
+        dtf.load(str(tmp_path / "damaged"))
+
+
+def test_replicas_and_precision_are_arguments(run, workdir):
+    x_t = np.random.RandomState(1).standard_normal((3, 8, 8, 1)).astype(np.float32)
+    expected = run.denoise(x_t, 5)
+    mirrored = dtf.load(workdir, strategy=tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    np.testing.assert_allclose(mirrored.denoise(x_t, 5), expected, rtol=0, atol=1e-5)
+    rounded = dtf.load(workdir, precision="bfloat16").denoise(x_t, 5)
+    assert 0 < np.abs(rounded - expected).max() < 0.05 * np.abs(expected).max() + 1e-3
