@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    # The programs lie at the top of a checkout; installed, they are a package of diffusion_tf, and `experiments` is free.
+    # The programs lie at the top of a checkout. Installed, they are a subpackage: the name `experiments` stays free.
     packages=[*find_packages(include=["diffusion_tf", "diffusion_tf.*"]), "diffusion_tf.experiments"],
     package_dir={"diffusion_tf.experiments": "experiments"},
     package_data={"diffusion_tf": ["py.typed"]},

@@ -14,7 +14,7 @@ import tensorflow as tf
 from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
-from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop.diffusers import read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.likelihood import BoundEvaluator

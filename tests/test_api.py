@@ -6,13 +6,17 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import diffusion_tf as dtf
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 # A network and a process small enough for a full bound and a full encoding.
 TINY = dtf.get_preset(
@@ -82,7 +86,7 @@ def test_training_resumes_to_the_same_bits(run, workdir, tmp_path):
         dtf.train(TINY, workdir, DIGITS[:65])
 
 
-def test_an_array_trains_as_the_presets_own_images_do(run, tmp_path):
+def test_an_array_trains_as_the_presets_own_images_do(tmp_path):
     train_split = DIGITS[np.arange(len(DIGITS)) % 10 != 9]
     preset = dataclasses.replace(TINY, num_steps=2)
     ours, expected = (dtf.train(preset, str(tmp_path / str(i)), images) for i, images in enumerate((train_split, None)))
@@ -166,7 +170,8 @@ def test_images_of_another_kind_are_refused(run, method):
             getattr(run, method)(images)
 
 
-def test_load_says_what_is_missing(tmp_path, workdir, run):
+def test_load_says_what_is_missing(run, tmp_path):
+    workdir = run.path
     with pytest.raises(dtf.InputError, match="nothing holds no run"):
         dtf.load(str(tmp_path / "nothing"))
     with pytest.raises(dtf.InputError, match="holds no checkpoint of step 5; there are: "):
@@ -179,6 +184,65 @@ def test_load_says_what_is_missing(tmp_path, workdir, run):
     (tmp_path / "damaged/config.json").write_text("{")
     with pytest.raises(dtf.InputError, match="config.json"):
         dtf.load(str(tmp_path / "damaged"))
+
+
+# --- Folders of diffusers ------------------------------------------------------------------------------------------
+
+
+def diffusers_folder(folder, kind="diffusers_small", **changes):
+    """A folder that diffusers 0.42 would load, with weights as the fixture's description draws them."""
+    described = json.loads((FIXTURES / "diffusers_small.json").read_text())
+    weights = {}
+    for key, shape in described["shapes"].items():
+        w = np.float32(0.02) * np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        weights[key] = w + np.float32(1) if "norm" in key and key.endswith("weight") else w
+    if kind == "diffusers_small_hub":
+        weights = {described["old_names"].get(key, key): w for key, w in weights.items()}
+    for name, config in described[kind].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = {**config, **{field: changes[field] for field in changes.keys() & config.keys()}}
+        path.write_text(json.dumps({field: value for field, value in config.items() if value != "absent"}))
+        if "block_out_channels" in config:
+            safetensors.numpy.save_file(weights, path.with_name("diffusion_pytorch_model.safetensors"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["diffusers_small", "diffusers_small_hub"])
+def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
+    run = dtf.load(diffusers_folder(tmp_path, kind))
+    found = {field: getattr(run.preset, field) for field in ("image_size", "ch", "ch_mult", "attn_resolutions")}
+    assert found == {"image_size": 16, "ch": 32, "ch_mult": (1, 2), "attn_resolutions": (8,)}
+    assert (run.preset.num_res_blocks, run.preset.model_var_type, run.step) == (1, "fixedlarge", 0)
+    with np.load(FIXTURES / "diffusers_small.npz") as fixture:  # what diffusers itself computes
+        ours, expected = run.denoise(fixture["x"], fixture["t"]), fixture["y"]
+    assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
+    assert run.sample(2, sampler="ddim", steps=2).shape == (2, 16, 16, 3)
+    with pytest.raises(dtf.ConfigError, match="checkpoint=3: .* is a diffusers folder"):
+        dtf.load(run.path, checkpoint=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_head_dim": "absent"}, 'add "attention_head_dim": null to the file'),
+        ({"attention_head_dim": 8}, "makes several heads"),
+        ({"act_fn": "gelu"}, 'act_fn="gelu"'),
+        ({"sample_size": None}, "no preset describes the network and diffusion of"),
+        ({"block_out_channels": []}, "no preset describes"),
+        ({"block_out_channels": [32, 48]}, "block_out_channels"),
+        ({"block_out_channels": [0, 0]}, "no preset describes"),
+        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "down_block_types"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"prediction_type": "v_prediction"}, "'v_prediction' is not one of epsilon, sample"),
+        ({"beta_end": 2.0}, "no preset describes .*beta_end"),
+        ({"layers_per_block": 2}, "is of another network"),
+    ],
+)
+def test_other_diffusers_networks_are_refused(changes, message, tmp_path):
+    with pytest.raises(dtf.InputError, match=message) as error:
+        dtf.load(diffusers_folder(tmp_path, **changes))
+    assert "\n" not in str(error.value)
 
 
 def test_replicas_and_precision_are_arguments(run, workdir):

@@ -21,7 +21,15 @@ def wheel(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source")
-    command = ["pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+    ]
     command += [f"--wheel-dir={folder}", str(folder / "source")]
     subprocess.run([sys.executable, "-m", *command], check=True)
     (path,) = folder.glob("*.whl")
