@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
+from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
@@ -178,6 +181,76 @@ class Run:
             terms = np.asarray(bound.terms_bpd, np.float64)
             totals.append(np.asarray(bound.prior_bpd, np.float64) + weight * terms[:, 1:].sum(axis=1) + terms[:, 0])
         return np.concatenate(totals)
+
+    def encode(
+        self,
+        images: np.ndarray,
+        *,
+        seed: int = 0,
+        target_rmse: float | None = None,
+        target_bits_per_dim: float | None = None,
+        lossless: bool = False,
+        chunk_bits: int = 24,
+        table_images: np.ndarray | None = None,
+    ) -> list[bytes]:
+        """Compresses images (Section 4.3, Algorithm 3); shows progress. Every prefix of a file decodes.
+
+        The first call for a checkpoint and `chunk_bits` makes a table, up to 150 network evaluations for each of 256
+        images, fewer for larger ones, and keeps it in `compression` of the run's folder. A decoder needs this table.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          seed: image i uses the stream seed + i of random numbers.
+          target_rmse: stop at the first step with at most this RMSE on [0, 255]; default: encode all steps.
+          target_bits_per_dim: stop at the last step of at most this size, with the header.
+          lossless: add the difference between the image and the last prediction.
+          chunk_bits: the largest KL that one index stands for, in [4, 24]. Time grows with 2^chunk_bits.
+          table_images: uint8 [M, H, W, C], training images to make the table from; default: the preset's own.
+
+        Returns:
+          The contents of N .dtfc files.
+
+        Raises:
+          ConfigError: an argument does not fit the run, or the table needs `table_images`.
+          InputError: the table in the run's folder is damaged, or belongs to other weights.
+        """
+        check_images(images, self.preset.image_shape)
+        targets = Targets(target_rmse, target_bits_per_dim, lossless)
+        targets.check(images[0].size)
+        tables = self._tables(table_images)
+        codec = Codec(self._trained, tables.get(chunk_bits))
+        return [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+
+    def decode(self, files: Sequence[bytes], *, table_images: np.ndarray | None = None) -> np.ndarray:
+        """Decompresses files (Algorithm 4), whole or cut off beyond their headers; shows progress.
+
+        Args:
+          files: the contents of N .dtfc files of this run.
+          table_images: as for `encode`, where the run's folder has no table yet.
+
+        Returns:
+          uint8 [N, H, W, C].
+
+        Raises:
+          InputError: a file is damaged, or belongs to another model or table.
+        """
+        if not files:
+            raise ConfigError("files", "is empty")
+        named = {f"files[{i}]": data for i, data in enumerate(files)}
+        return np.stack(list(decode_images(self._tables(table_images), named)))
+
+    def _tables(self, table_images: np.ndarray | None) -> TableStore:
+        def open_train() -> ImageSource:
+            if table_images is not None:
+                check_images(table_images, self.preset.image_shape)
+                return array_source(table_images)
+            try:
+                return open_source(self.preset)
+            except ConfigError as error:
+                raise ConfigError("table_images", f"is required: {error}") from error
+
+        folder = os.path.join(self.path, "compression")
+        return TableStore(folder, self._trained, self._weights_digest, self.step, open_train=open_train)
 
     def _batch_size(self, batch_size: int | None, num_images: int, most: int = _BATCH_SIZE) -> int:
         """The batch size to use: a multiple of the replicas by default."""

@@ -23,6 +23,7 @@ TINY = dtf.get_preset(
     "digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), batch_size=8, num_steps=6, warmup_steps=2,
     steps_per_loop=2, checkpoint_every=2, sample_every=0, ema_decay=0.5,
 )  # fmt: skip
+HEADER_BYTES = 39  # of a compressed image
 DIGITS = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
 
 
@@ -158,7 +159,42 @@ def test_an_estimate_of_bits_per_dim_has_the_bound_as_its_mean(run):
     assert abs(estimates.mean() - bound.mean()) < 4 * error
 
 
-@pytest.mark.parametrize("method", ["bits_per_dim"])
+def test_files_decode_to_their_images_and_prefixes_to_rougher_ones(run):
+    images = DIGITS[:3]
+    errors = lambda decoded: np.sqrt(np.mean((decoded.astype(float) - images) ** 2, axis=(1, 2, 3)))
+    files = run.encode(images, chunk_bits=10, table_images=DIGITS[:64])
+    halves = [file[: (HEADER_BYTES + len(file)) // 2] for file in files]
+    decoded = run.decode([*files, *halves])
+    assert decoded.shape == (6, 8, 8, 1) and decoded.dtype == np.uint8
+    whole, half = errors(decoded[:3]).mean(), errors(decoded[3:]).mean()
+    nothing = errors(np.round(DIGITS[:64].mean(axis=0))).mean()
+    assert whole < half < nothing
+    # Another process needs no table_images: the table is in the run's folder. And it may stop early, or add the rest.
+    again = dtf.load(run.path)
+    lossless = again.encode(images, chunk_bits=10, lossless=True)
+    rough = again.encode(images, chunk_bits=10, target_rmse=half)
+    decoded = again.decode([*files, *lossless, *rough])
+    np.testing.assert_allclose(errors(decoded[:3]).mean(), whole)
+    np.testing.assert_array_equal(decoded[3:6], images)
+    assert errors(decoded[6:]).max() < half + 0.5  # rounded to uint8
+    assert len(b"".join(rough)) < len(b"".join(files)) < len(b"".join(lossless))
+
+
+def test_files_of_other_runs_are_refused(run):
+    (file,) = run.encode(DIGITS[:1], chunk_bits=10, table_images=DIGITS[:64])
+    damaged = file[:-1] + bytes([file[-1] ^ 1])
+    other = dtf.load(run.path, checkpoint=2)
+    for reader, files, message in (
+        (run, [file, damaged], r"files\[1\]"),
+        (run, [b"PNG"], r"files\[0\]"),
+        (other, [file], r"files\[0\] was made by another model, or another table"),
+        (run, [], "files is empty"),
+    ):
+        with pytest.raises(dtf.InputError, match=message):
+            reader.decode(files)
+
+
+@pytest.mark.parametrize("method", ["bits_per_dim", "encode"])
 def test_images_of_another_kind_are_refused(run, method):
     for images, found in (
         (DIGITS[0], r"uint8 \[8, 8, 1\]"),
@@ -218,6 +254,8 @@ def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
         ours, expected = run.denoise(fixture["x"], fixture["t"]), fixture["y"]
     assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
     assert run.sample(2, sampler="ddim", steps=2).shape == (2, 16, 16, 3)
+    with pytest.raises(dtf.ConfigError, match="table_images is required: dataset=diffusers"):
+        run.encode(np.zeros((1, 16, 16, 3), np.uint8))
     with pytest.raises(dtf.ConfigError, match="checkpoint=3: .* is a diffusers folder"):
         dtf.load(run.path, checkpoint=3)
 
