@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from diffusion_tf.data import open_source
+from diffusion_tf.data.source import ImageSource
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError
 from diffusion_tf.evaluation.feature_networks import (
     DIGITS_SHAPE,
@@ -204,6 +205,10 @@ class Run:
         step, path = checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
         checkpoints.load_manifest(path)  # before the work, not after it
         return step, path
+
+    def open_source(self, split: str) -> ImageSource:
+        """The images of a split of the run's data, at --data_dir or --tfrecord."""
+        return open_source(self.preset, split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
 
 
 def bound_from_flags(run: Run, num_timesteps_estimate: int | None = None) -> tuple[Bound, dict[str, Any]]:

@@ -1,23 +1,23 @@
-"""The bytes of a compressed image: a header, then the steps of the reverse process, then a residual if it is lossless.
+"""The bytes of a compressed image: a header, the steps of the reverse process, and a residual if it is lossless.
 
     4 bytes   magic           b"DTFC"
     1         version         1
-    8         digest          of the table (codec.py), which names the weights and holds the coarse schedule
-    1         chunk_bits      which of a run's tables
+    8         digest          of the table (tables.py), which identifies the weights and holds the coarse schedule
+    1         chunk_bits      selects one of the run's tables
     2, 2, 1   image shape     H, W, C
     4         stream          of the shared random numbers
     4, 4      sizes           of the steps, and of the whole body
     4         CRC-32          of the body
     4         CRC-32          of the bytes so far
 
-Integers are big-endian. The steps are one range-coded stream: of each step its number of chunks, which is its KL in
-units of chunk_bits rounded up, and an index for each chunk, as a number of bits and the bits. How to read on follows
-from the values before and the table's whole numbers alone, never from the network: float drift between machines moves
-pixels, and not the reader.
+Integers are big-endian. The steps are one range-coded stream. Each step holds its number of chunks, which is its KL in
+units of chunk_bits rounded up, and an index for each chunk, as a number of bits and the bits. How to parse the stream
+depends only on the values read so far and on the table's integers, never on the network: differences in float
+arithmetic between machines change pixels, but not the parse.
 
-No step lengths are needed to cut a file: whatever bytes may have followed lie between 0x00... and 0xff..., so what both
-of these continuations mean alike is what the bytes at hand say. Any prefix beyond the header is a valid shorter file,
-of which the whole steps count; the body's checksum is of whole files only.
+A file can be cut anywhere without step lengths: any continuation of the remaining bytes lies between 0x00... and
+0xff..., so the symbols on which these two continuations agree are certain. Any prefix beyond the header is a valid
+shorter file that holds its whole steps; the checksum of the body is checked for whole files only.
 """
 
 import bisect
@@ -37,16 +37,16 @@ VERSION = 1
 _FIELDS = struct.Struct(">4sB8sBHHBIIII")
 _CRC = struct.Struct(">I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
-INDEX_LENGTHS = 61  # 0 ... 60 bits of an index's successor after its first
-_MANTISSA_BITS = 16  # of an index that are coded at once
+INDEX_LENGTHS = 61  # index + 1 has 0 ... 60 bits after its first
+_WORD_BITS = 16  # bits of an index that are coded at once
 
-# The indices of each step's chunks.
+# The chunk indices of each step.
 Steps = list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of itself; sizes in bytes."""
+    """A file's header, as the module describes it; sizes in bytes."""
 
     digest: bytes
     chunk_bits: int
@@ -58,7 +58,7 @@ class Header:
 
 
 def pack(header: Header, body: bytes) -> bytes:
-    """A whole file."""
+    """The contents of a file."""
     fields = _FIELDS.pack(
         MAGIC, VERSION, header.digest, header.chunk_bits, *header.image_shape, header.stream,
         header.steps_size, header.body_size, header.body_crc,
@@ -67,22 +67,23 @@ def pack(header: Header, body: bytes) -> bytes:
 
 
 def unpack(data: bytes, name: str) -> tuple[Header, bytes]:
-    """The header and what there is of the body.
+    """The header of a file, and as much of the body as it holds.
 
     Raises:
-      InputError: not such a file, of a later version, damaged, or cut off inside its header; `name` is told.
+      InputError: `data` is not a compressed image, of a later version, damaged, or cut off inside its header. The
+        message quotes `name`.
     """
     if data[:4] != MAGIC[: len(data)] or not data:
-        raise InputError(f"{name} is no compressed image of diffusion_tf")
+        raise InputError(f"{name} is not a compressed image of diffusion_tf")
     if len(data) < HEADER_BYTES:
         raise InputError(f"{name} is cut off inside its header: {len(data)} of {HEADER_BYTES} bytes")
     if zlib.crc32(data[: _FIELDS.size]) != _CRC.unpack_from(data, _FIELDS.size)[0]:
-        # A later version may have another header, of which all that is known is where its version stands.
-        later = f", or is of version {data[4]}, and this program reads {VERSION}" if data[4] != VERSION else ""
+        # The header of a later version may differ, but its version is in the same place.
+        later = f", or has version {data[4]}, which this program does not read" if data[4] != VERSION else ""
         raise InputError(f"{name} is damaged{later}: its header does not match its checksum")
     _, version, digest, chunk_bits, height, width, channels, *rest = _FIELDS.unpack_from(data)
     if version != VERSION:
-        raise InputError(f"{name} is of version {version}, and this program reads {VERSION}: take a newer one")
+        raise InputError(f"{name} has version {version}, but this program reads {VERSION}: update it")
     header = Header(digest, chunk_bits, (height, width, channels), *rest)
     body = data[HEADER_BYTES:]
     whole = len(body) >= header.body_size
@@ -91,13 +92,13 @@ def unpack(data: bytes, name: str) -> tuple[Header, bytes]:
     return header, body
 
 
-class StepLaw:
-    """How likely which number of chunks and which index are in a step.
+class StepModel:
+    """The entropy model of a step: probabilities of the number of chunks and of each index.
 
     Args:
-      chunks: whole numbers in proportion to the probabilities of 0, 1, ... chunks; more are possible, and unlikely.
-      indices: the same of the bits that index + 1 has after its first.
-      max_chunks: more than this are impossible.
+      chunks: integers proportional to the probabilities of 0, 1, ... chunks; larger numbers get the least probability.
+      indices: the same for the number of bits of index + 1 after its first.
+      max_chunks: the largest possible number of chunks.
     """
 
     def __init__(self, chunks: Sequence[int], indices: Sequence[int], max_chunks: int):
@@ -105,76 +106,76 @@ class StepLaw:
         self._indices = _categorical(indices, INDEX_LENGTHS)
 
     def encode(self, encoder: stream.queue.RangeEncoder, indices: Sequence[int]) -> None:
-        """Adds a step's chunks."""
+        """Appends the chunk indices of a step."""
         encoder.encode(len(indices), self._chunks)
         for index in indices:
             bits = (index + 1).bit_length() - 1
             encoder.encode(bits, self._indices)
-            for shift, width in _pieces(bits):
+            for shift, width in _words_of(bits):
                 encoder.encode(((index + 1) >> shift) & ((1 << width) - 1), _uniform(width))
 
     def decode(self, reader: "_PrefixReader") -> list[int]:
-        """The next step's chunks."""
+        """Reads the chunk indices of the next step."""
         return [self._decode_index(reader) for _ in range(reader.read(self._chunks))]
 
     def _decode_index(self, reader: "_PrefixReader") -> int:
         bits = reader.read(self._indices)
         value = 1
-        for _, width in _pieces(bits):
+        for _, width in _words_of(bits):
             value = (value << width) | reader.read(_uniform(width))
         return value - 1
 
 
-def encode_steps(laws: Sequence[StepLaw], steps: Steps) -> bytes:
-    """The shortest bytes that say `steps`."""
+def encode_steps(models: Sequence[StepModel], steps: Steps) -> bytes:
+    """The shortest bytes that hold `steps`."""
     encoder = stream.queue.RangeEncoder()
-    for law, indices in zip(laws, steps, strict=True):
-        law.encode(encoder, indices)
-    encoder.encode(1 << 15, _uniform(16))  # amid all that may follow: the fewest bits tell where that is
+    for model, indices in zip(models, steps, strict=True):
+        model.encode(encoder, indices)
+    encoder.encode(1 << 15, _uniform(16))  # the middle of all continuations, which the fewest bits identify
     data = _to_bytes(encoder)
-    return data[: -(-prefix_bits(laws, data, len(steps))[-1] // 8)]
+    return data[: -(-prefix_bits(models, data, len(steps))[-1] // 8)]
 
 
-def decode_steps(laws: Sequence[StepLaw], data: bytes, num_bits: int | None = None) -> Steps:
-    """The steps that `data`, a prefix of what `encode_steps` gives, says whole; or its first bits."""
+def decode_steps(models: Sequence[StepModel], data: bytes, num_bits: int | None = None) -> Steps:
+    """The whole steps in a prefix of what `encode_steps` gives: `data`, or its first `num_bits` bits."""
     reader = _PrefixReader(data, 8 * len(data) if num_bits is None else num_bits)
     steps: Steps = []
     try:
-        for law in laws:
-            steps.append(law.decode(reader))
+        for model in models:
+            steps.append(model.decode(reader))
     except _Undetermined:
         pass
     return steps
 
 
-def prefix_bits(laws: Sequence[StepLaw], data: bytes, num_steps: int) -> list[int]:
-    """How many bits say the first 0, 1, ..., num_steps steps."""
-    says = functools.cache(lambda num_bits: len(decode_steps(laws, data, num_bits)))
-    return [bisect.bisect_left(range(8 * len(data)), count, key=says) for count in range(num_steps + 1)]
+def prefix_bits(models: Sequence[StepModel], data: bytes, num_steps: int) -> list[int]:
+    """Number of bits that hold the first 0, 1, ..., num_steps steps."""
+    steps_in = functools.cache(lambda num_bits: len(decode_steps(models, data, num_bits)))
+    return [bisect.bisect_left(range(8 * len(data)), count, key=steps_in) for count in range(num_steps + 1)]
 
 
-def encode_residual(law: Sequence[int], residual: np.ndarray) -> bytes:
-    """Whole numbers modulo 256 by their law, 256 whole numbers in proportion to the probabilities."""
+def encode_residual(frequencies: Sequence[int], residual: np.ndarray) -> bytes:
+    """Codes a uint8 array by 256 integers proportional to the probabilities of its values."""
     encoder = stream.queue.RangeEncoder()
-    encoder.encode(residual.reshape(-1).astype(np.int32), _categorical(law, 256))
+    encoder.encode(residual.reshape(-1).astype(np.int32), _categorical(frequencies, 256))
     return _to_bytes(encoder)
 
 
-def decode_residual(law: Sequence[int], data: bytes, shape: Sequence[int]) -> np.ndarray:
-    """What `encode_residual` was given, uint8 of `shape`; arbitrary where `data` is."""
+def decode_residual(frequencies: Sequence[int], data: bytes, shape: Sequence[int]) -> np.ndarray:
+    """The inverse of `encode_residual`, uint8 of `shape`; arbitrary values for arbitrary `data`."""
     decoder = stream.queue.RangeDecoder(_to_words(data, b"\0"))
     try:
-        return decoder.decode(_categorical(law, 256), int(np.prod(shape))).astype(np.uint8).reshape(shape)
-    except AssertionError:  # no encoder gives such bytes
+        return decoder.decode(_categorical(frequencies, 256), int(np.prod(shape))).astype(np.uint8).reshape(shape)
+    except AssertionError:  # bytes that no encoder writes
         return np.zeros(shape, np.uint8)
 
 
-class _Undetermined(Exception):  # noqa: N818 - nothing is wrong: a file was cut
-    """The bytes at hand leave open what comes next."""
+class _Undetermined(Exception):  # noqa: N818 - no error: the file was cut
+    """The next symbol depends on bytes beyond the prefix."""
 
 
 class _PrefixReader:
-    """Reads symbols as far as they do not depend on what may have followed the first bits of `data`."""
+    """Reads the symbols that do not depend on what may have followed the first `num_bits` bits of `data`."""
 
     def __init__(self, data: bytes, num_bits: int):
         kept = int.from_bytes(data) >> (8 * len(data) - num_bits)
@@ -186,9 +187,10 @@ class _PrefixReader:
         ]
 
     def read(self, symbol_model: stream.model.Model) -> int:
+        """The next symbol; raises `_Undetermined` if the prefix does not determine it."""
         try:
             lowest, highest = (decoder.decode(symbol_model) for decoder in self._decoders)
-        except AssertionError as error:  # no encoder gives such bytes
+        except AssertionError as error:  # bytes that no encoder writes
             raise _Undetermined from error
         if lowest != highest:
             raise _Undetermined
@@ -196,7 +198,7 @@ class _PrefixReader:
 
 
 def _to_words(data: bytes, padding: bytes) -> np.ndarray:
-    """As words of 32 bits, with more of them than a decoder looks ahead."""
+    """32-bit words, padded by more of them than a decoder reads ahead."""
     return np.frombuffer(data + padding * (16 - len(data) % 4), ">u4").astype(np.uint32)
 
 
@@ -204,10 +206,10 @@ def _to_bytes(encoder: stream.queue.RangeEncoder) -> bytes:
     return encoder.get_compressed().astype(">u4").tobytes()
 
 
-def _pieces(bits: int) -> list[tuple[int, int]]:
-    """(shift, width) of the pieces in which so many bits are coded, the highest first."""
-    starts = range(0, bits, _MANTISSA_BITS)
-    return [(start, min(_MANTISSA_BITS, bits - start)) for start in reversed(starts)]
+def _words_of(bits: int) -> list[tuple[int, int]]:
+    """(shift, width) of the words in which `bits` bits are coded, the highest first."""
+    starts = range(0, bits, _WORD_BITS)
+    return [(start, min(_WORD_BITS, bits - start)) for start in reversed(starts)]
 
 
 @functools.cache
@@ -215,11 +217,11 @@ def _uniform(width: int) -> stream.model.Uniform:
     return stream.model.Uniform(1 << width)
 
 
-def _categorical(law: Sequence[int], size: int) -> stream.model.Categorical:
-    """Probabilities of 0 ... size - 1 in proportion to `law`; what it does not name gets the least that there is.
+def _categorical(frequencies: Sequence[int], size: int) -> stream.model.Categorical:
+    """Probabilities of 0 ... size - 1, proportional to `frequencies`; values beyond them get the least probability.
 
-    Whole numbers of which the sum is exact in float64, so that all machines make the same model of them.
+    The sum of the integers is exact in float64, so that every machine builds the same model.
     """
     probabilities = np.zeros(size)
-    probabilities[: len(law)] = law
+    probabilities[: len(frequencies)] = frequencies
     return stream.model.Categorical(probabilities, perfect=False)

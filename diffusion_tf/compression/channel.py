@@ -1,48 +1,69 @@
-"""Reverse channel coding: a sample of q for about KL(q || p) bits, which Algorithms 3 and 4 take for granted.
+"""Reverse channel coding: sends a sample of q with about KL(q || p) bits, as Algorithms 3 and 4 require.
 
-Both sides can draw the same candidates from p. The encoder names one, so that what the decoder draws is distributed as
-q: the Poisson functional representation (Li & El Gamal 2018). In units of their common standard deviation p is N(0, I)
-and q is N(mu, I), and a candidate z has the weight r(z) = exp(<mu, z> - |mu|^2 / 2). If z_0, z_1, ... arrive at the
-times T_0 < T_1 < ... of a Poisson process, the one with the least T / r is a sample of q. Early ones win more often, so
-that naming its place costs about I + 3.5 bits, I = |mu|^2 / (2 ln 2).
+Encoder and decoder can generate the same candidates from p. The encoder sends the index of one of them, chosen so that
+the candidate is distributed as q: the Poisson functional representation (Li & El Gamal 2018). In units of the common
+standard deviation, p is N(0, I) and q is N(mu, I), and a candidate z has the weight r(z) = exp(<mu, z> - |mu|^2 / 2).
+If z_0, z_1, ... arrive at the times T_0 < T_1 < ... of a Poisson process, the one with the least T / r is a sample of
+q. Early candidates win more often, so an index costs about I + 3.5 bits, where I = |mu|^2 / (2 ln 2).
 
-Since log r has a standard deviation of |mu|, an honest sample of 12 bits takes some 2^25 candidates, and one of 20 bits
-2^48. They are triples: the dimensions have three parts, each with R rows of normal numbers, and a candidate is one row
-of each. So the weights of R^3 candidates are sums of three terms, and those which can still win are found by sorting.
-All dimensions of a step are mixed first by a random rotation, so that the parts have equal shares of mu. The weights of
-a part's rows have a relative variance of exp(|mu|^2 / 3) / R, which is to be far below 1: see `rows_for`.
+log r has the standard deviation |mu|, so a correct sample of 12 bits needs about 2^25 candidates, and one of 20 bits
+2^48. Hence candidates are combinations: the dimensions are split into three segments with R rows of normal numbers
+each, and a candidate is one row of each segment. The log-weights of R^3 candidates are then sums of three terms, and
+sorting finds those that can still win. A random rotation mixes all dimensions of a step first, so that the segments
+have equal shares of mu. The weights of a segment's rows have a relative variance of exp(|mu|^2 / 3) / R, which must be
+far below 1: see `rows_for`.
 """
 
+import dataclasses
 import functools
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-_PARTS = 3
-_FIRST_SCANNED = 16  # times R candidates are looked at one by one
-_MAX_SCANNED = 1 << 30
-_PIECE = 1 << 15  # candidates looked at together
-_ARRIVALS = 1 << 16
-_MAX_PAIRS = 1 << 22
-_BLOCK = 16  # normal numbers to one step of the Philox counter, four words of 64 bits
-_SIGNS, _PRIOR = 2**32 - 1, 2**32 - 2  # in place of a chunk's number
+_SEGMENTS = 3
+_BLOCK = 16  # normal numbers per step of the Philox counter, which yields four words of 64 bits
+_SIGNS, _PRIOR = 2**32 - 1, 2**32 - 2  # reserved numbers in place of a chunk's
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchLimits:
+    """Bounds on the time and memory of a search for the best candidate.
+
+    Attributes:
+      num_arrivals: candidates with sampled arrival times; later, T_k is taken as k, which is within 0.4%.
+      first_scanned: the first `first_scanned` R candidates are scanned in order.
+      max_scanned: at most twice this many candidates are scanned in order.
+      piece: candidates scanned at once.
+      max_pairs: pairs of rows that are listed; with more, only those with the largest sums.
+    """
+
+    num_arrivals: int = 1 << 16
+    first_scanned: int = 16
+    max_scanned: int = 1 << 30
+    piece: int = 1 << 15
+    max_pairs: int = 1 << 22
+
+
+_LIMITS = SearchLimits()
 
 
 def rows_for(chunk_bits: int) -> int:
-    """R for chunks of so many bits at most: a relative variance of 0.4%, 0.6%, 1% (20 bits) or 6% (24) for the largest.
+    """R for chunks of at most `chunk_bits`.
 
-    By simulation a sample's projection on mu is then short by 0.01 to 0.03 of its standard deviation up to 16 bits, by
-    0.06 +- 0.05 for 20, and by 0.2 +- 0.06 for a chunk of all of 24 bits.
+    The largest chunks have weights with a relative variance of 0.4% (12 bits), 0.6% (16), 1% (20) or 6% (24). In
+    simulations, a sample's projection on mu is short by 0.01 to 0.03 of its standard deviation up to 16 bits, by
+    0.06 +- 0.05 at 20 bits, and by 0.2 +- 0.06 for a full chunk of 24 bits.
     """
     return 1 << (16 if chunk_bits <= 12 else 18 if chunk_bits <= 16 else 20)
 
 
 class SharedRandomness:
-    """The random numbers of one stream, a function of (stream, step, chunk, candidate): Philox4x64's raw words.
+    """The random numbers of one stream, a function of (stream, step, chunk, segment, row): raw words of Philox4x64.
 
-    NumPy promises that those never change. A normal number is a 16-bit word's place in a table.
+    NumPy promises never to change these words. A normal number is a 16-bit word looked up in a table of quantiles.
 
     Args:
       stream: int in [0, 2^64).
@@ -51,25 +72,32 @@ class SharedRandomness:
     def __init__(self, stream: int):
         self.stream = stream
 
-    def blocks(self, step: int, chunk: int, part: int, first: int, count: int) -> np.ndarray:
-        """Blocks first, first + 1, ... of a part of a chunk, float32 [count, 16]: row r starts with block r.
+    def blocks(self, step: int, chunk: int, segment: int, first: int, count: int) -> np.ndarray:
+        """Blocks first, first + 1, ... of a segment's normal numbers, float32 [count, 16]; row r starts with block r.
 
-        A row of more than 16 dimensions shares its later blocks with the rows that follow, where they meet other
-        shares of mu: their weights have little to do with each other, and the numbers to draw do not grow with mu.
+        A row of more than 16 dimensions shares its later blocks with the rows after it, where they meet other shares
+        of mu. The weights of these rows are nearly independent, and the amount of numbers does not grow with mu.
+
+        Args:
+          step: the step of the reverse process.
+          chunk: the chunk of the step.
+          segment: the segment of the chunk, 0 to 2.
+          first: the first block.
+          count: the number of blocks.
         """
-        words = self._words(step, chunk, first, part, count * _BLOCK // 4)
+        words = self._words(step, chunk, first, segment, count * _BLOCK // 4)
         return _quantiles().take(words.view("<u2"), mode="clip").reshape(count, _BLOCK)
 
-    def row(self, step: int, chunk: int, part: int, row: int, width: int) -> np.ndarray:
-        """A row, float32 [width]."""
-        return self.blocks(step, chunk, part, row, -(-width // _BLOCK)).reshape(-1)[:width]
+    def row(self, step: int, chunk: int, segment: int, row: int, width: int) -> np.ndarray:
+        """One row of a segment with `width` dimensions, float32 [width]; arguments as in `blocks`."""
+        return self.blocks(step, chunk, segment, row, -(-width // _BLOCK)).reshape(-1)[:width]
 
     def prior_sample(self, shape: Sequence[int]) -> np.ndarray:
-        """x_T, float32 of `shape`, from N(0, I)."""
+        """x_T ~ N(0, I), float32 of `shape`."""
         return self.row(0, _PRIOR, 0, 0, math.prod(shape)).reshape(shape)
 
     def rotate(self, step: int, x: np.ndarray) -> np.ndarray:
-        """A random rotation of x [num_dims]: signs, and the Hartley transform, which is its own inverse."""
+        """A random rotation of x [num_dims]: random signs, then the Hartley transform, which is its own inverse."""
         return _hartley(self._signs(step, len(x)) * x)
 
     def rotate_back(self, step: int, x: np.ndarray) -> np.ndarray:
@@ -79,15 +107,16 @@ class SharedRandomness:
     def _signs(self, step: int, count: int) -> np.ndarray:
         return np.where(self._words(step, _SIGNS, 0, 0, count) >> np.uint64(63), -1.0, 1.0)
 
-    def _words(self, step: int, chunk: int, block: int, part: int, count: int) -> np.ndarray:
+    def _words(self, step: int, chunk: int, block: int, segment: int, count: int) -> np.ndarray:
+        """`count` words from block `block` on, uint64 [count]."""
         key = np.array([self.stream, (step << 32) | chunk], np.uint64)
-        philox = np.random.Philox(key=key, counter=np.array([block, part, 0, 0], np.uint64))
+        philox = np.random.Philox(key=key, counter=np.array([block, segment, 0, 0], np.uint64))
         return philox.random_raw(count).astype("<u8", copy=False)
 
 
 @functools.cache
 def _quantiles() -> np.ndarray:
-    """The normal's quantiles at the middles of 2^16 equal intervals, scaled to variance 1; float32."""
+    """Quantiles of the normal distribution at the centers of 2^16 equal intervals, scaled to variance 1; float32."""
     inverse = statistics.NormalDist().inv_cdf
     upper = np.array([inverse((i + 0.5) / 2**16) for i in range(2**15, 2**16)])
     table = np.concatenate([-upper[::-1], upper])
@@ -104,48 +133,75 @@ def kl_bits(mu: np.ndarray) -> float:
     return float(np.sum(np.square(mu, dtype=np.float64)) / (2.0 * math.log(2.0)))
 
 
-def draw(shared: SharedRandomness, step: int, chunk: int, num_dims: int, index: int, num_rows: int) -> np.ndarray:
-    """Candidate `index` of a chunk, float32 [num_dims]: what the decoder does."""
-    widths = [len(part) for part in np.array_split(np.empty(num_dims), _PARTS)]
+def candidate(shared: SharedRandomness, step: int, chunk: int, num_dims: int, index: int, num_rows: int) -> np.ndarray:
+    """The candidate with this index, float32 [num_dims]; the decoder's half.
+
+    Args:
+      shared: the random numbers of the candidates.
+      step: the step of the reverse process.
+      chunk: the chunk of the step.
+      num_dims: dimensions of the chunk.
+      index: what `select` gave the encoder.
+      num_rows: R, a power of 2.
+    """
+    widths = [len(dims) for dims in np.array_split(np.empty(num_dims), _SEGMENTS)]
     rows = _rows(index, num_rows)
-    return np.concatenate([shared.row(step, chunk, part, rows[part], width) for part, width in enumerate(widths)])
+    return np.concatenate(
+        [shared.row(step, chunk, segment, rows[segment], width) for segment, width in enumerate(widths)]
+    )
 
 
 def select(
     shared: SharedRandomness, step: int, chunk: int, mu: np.ndarray, num_rows: int, arrivals: np.random.Generator
 ) -> int:
-    """The index of a candidate that is distributed as N(mu, I): what the encoder does.
+    """The index of a candidate distributed as N(mu, I); the encoder's half.
 
     Args:
-      shared: the random numbers of candidates.
-      step: which step of the reverse process.
-      chunk: which chunk of it.
-      mu: float [num_dims]; of more bits than `num_rows` is for, the sample is noticeably nearer to p than q is.
+      shared: the random numbers of the candidates.
+      step: the step of the reverse process.
+      chunk: the chunk of the step.
+      mu: float [num_dims]; if its KL exceeds what `num_rows` is for, samples lie noticeably between p and q.
       num_rows: R, a power of 2.
-      arrivals: the encoder's own randomness, of which the decoder needs to know nothing.
+      arrivals: the encoder's own random numbers, which the decoder does not need.
     """
-    parts = enumerate(np.array_split(mu.astype(np.float32), _PARTS))
-    u, v, w = (_project(shared, step, chunk, part, share, num_rows) for part, share in parts)
-    # The first 2^16 arrive one by one. After them T_k is k to 0.4%.
+    shares = np.array_split(mu.astype(np.float32), _SEGMENTS)
+    u, v, w = (_project(shared, step, chunk, i, share, num_rows) for i, share in enumerate(shares))
+    return search(u, v, w, arrivals)
+
+
+def search(
+    u: np.ndarray, v: np.ndarray, w: np.ndarray, arrivals: np.random.Generator, limits: SearchLimits = _LIMITS
+) -> int:
+    """The candidate (a, b, c) with the largest u[a] + v[b] + w[c] - log T, as its index.
+
+    Args:
+      u: log-weights of the rows of the first segment, float32 [R].
+      v: log-weights of the second segment.
+      w: log-weights of the third segment.
+      arrivals: random numbers for the first arrival times T.
+      limits: bounds on time and memory.
+    """
+    num_rows = len(u)
     times = np.arange(num_rows, dtype=np.float64)
-    times[:_ARRIVALS] = np.cumsum(arrivals.standard_exponential(_ARRIVALS))
+    times[: limits.num_arrivals] = np.cumsum(arrivals.standard_exponential(limits.num_arrivals))
     score = u + v + w - np.log(times)
     index = int(np.argmax(score))
     best = float(score[index])
-    # The next ones are looked at in their order, until few pairs of rows are left that some third row can help to win.
-    scanned, until = num_rows, _FIRST_SCANNED * num_rows
+    # Scan candidates in order until few pairs of rows are left that can win with some third row.
+    scanned, until = num_rows, limits.first_scanned * num_rows
     while True:
-        index, best = _scan(u, v, w, range(scanned, until, _PIECE), index, best)
+        index, best = _scan(u, v, w, range(scanned, until, limits.piece), index, best)
         scanned, until = until, 2 * until
         threshold = best + math.log(scanned)
-        if until > _MAX_SCANNED or _count_above(u, v, threshold - w.max()) <= _MAX_PAIRS:
+        if until > limits.max_scanned or _count_above(u, v, threshold - w.max()) <= limits.max_pairs:
             break
-    # Of the rest, only such can win as have a weight that makes up for T. The first R^2 have each pair of rows once.
-    a, b = _pairs_above(u, v, threshold - w.max())
+    # Of the rest, only candidates with a weight that makes up for their T can win. The first R^2 candidates contain
+    # each pair (a, b) once.
+    a, b = _pairs_above(u, v, threshold - w.max(), limits.max_pairs)
     weight = u[a] + v[b] + w[_third_row(a, b, num_rows)]
     above = weight > threshold
     early = ((b[above] - a[above]) % num_rows) * num_rows + a[above]
-    late, late_weight = _triples_above(u, v, w, best + 2.0 * math.log(num_rows))
+    late, late_weight = _triples_above(u, v, w, best + 2.0 * math.log(num_rows), limits.max_pairs)
     for candidates, weights in ((early, weight[above]), (late, late_weight)):
         score = np.where(candidates >= scanned, weights - np.log(np.maximum(candidates, 1)), -np.inf)
         if len(score) and score.max() > best:
@@ -154,25 +210,35 @@ def select(
 
 
 def _scan(u: np.ndarray, v: np.ndarray, w: np.ndarray, pieces: range, index: int, best: float) -> tuple[int, float]:
-    """The best candidate of pieces that begin there, or the one given, and its score."""
-    v_on, w_on = np.concatenate([v, v[:_PIECE]]), np.concatenate([w, w[:_PIECE]])
-    weight = np.empty(_PIECE, np.float32)
+    """The best of consecutive candidates and the one given, with its score.
+
+    Args:
+      u: log-weights of the rows of the first segment.
+      v: log-weights of the second segment.
+      w: log-weights of the third segment.
+      pieces: the first index of each piece of candidates; its step is their size.
+      index: the best candidate so far.
+      best: its score.
+    """
+    size = pieces.step
+    v_wrapped, w_wrapped = np.concatenate([v, v[:size]]), np.concatenate([w, w[:size]])
+    weight = np.empty(size, np.float32)
     for first in pieces:
         a, b, c = _rows(first, len(u))
-        np.add(u[a : a + _PIECE], v_on[b : b + _PIECE], out=weight)
-        np.add(weight, w_on[c : c + _PIECE], out=weight)
+        np.add(u[a : a + size], v_wrapped[b : b + size], out=weight)
+        np.add(weight, w_wrapped[c : c + size], out=weight)
         if weight.max() - math.log(first) > best:
-            score = weight - np.log(np.arange(first, first + _PIECE))
+            score = weight - np.log(np.arange(first, first + size))
             if score.max() > best:
                 best, index = float(score.max()), first + int(np.argmax(score))
     return index, best
 
 
 def sample_indices(bits: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Indices as `select` gives them for chunks of these bits, by their law rather than by a search; float64.
+    """Samples the indices that `select` gives for chunks with a KL of `bits`, without a search; float64.
 
-    z ~ q wins at T = tau r with tau ~ Exp(1). Before it came all arrivals (t, z') with t < T and t / r' > tau: their
-    number is Poisson's, of mean tau (r P_p(r' < r) - P_q(r' < r)).
+    z ~ q wins at T = tau r with tau ~ Exp(1). The arrivals (t, z') before it are those with t < T and t / r' > tau:
+    their number is Poisson distributed with mean tau (r P_p(r' < r) - P_q(r' < r)).
     """
     mu = np.sqrt(2.0 * math.log(2.0) * np.asarray(bits, np.float64))
     z = mu + generator.standard_normal(mu.shape)
@@ -182,55 +248,68 @@ def sample_indices(bits: np.ndarray, generator: np.random.Generator) -> np.ndarr
 
 
 def _rows(index: int, num_rows: int) -> tuple[int, int, int]:
-    """The rows of a candidate. Each R candidates in a row have each row once, beside ever others."""
+    """The rows (a, b, c) of a candidate. R consecutive candidates contain each row once, in ever new combinations."""
     shift, a = divmod(index, num_rows)
     shift_c, shift_b = divmod(shift, num_rows)
     b = (a + shift_b) % num_rows
     return a, b, (_third_row(a, b, num_rows) + shift_c) % num_rows
 
 
-def _third_row(a, b, num_rows: int):
-    """That beside two others in the first R^2 candidates, each of which has a pair of them; whole numbers or arrays."""
+def _third_row(a: Any, b: Any, num_rows: int) -> Any:
+    """The third row of the candidate that contains (a, b) among the first R^2; of ints or integer arrays."""
     return (a + (b - a) * _multiplier(num_rows)) & (num_rows - 1)
 
 
 def _index(a: np.ndarray, b: np.ndarray, c: np.ndarray, num_rows: int) -> np.ndarray:
-    """The candidate of these rows, int64."""
+    """The inverse of `_rows`, int64."""
     shift_b, shift_c = (b - a) % num_rows, (c - _third_row(a, b, num_rows)) % num_rows
     return (shift_c * num_rows + shift_b) * num_rows + a
 
 
 def _multiplier(num_rows: int) -> int:
-    """Odd, and no simple fraction of R: the golden section of it."""
+    """An odd number that is no simple fraction of R: R divided by the golden ratio."""
     return round(num_rows * (math.sqrt(5.0) - 1.0) / 2.0) | 1
 
 
-def _project(shared: SharedRandomness, step: int, chunk: int, part: int, mu: np.ndarray, num_rows: int) -> np.ndarray:
-    """<mu, row> of every row of a part, float32 [R]; in stretches, which bounds the memory."""
+def _project(
+    shared: SharedRandomness, step: int, chunk: int, segment: int, mu: np.ndarray, num_rows: int
+) -> np.ndarray:
+    """<mu, row> for every row of a segment, float32 [R]; computed in stretches of rows to bound the memory.
+
+    Args:
+      shared: the random numbers of the candidates.
+      step: the step of the reverse process.
+      chunk: the chunk of the step.
+      segment: the segment of the chunk.
+      mu: the segment's share of mu, float32.
+      num_rows: R.
+    """
     shares = np.pad(mu, (0, -len(mu) % _BLOCK)).reshape(-1, _BLOCK)
     stretch = min(num_rows, max(1 << 10, (1 << 18) >> (len(shares) - 1).bit_length()))
     projections = []
     for first in range(0, num_rows, stretch):
-        blocks = shared.blocks(step, chunk, part, first, stretch + len(shares) - 1)
+        blocks = shared.blocks(step, chunk, segment, first, stretch + len(shares) - 1)
         products = shares @ blocks.T
         projections.append(sum(products[i, i : i + stretch] for i in range(len(shares))))
     return np.concatenate(projections)
 
 
-def _triples_above(u: np.ndarray, v: np.ndarray, w: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the candidates of a weight above `threshold`, int64, and their weights."""
-    a, b = _pairs_above(u, v, threshold - w.max())
-    pair, c = _pairs_above(u[a] + v[b], w, threshold)
+def _triples_above(
+    u: np.ndarray, v: np.ndarray, w: np.ndarray, threshold: float, max_pairs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the candidates with u[a] + v[b] + w[c] > threshold, int64, and these sums."""
+    a, b = _pairs_above(u, v, threshold - w.max(), max_pairs)
+    pair, c = _pairs_above(u[a] + v[b], w, threshold, max_pairs)
     a, b = a[pair], b[pair]
     return _index(a, b, c, len(u)), u[a] + v[b] + w[c]
 
 
-def _pairs_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """The places (i, j) with u[i] + v[j] > threshold; the largest of the sums where they are more than 2^22."""
+def _pairs_above(u: np.ndarray, v: np.ndarray, threshold: float, max_pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places (i, j) with u[i] + v[j] > threshold; if there are more than `max_pairs`, those with larger sums."""
     top = float(u.max(initial=-np.inf)) + float(v.max())
-    while _count_above(u, v, threshold) > _MAX_PAIRS:
+    while _count_above(u, v, threshold) > max_pairs:
         threshold = threshold + 0.1 * (top - threshold) + 1e-3
-    i, j = _can_be_above(u, v, threshold)
+    i, j = _possibly_above(u, v, threshold)
     j = j[np.argsort(v[j])]
     first = np.searchsorted(v[j], threshold - u[i], side="right")
     counts = len(j) - first
@@ -239,11 +318,11 @@ def _pairs_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.nda
 
 
 def _count_above(u: np.ndarray, v: np.ndarray, threshold: float) -> int:
-    """How many pairs are above."""
-    i, j = _can_be_above(u, v, threshold)
+    """Number of pairs with u[i] + v[j] > threshold."""
+    i, j = _possibly_above(u, v, threshold)
     return len(i) * len(j) - int(np.searchsorted(np.sort(v[j]), np.sort(threshold - u[i]), side="right").sum())
 
 
-def _can_be_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Places in u and v whose values are above with the other's largest."""
+def _possibly_above(u: np.ndarray, v: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Places in u, and in v, whose sum with the largest value of the other exceeds the threshold."""
     return np.flatnonzero(u > threshold - v.max()), np.flatnonzero(v > threshold - u.max(initial=-np.inf))

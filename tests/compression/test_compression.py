@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from support import gaussian_data, golden
 
 from diffusion_tf.compression import bitstream, channel
-from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepLaw
-from diffusion_tf.compression.channel import SharedRandomness
+from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepModel
+from diffusion_tf.compression.channel import SearchLimits, SharedRandomness
+from diffusion_tf.compression.coarse_schedule import cheapest_path
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import Measured, Targets
-from diffusion_tf.compression.table import Table, cheapest_path, make_table
+from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images
+from diffusion_tf.compression.measurement import Measurement
+from diffusion_tf.compression.tables import Table, TableStore, make_table
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
@@ -35,7 +37,7 @@ def philox4x64(counter, key):
 
 
 def test_shared_normals_are_philox_words_through_a_table():
-    row = SharedRandomness(7).row(step=3, chunk=2, part=1, row=10, width=20)
+    row = SharedRandomness(7).row(step=3, chunk=2, segment=1, row=10, width=20)
     # Two blocks of 64 bits x 4, from the row's own on; NumPy's counter is incremented before use.
     words = [word for block in (10, 11) for word in philox4x64([block + 1, 1, 0, 0], [7, (3 << 32) | 2])]
     pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:20]
@@ -81,29 +83,27 @@ def test_a_candidate_has_one_place():
             assert channel._index(*map(np.int64, rows), num_rows) == index
 
 
-def test_the_search_finds_the_best_of_all_candidates(monkeypatch):
-    for name, value in {"_PIECE": 64, "_FIRST_SCANNED": 2, "_ARRIVALS": 64, "_MAX_PAIRS": 200}.items():
-        monkeypatch.setattr(channel, name, value)
+def test_the_search_finds_the_best_of_all_candidates():
+    limits = SearchLimits(num_arrivals=64, first_scanned=2, piece=64, max_pairs=200)
     rows, index = 64, np.arange(64**3)
     places = np.array([channel._rows(int(i), rows) for i in index]).T
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        parts = (rng.standard_normal((3, rows)) * rng.uniform(0.5, 3.0, (3, 1))).astype(np.float32)
-        monkeypatch.setattr(channel, "_project", lambda shared, step, chunk, part, *_: parts[part])  # noqa: B023
+        u, v, w = (rng.standard_normal((3, rows)) * rng.uniform(0.5, 3.0, (3, 1))).astype(np.float32)
         times = index.astype(float)
         times[:64] = np.cumsum(np.random.default_rng(seed).standard_exponential(64))
-        expected = parts[0][places[0]] + parts[1][places[1]] + parts[2][places[2]] - np.log(times)
-        found = channel.select(None, 0, 0, np.zeros(6), rows, np.random.default_rng(seed))
+        expected = u[places[0]] + v[places[1]] + w[places[2]] - np.log(times)
+        found = channel.search(u, v, w, np.random.default_rng(seed), limits)
         assert expected[found] == pytest.approx(expected.max(), abs=1e-5)
 
 
 def test_pairs_above_a_threshold():
     rng = np.random.default_rng(0)
     u, v = rng.standard_normal((2, 300))
-    i, j = channel._pairs_above(u, v, 3.0)
+    i, j = channel._pairs_above(u, v, 3.0, 1 << 22)
     expected = np.argwhere(u[:, None] + v > 3.0)
     assert {*zip(i, j, strict=True)} == {tuple(pair) for pair in expected} and len(i) == len(expected)
-    i, j = channel._pairs_above(*rng.standard_normal((2, 1 << 14)), -10.0)  # all of 2^28, which is too many
+    i, j = channel._pairs_above(*rng.standard_normal((2, 1 << 14)), -10.0, 1 << 22)  # all 2^28
     assert 1 << 18 < len(i) <= 1 << 22
 
 
@@ -132,7 +132,7 @@ def test_samples_are_of_q_and_cost_what_theory_says():
         mu *= length / np.linalg.norm(mu)
         other -= mu * (other @ mu) / length**2
         index = channel.select(SharedRandomness(stream), 2, 0, mu, rows, rng)
-        z = channel.draw(SharedRandomness(stream), 2, 0, num_dims, index, rows)
+        z = channel.candidate(SharedRandomness(stream), 2, 0, num_dims, index, rows)
         along.append(z @ mu / length - length)
         across.append(z @ other / np.linalg.norm(other))
         indices.append(index)
@@ -146,18 +146,18 @@ def test_samples_are_of_q_and_cost_what_theory_says():
 
 # --- The bytes ---------------------------------------------------------------------------------------------
 
-LAWS = [StepLaw([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
+MODELS = [StepModel([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
 STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
 
 
 def a_file(body=b""):
-    body = body or bitstream.encode_steps(LAWS, STEPS)
+    body = body or bitstream.encode_steps(MODELS, STEPS)
     header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), zlib.crc32(body))
     return header, bitstream.pack(header, body)
 
 
 def test_the_bytes_of_this_version():
-    assert bitstream.encode_steps(LAWS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba5275"
+    assert bitstream.encode_steps(MODELS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba5275"
 
 
 @hypothesis.given(
@@ -165,23 +165,23 @@ def test_the_bytes_of_this_version():
 )
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_every_prefix_says_its_whole_steps(steps):
-    data = bitstream.encode_steps(LAWS, steps)
-    bits = bitstream.prefix_bits(LAWS, data, len(steps))
+    data = bitstream.encode_steps(MODELS, steps)
+    bits = bitstream.prefix_bits(MODELS, data, len(steps))
     assert len(data) == -(-bits[-1] // 8)
     for size in range(8 * len(data) + 1):
-        said = bitstream.decode_steps(LAWS, data, size)
+        said = bitstream.decode_steps(MODELS, data, size)
         assert said == steps[: len(said)] and bits[len(said)] <= size
         assert len(said) == len(steps) or bits[len(said) + 1] > size
-        assert size % 8 or said == bitstream.decode_steps(LAWS, data[: size // 8])
+        assert size % 8 or said == bitstream.decode_steps(MODELS, data[: size // 8])
 
 
 @hypothesis.given(st.binary(max_size=200))
 @hypothesis.settings(deadline=None)
 def test_random_bytes_are_read_to_their_end_or_refused(data):
-    steps = bitstream.decode_steps(LAWS, data)
+    steps = bitstream.decode_steps(MODELS, data)
     assert all(0 <= index < 2**61 for step in steps for index in step)
     assert bitstream.decode_residual([1] * 256, data, (8, 8, 1)).shape == (8, 8, 1)
-    with pytest.raises(InputError, match="x is no compressed image|x is cut off|x is damaged"):
+    with pytest.raises(InputError, match="x is not a compressed image|x is cut off|x is damaged"):
         bitstream.unpack(data, "x")
 
 
@@ -190,7 +190,7 @@ def test_a_file_cut_anywhere_is_shorter_or_refused():
     assert bitstream.unpack(data, "x") == (header, data[HEADER_BYTES:])
     for size in range(len(data)):
         if size < HEADER_BYTES:
-            with pytest.raises(InputError, match="is cut off inside its header" if size else "no compressed image"):
+            with pytest.raises(InputError, match="is cut off inside its header" if size else "not a compressed image"):
                 bitstream.unpack(data[:size], "x")
         else:
             assert bitstream.unpack(data[:size], "x") == (header, data[HEADER_BYTES:size])
@@ -203,16 +203,16 @@ def test_every_flipped_bit_is_refused():
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(InputError, match="x is no compressed image|x is damaged"):
+        with pytest.raises(InputError, match="x is not a compressed image|x is damaged"):
             bitstream.unpack(bytes(flipped), "x")
 
 
-def test_a_later_version_is_named(monkeypatch):
-    monkeypatch.setattr(bitstream, "VERSION", 2)
+def test_a_later_version_is_named():
     _, data = a_file()
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="x is of version 2, and this program reads 1"):
-        bitstream.unpack(data, "x")
+    fields = data[:4] + b"\2" + data[5 : HEADER_BYTES - 4]
+    later = fields + zlib.crc32(fields).to_bytes(4, "big") + data[HEADER_BYTES:]
+    with pytest.raises(InputError, match="x has version 2, but this program reads 1: update it"):
+        bitstream.unpack(later, "x")
 
 
 def test_a_residual_comes_back():
@@ -251,12 +251,12 @@ def gaussian_codec():
         table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
         codec = Codec(trained, table)
         encoded = codec.encode(images[32:], range(8))
-        yield diffusion, codec, table, images[32:], encoded
+        yield trained, codec, table, images[32:], encoded
 
 
 def test_rate_and_distortion_are_those_of_theory(gaussian_codec):
-    diffusion, _, table, images, encoded = gaussian_codec
-    abar = diffusion.schedule.alphas_cumprod[list(table.timesteps)]
+    trained, _, table, images, encoded = gaussian_codec
+    abar = trained.diffusion.schedule.alphas_cumprod[list(table.timesteps)]
     # What is left of the pixels' variance when x_t is known.
     expected = STD**2 * (1 - abar) / (abar * STD**2 + 1 - abar)
     mse = np.square(encoded.pred_xstart - images_to_x(images)).mean(axis=(1, 2, 3, 4))
@@ -265,8 +265,8 @@ def test_rate_and_distortion_are_those_of_theory(gaussian_codec):
     expected_bits = 64 * np.cumsum(np.diff(snr) * expected[:-1]) / (2.0 * math.log(2.0))
     kl_bits = np.cumsum(encoded.kl_bits.mean(axis=0))
     assert np.abs(kl_bits / expected_bits - 1).max() < 0.1
-    laws = table.step_laws()
-    bits = np.mean([8 * len(bitstream.encode_steps(laws, steps)) for steps in encoded.steps])
+    models = table.step_models()
+    bits = np.mean([8 * len(bitstream.encode_steps(models, steps)) for steps in encoded.steps])
     assert kl_bits[-1] < bits < 1.5 * kl_bits[-1]
 
 
@@ -274,24 +274,24 @@ def test_decoding_is_what_the_encoder_saw(gaussian_codec, tmp_path):
     _, codec, table, _, encoded = gaussian_codec
     (tmp_path / "t.json").write_bytes(table.to_json())
     assert Table.read(str(tmp_path / "t.json")) == table
-    laws = table.step_laws()
-    lengths = [len(laws), 0, 1, 2, 3, 2, 1, len(laws)]
+    models = table.step_models()
+    lengths = [len(models), 0, 1, 2, 3, 2, 1, len(models)]
     prefixes = []
     for steps, length in zip(encoded.steps, lengths, strict=True):
-        data = bitstream.encode_steps(laws, steps)
-        said = bitstream.decode_steps(laws, data, bitstream.prefix_bits(laws, data, length)[-1])
+        data = bitstream.encode_steps(models, steps)
+        said = bitstream.decode_steps(models, data, bitstream.prefix_bits(models, data, length)[-1])
         assert len(said) >= length  # a step without chunks may come for nothing
         prefixes.append(said[:length])
     decoded = codec.decode(prefixes, range(8))
     np.testing.assert_allclose(decoded, encoded.pred_xstart[lengths, range(8)], atol=1e-5)
     (tmp_path / "t.json").write_bytes(b'{"chunk_bits": 3}')
-    with pytest.raises(InputError, match="t.json is no table of this version"):
+    with pytest.raises(InputError, match="t.json is not a compression table of this version"):
         Table.read(str(tmp_path / "t.json"))
 
 
-def test_targets():
+def test_targets_choose_the_number_of_steps():
     bits, mse = np.array([0, 20, 41, 200]), np.array([100.0, 64.0, 36.0, 1.0]) ** 2
-    measured = Measured(bits, bits / 1.3, mse)
+    curve = RateDistortion(bits, bits / 1.3, mse)
     header = 8 * HEADER_BYTES
     for targets, steps in (
         (Targets(), 3),
@@ -303,7 +303,41 @@ def test_targets():
         (Targets(bits_per_dim=(header + 48) / 64), 2),
         (Targets(rmse=40.0, bits_per_dim=header / 64), 0),
     ):
-        assert targets.steps(measured, 64) == steps, targets
+        assert targets.num_steps(curve, 64) == steps, targets
     Targets(bits_per_dim=4.875).check(64)
     with pytest.raises(InputError, match="target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
         Targets(bits_per_dim=4.8).check(64)
+    with pytest.raises(InputError, match="lossless needs all steps: leave `target_rmse`"):
+        Targets(rmse=1.0, lossless=True).check(64)
+
+
+def test_files_decode_to_their_images(gaussian_codec, tmp_path):
+    trained, codec, table, images, _ = gaussian_codec
+    tables = TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail)
+    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    assert tables.get(12) == table
+    measurement = Measurement(table.timesteps)
+    encoded = list(encode_images(codec, images, targets=Targets(lossless=True)))
+    for image in encoded:
+        measurement.add(image)
+    files = {f"{i}.dtfc": image.data for i, image in enumerate(encoded)}
+    np.testing.assert_array_equal(np.stack(list(decode_images(tables, files))), images)
+    assert measurement.rmse == 0.0 and measurement.mean_bytes == np.mean([len(data) for data in files.values()])
+    rows = measurement.record(images)["table"]
+    assert rows[-1]["kl_bits_per_dim"] < rows[-1]["steps_bits_per_dim"] < rows[-1]["file_bits_per_dim"]
+    for targets in (Targets(rmse=40.0), Targets(bits_per_dim=6.0)):
+        (few,) = encode_images(codec, images[:1], targets=targets)
+        (decoded,) = decode_images(tables, {"few": few.data})
+        np.testing.assert_array_equal(decoded, few.shown[few.num_steps])
+        assert few.num_steps < len(table.timesteps) - 1
+
+
+def test_tables_are_those_of_their_checkpoint(gaussian_codec, tmp_path):
+    trained, _, table, _, _ = gaussian_codec
+    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    with pytest.raises(InputError, match="was made for other weights or another `precision`"):
+        TableStore(str(tmp_path), trained, "other", 5, open_train=pytest.fail).get(12)
+    with pytest.raises(InputError, match="batch_size=3: .* was made for 8: leave `batch_size` out"):
+        TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail, batch_size=3).get(12)
+    with pytest.raises(InputError, match="chunk_bits=25 must be from 4 to 24"):
+        TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail).get(25)

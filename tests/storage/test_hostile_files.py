@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion_tf.compression import bitstream
 from diffusion_tf.compression.image_files import read_image_file
-from diffusion_tf.compression.table import Table
+from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.errors import InputError
@@ -150,8 +150,8 @@ TABLE = Table("", "float32", (8, 8, 1), 1, 12, (7,) * 64, (3, 1, 0), ((1, 9), (2
 
 
 def read_compressed(path):
-    header, body = read_image_file(path, TABLE.image_shape)
-    steps = bitstream.decode_steps(TABLE.step_laws(), body[: header.steps_size])
+    header, body = bitstream.unpack(read_image_file(path, TABLE.image_shape), path)
+    steps = bitstream.decode_steps(TABLE.step_models(), body[: header.steps_size])
     assert all(len(step) <= 10 for step in steps)
     bitstream.decode_residual(TABLE.residual_law, body[header.steps_size :], TABLE.image_shape)
 
