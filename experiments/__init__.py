@@ -1,16 +1,11 @@
-"""The programs: `python -m experiments.NAME --help`."""
+"""The programs. In a checkout `python -m experiments NAME --help`, installed `diffusion-tf NAME --help`."""
 
 import gc
 import os
 
-import diffusion_tf  # noqa: F401  (says what TensorFlow's import reads)
+import diffusion_tf  # noqa: F401 (sets the environment that TensorFlow's import reads)
 
 # Before TensorFlow is imported: its C++ side reports every optional library that a machine lacks.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-# To look for garbage among the modules' objects, which all stay, takes a second of TensorFlow's import and of tracing.
+# Scanning the objects of imported modules for garbage takes a second. `_program` turns collection on again.
 gc.disable()
-import tensorflow  # noqa: F401
-
-gc.freeze()
-gc.enable()

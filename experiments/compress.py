@@ -1,4 +1,4 @@
-"""Compresses images into files with a trained run, and decompresses them: progressive lossy compression (Section 4.3).
+"""Compresses images into files with a trained run, and decompresses them (Section 4.3).
 
   python -m experiments.compress encode --workdir=runs/digits --split=test --out=files
   python -m experiments.compress encode --workdir=runs/digits --images=digit.png --out=files --target_rmse=20
@@ -28,10 +28,12 @@ from diffusion_tf.errors import InputError
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
-from experiments import common
+
+from . import _flags, _program
+from ._measured_run import MeasuredRun, read_image
 
 FLAGS = flags.FLAGS
-common.define_measurement_flags(batch_size=None, out="Folder to write.")
+_flags.define_measurement_flags(batch_size=None, out="Folder to write.")
 flags.DEFINE_string("images", None, "encode: an image file, or an .npz with one array uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
@@ -49,7 +51,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("source", None, "decode: a file, or a folder of files.")
 
 
-def _read_images(run: common.Run) -> tuple[list[str], np.ndarray, str]:
+def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
     """Names for the files, the images uint8 [N, H, W, C], and where they come from."""
     if (FLAGS.images is None) == (FLAGS.split is None):
         raise InputError("give one of --images and --split")
@@ -65,11 +67,11 @@ def _read_images(run: common.Run) -> tuple[list[str], np.ndarray, str]:
         images, name = arrays[0][: FLAGS.num_images], FLAGS.images
     else:
         stem = os.path.splitext(os.path.basename(FLAGS.images))[0]
-        return [stem], common.read_image(FLAGS.images, shape)[None], FLAGS.images
+        return [stem], read_image(FLAGS.images, shape)[None], FLAGS.images
     return [f"image_{i:05d}" for i in range(len(images))], images, name
 
 
-def _encode(run: common.Run, step: int, tables: TableStore) -> None:
+def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
     targets = Targets(FLAGS.target_rmse, FLAGS.target_bits_per_dim, FLAGS.lossless)
     targets.check(int(np.prod(run.preset.image_shape)))  # before the table is made
     names, images, subject = _read_images(run)
@@ -94,8 +96,8 @@ def _encode(run: common.Run, step: int, tables: TableStore) -> None:
         print(f"numbers: {base}.json\npicture: {base}.png")
 
 
-def _decode(run: common.Run, tables: TableStore) -> None:
-    common.require_flags("source")
+def _decode(run: MeasuredRun, tables: TableStore) -> None:
+    _flags.require_flags("source")
     paths = [FLAGS.source]
     if tf.io.gfile.isdir(FLAGS.source):
         paths = sorted(tf.io.gfile.glob(os.path.join(FLAGS.source, f"*{EXTENSION}")))
@@ -109,8 +111,8 @@ def _decode(run: common.Run, tables: TableStore) -> None:
 
 
 def main(command: str) -> None:
-    common.require_flags("workdir", "out")
-    run = common.Run.from_flags()
+    _flags.require_flags("workdir", "out")
+    run = MeasuredRun.from_flags()
     step, checkpoint = run.find_checkpoint()
     tables = TableStore(
         os.path.join(run.workdir.path, "compression"),
@@ -129,4 +131,4 @@ def main(command: str) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, commands=("encode", "decode"))
+    _program.run(main, commands=("encode", "decode"))

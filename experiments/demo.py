@@ -1,4 +1,4 @@
-"""Trains the digits preset on this machine, samples from it, and says what was learnt.
+"""Trains the digits preset on this machine, draws samples, and scores them.
 
 python -m experiments.demo --workdir=runs/digits
 """
@@ -24,37 +24,40 @@ from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train
 from diffusion_tf.training.reporter import report_samples
 from diffusion_tf.training.trainer import Trainer
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-flags.DEFINE_integer("num_samples", 256, "How many samples to draw, at least 100.", lower_bound=100)
+_flags.define_workdir_flag()
+flags.DEFINE_integer("num_samples", 256, "Number of samples, at least 100.", lower_bound=100)
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
-What was learnt
-  {parameters:,} parameters, by {step:,} steps of {batch_size} images drawn from {num_examples:,} scanned digits.
-  Of {num_samples} new digits {precision_pixels:.0%} look like real ones (precision), and they cover {recall_pixels:.0%}
-  of the real ones (recall; k = 3 in pixel space, against all 1,797 digits).
-  By the features of a small classifier of digits: Fréchet distance to the real ones {frechet_digits:.2f}; classifier
-  score {classifier_score_digits:.2f}, of at most 10, where the real digits have {real_score:.2f}.
+Results
+  {parameters:,} parameters, trained for {step:,} steps of {batch_size} images from {num_examples:,} scanned digits.
+  {precision_pixels:.0%} of {num_samples} samples look like real digits (precision), and the samples cover
+  {recall_pixels:.0%} of the real digits (recall; k = 3 in pixel space, against all 1,797 digits).
+  With the features of a small digit classifier: Fréchet distance {frechet_digits:.2f}, classifier score
+  {classifier_score_digits:.2f} of at most 10; the real digits have {real_score:.2f}.
 
-Where it lies
+Files
   {picture}   samples beside real digits: look here first
-  {samples}   the raw samples, uint8 [N, 8, 8, 1]
-  {checkpoints}   weights, EMA, optimizer, step
-  {workdir}/metrics.jsonl   one line for each {steps_per_loop} steps
-  tensorboard --logdir={workdir}   the curves
-  python -m experiments.sample --workdir={workdir} --out=more.npz --png=more.png --seed=1   more digits
+  {samples}   the samples, uint8 [N, 8, 8, 1]
+  {checkpoints}   weights, EMA weights, optimizer state, step
+  {workdir}/metrics.jsonl   one line per {steps_per_loop} steps
+
+Next
+  tensorboard --logdir={workdir}   training curves
+  python -m experiments.sample --workdir={workdir} --out=more.npz --png=more.png --seed=1   more samples
   python -m experiments.likelihood --workdir={workdir} --num_timesteps_estimate=20   bits/dim of held-out digits
 """
 
 
 def main() -> None:
-    common.require_flags("workdir")
+    _flags.require_flags("workdir")
     network = digits_network()
     check_metrics(_METRICS, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
-    preset = get_preset("digits", sample_every=0)  # samples are drawn below, once
+    preset = get_preset("digits", sample_every=0)  # samples are drawn below
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
     source = open_source(preset)
@@ -82,7 +85,7 @@ def main() -> None:
     )
     scores = compute_scores(_METRICS, network.name, real_features, features)
     print(
-        _SUMMARY.format(
+        _program.command_lines(_SUMMARY).format(
             **scores,
             real_score=classifier_score(real_features["logits"]),
             parameters=trainer.state.model.count_params(),
@@ -100,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

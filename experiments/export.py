@@ -1,12 +1,12 @@
-"""Exports what training and sampling run, for one replica, as StableHLO; sampler and denoiser also as a SavedModel.
+"""Exports the programs of one replica as StableHLO, the sampler and the denoiser also as SavedModels.
 
   python -m experiments.export --dataset=cifar10 --what=train_step --per_replica_batch=16 --precision=bfloat16 --out=DIR
   python -m experiments.export --workdir=runs/cifar10 --what=denoiser --out=DIR
 
-The folder then holds WHAT.stablehlo.mlir, the weights as safetensors, and a manifest.json that names arguments and
-results, with their shapes and dtypes, what each argument starts as, and which result feeds which argument. Weights are
-the EMA weights of the run's checkpoint, or with --dataset the initial ones. A SavedModel is loaded by TensorFlow alone:
-its serving_default takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
+The folder gets WHAT.stablehlo.mlir, the weights as safetensors, and a manifest.json of arguments and results: names,
+shapes, dtypes, the initial value of each argument, and which result feeds which argument. The weights are the EMA
+weights of the run's checkpoint, or with --dataset initial ones. A SavedModel needs only TensorFlow: its serving_default
+takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
 """
 
 from absl import flags
@@ -17,32 +17,33 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import load_ema
 from diffusion_tf.unet import UNet
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-common.define_preset_flags()
-flags.DEFINE_integer("checkpoint", None, "With --workdir: the step of the checkpoint to use. Default: the newest.")
-flags.DEFINE_enum("what", None, export.PROGRAMS, "The program.")
-flags.DEFINE_integer("per_replica_batch", 16, "Images that it computes.", lower_bound=1)
-flags.DEFINE_string("out", None, "The folder to write.")
+_flags.define_workdir_flag()
+_flags.define_preset_flags()
+flags.DEFINE_integer("checkpoint", None, "With --workdir: step of the checkpoint. Default: the newest.")
+flags.DEFINE_enum("what", None, export.PROGRAMS, "Program to export.")
+flags.DEFINE_integer("per_replica_batch", 16, "Images that the program computes.", lower_bound=1)
+flags.DEFINE_string("out", None, "Folder to write.")
 
 
 def main() -> None:
-    common.require_flags("what", "out")
+    _flags.require_flags("what", "out")
     if FLAGS.batch_size is not None:
-        raise InputError("--batch_size is of a whole run: the replica's images are --per_replica_batch")
+        raise InputError("--batch_size is for all replicas: give --per_replica_batch instead")
     if FLAGS.checkpoint is not None and FLAGS.workdir is None:
         raise InputError("--checkpoint goes with --workdir")
     FLAGS.batch_size = FLAGS.per_replica_batch
     if FLAGS.workdir is None:
-        preset = common.preset_from_flags()
+        preset = _flags.preset_from_flags()
         model = UNet.from_preset(preset)
     else:
         if not FLAGS["dataset"].using_default_value:
-            raise InputError("--dataset is for a network without a run: leave it out with --workdir")
+            raise InputError("--dataset does not go with --workdir, whose run has its own preset")
         workdir = Workdir(FLAGS.workdir)
-        preset = common.preset_from_flags(workdir.read_preset())
+        preset = _flags.preset_from_flags(workdir.read_preset())
         model = UNet.from_preset(preset)
         load_ema(model, checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)[1])
     for path in export.write(FLAGS.out, FLAGS.what, preset, model):
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

@@ -1,4 +1,4 @@
-"""Makes a run of weights from elsewhere, to sample, measure, or train further; or writes a run for diffusers.
+"""Imports weights from the authors' program or from diffusers as a run; or exports a run for diffusers.
 
   python -m experiments.import_checkpoint --workdir=runs/cifar10 --dataset=cifar10 --format=tf1 \
       --source=diffusion_models_release/diffusion_cifar10_model/model.ckpt-790000
@@ -6,8 +6,9 @@
       --source=ddpm-church-256
   python -m experiments.import_checkpoint --workdir=runs/cifar10 --export_diffusers=exported
 
-tf1 is a checkpoint of the authors' program, with EMA; diffusers is a folder of a DDPMPipeline or a UNet2DModel in
-safetensors. The preset, with its flags, says what they must be of. The workdir is new: whole afterwards, or absent.
+tf1 is a checkpoint of the authors' program with EMA weights; diffusers is a folder with a DDPMPipeline or a UNet2DModel
+in safetensors. The weights must fit the network of the preset. The new run can be sampled, measured and trained on. The
+workdir must not exist; a failed import leaves none behind.
 """
 
 from absl import flags
@@ -20,25 +21,26 @@ from diffusion_tf.storage.files import new_folder
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import load_ema
 from diffusion_tf.unet import UNet
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-common.define_preset_flags()
-flags.DEFINE_enum("format", None, FORMATS, "What --source is.")
-flags.DEFINE_string("source", None, "The checkpoint's prefix (tf1), or the folder (diffusers).")
+_flags.define_workdir_flag()
+_flags.define_preset_flags()
+flags.DEFINE_enum("format", None, FORMATS, "Format of --source.")
+flags.DEFINE_string("source", None, "Prefix of the checkpoint's files (tf1), or folder (diffusers).")
 flags.DEFINE_string(
     "attention_head_dim",
     None,
-    "Of a diffusers network whose configuration does not say: null for one head, which is all that there is here.",
+    "attention_head_dim of a diffusers network whose configuration lacks it: null, since only one head is supported.",
 )
-flags.DEFINE_string("export_diffusers", None, "Write the EMA weights of --workdir into this new folder for diffusers.")
-flags.DEFINE_integer("checkpoint", None, "With --export_diffusers: the step of the checkpoint. Default: the newest.")
+flags.DEFINE_string("export_diffusers", None, "New folder to write the EMA weights of --workdir to, for diffusers.")
+flags.DEFINE_integer("checkpoint", None, "With --export_diffusers: step of the checkpoint. Default: the newest.")
 
 
 def _import() -> None:
-    common.require_flags("format")
-    preset = common.preset_from_flags()
+    _flags.require_flags("format")
+    preset = _flags.preset_from_flags()
     with new_folder(FLAGS.workdir) as temporary:
         model = UNet.from_preset(preset)
         if FLAGS.format == "tf1":
@@ -46,7 +48,7 @@ def _import() -> None:
         else:
             arrays = read_diffusers(FLAGS.source, preset, model, FLAGS.attention_head_dim)
         workdir = Workdir(temporary)
-        # How many images it was trained on, no such file says.
+        # The files do not record the number of training images.
         workdir.write_config(preset, None, FLAGS.flags_into_string())
         checkpoints.save(workdir.checkpoints, int(arrays["step"]), arrays)
     print(f"{FLAGS.source}, step {arrays['step']}: {FLAGS.workdir}")
@@ -64,11 +66,11 @@ def _export() -> None:
 
 
 def main() -> None:
-    common.require_flags("workdir")
+    _flags.require_flags("workdir")
     if bool(FLAGS.source) == bool(FLAGS.export_diffusers):
         raise InputError("give one of --source, to import, and --export_diffusers, to export")
     (_import if FLAGS.source else _export)()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

@@ -3,12 +3,13 @@
   python -m experiments.likelihood --workdir=runs/digits --split=test
   python -m experiments.likelihood --workdir=runs/cifar10 --split=test --num_images=500 --num_timesteps_estimate=20
 
-T network evaluations an image; the second command takes 21 of them and tells how far off its estimate may be. The same
-command again goes on where an interrupted one was. Writes likelihood_SPLIT.json into the workdir, and beside it the
-terms over t as a PNG; an estimate goes into likelihood_SPLIT_estimate.json, without a picture.
+This takes T network evaluations per image. The second command estimates the bound from 21, and tells the standard
+error. The same command resumes an interrupted measurement. The results are likelihood_SPLIT.json in the workdir and a
+PNG of the terms over t; an estimate is likelihood_SPLIT_estimate.json, without a picture.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -17,12 +18,14 @@ from diffusion_tf import figures
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
 from diffusion_tf.storage.files import write_file, write_json
-from experiments import common
+
+from . import _flags, _program
+from ._measured_run import MeasuredRun
 
 FLAGS = flags.FLAGS
-common.define_bound_flags()
+_flags.define_bound_flags()
 flags.DEFINE_integer(
-    "num_timesteps_estimate", None, "Estimate the sum of the bound from L_0 and this many random terms.", lower_bound=1
+    "num_timesteps_estimate", None, "Estimate the bound from L_0 and this many random terms per image.", lower_bound=1
 )
 
 _TABLE = """
@@ -38,7 +41,7 @@ Appendix C
 """
 
 
-def _result(run: common.Run, bound: Bound) -> dict:
+def _result(run: MeasuredRun, bound: Bound) -> dict[str, Any]:
     bits_per_dim, standard_error = mean_and_standard_error(bound.total_bpd)
     schedule = GaussianDiffusion.from_preset(run.preset).schedule
     return {
@@ -52,10 +55,10 @@ def _result(run: common.Run, bound: Bound) -> dict:
 
 
 def main() -> None:
-    run = common.Run.from_flags()
+    run = MeasuredRun.from_flags()
     estimate = "" if FLAGS.num_timesteps_estimate is None else "_estimate"
-    out = common.out_path(os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
-    bound, subject = common.bound_from_flags(run, FLAGS.num_timesteps_estimate)
+    out = _flags.out_path(os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
+    bound, subject = run.measure_bound(FLAGS.num_timesteps_estimate)
     result = {**subject, "num_timesteps_estimate": FLAGS.num_timesteps_estimate, **_result(run, bound)}
     print(_TABLE.format(**result))
     if bound.terms_bpd is not None and bound.terms_standard_error is not None:
@@ -71,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

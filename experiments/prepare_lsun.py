@@ -1,10 +1,10 @@
-"""Makes StyleGAN TFRecords, which the lsun presets train on, of LSUN's LMDB folders or of a folder of images.
+"""Writes StyleGAN TFRecords for the lsun presets, from LSUN's LMDB folders or a folder of images.
 
   python -m experiments.prepare_lsun --source=church_outdoor_train_lmdb --out=data
   python -m experiments.train --workdir=runs/church --dataset=lsun_church --tfrecord='data/church-r08-*.tfrecords'
 
-Each image is cut to its central square and scaled by Lanczos, as StyleGAN's dataset_tool does. Every shard is read back
-before it counts. The same command again writes only what is missing; NAME.json tells what is there.
+Each image is cropped to its central square and scaled with a Lanczos filter, as StyleGAN's dataset_tool does. Every
+shard is read back and checked. The same command writes only the missing shards; NAME.json lists those that exist.
 """
 
 import os
@@ -14,23 +14,22 @@ from absl import flags
 
 from diffusion_tf.data.prepare_tfrecords import find_images, prepare
 from diffusion_tf.presets import PRESETS
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("source", None, "A folder: of an LSUN LMDB (unpacked, with data.mdb), or of images at any depth.")
-flags.DEFINE_string("out", None, "The folder to write to (may be gs://).")
-flags.DEFINE_string("name", "church", "What the files' names begin with.")
-flags.DEFINE_integer("resolution", 256, "Height and width of the images to write: a power of two.")
-flags.DEFINE_integer(
-    "num_shards", None, "How many files. Default: one for each 4,096 images, but 16 for fewer.", lower_bound=1
-)
-flags.DEFINE_integer("num_workers", os.cpu_count(), "Processes, of 0.7 GB of memory each.", lower_bound=1)
-flags.DEFINE_integer("limit", None, "Take only the first so many images. Default: all.", lower_bound=1)
-flags.DEFINE_integer("skip_bad_images", 0, "Leave out up to so many images that cannot be read.", lower_bound=0)
+flags.DEFINE_string("source", None, "An unpacked LSUN LMDB folder (with data.mdb), or a folder of images at any depth.")
+flags.DEFINE_string("out", None, "Folder to write (may be gs://).")
+flags.DEFINE_string("name", "church", "Prefix of the files' names.")
+flags.DEFINE_integer("resolution", 256, "Height and width of the written images, a power of two.")
+flags.DEFINE_integer("num_shards", None, "Number of files. Default: one per 4,096 images, at least 16.", lower_bound=1)
+flags.DEFINE_integer("num_workers", os.cpu_count(), "Number of processes; each takes 0.7 GB of memory.", lower_bound=1)
+flags.DEFINE_integer("limit", None, "Number of images. Default: all.", lower_bound=1)
+flags.DEFINE_integer("skip_bad_images", 0, "Number of unreadable images to tolerate.", lower_bound=0)
 
 
 def main() -> None:
-    common.require_flags("source", "out")
+    _flags.require_flags("source", "out")
     pattern, manifest = prepare(
         find_images(FLAGS.source, FLAGS.limit),
         FLAGS.out,
@@ -48,8 +47,8 @@ def main() -> None:
     command = f"python -m experiments.train --workdir=runs/{FLAGS.name} --dataset={dataset}"
     if FLAGS.resolution != PRESETS[dataset].image_size:
         command += f" --image_size={FLAGS.resolution}"
-    print(f"train: {command} --tfrecord={shlex.quote(pattern)}")
+    print(_program.command_lines(f"train: {command} --tfrecord={shlex.quote(pattern)}"))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

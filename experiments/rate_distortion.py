@@ -1,11 +1,11 @@
-"""Measures progressive lossy compression (Section 4.3): Table 4 and Figure 5 of the paper for a trained run.
+"""Measures the rate-distortion curve of a trained run (Section 4.3): Table 4 and Figure 5 of the paper.
 
   python -m experiments.rate_distortion --workdir=runs/digits --split=test
 
-A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows the x_0 that it predicts
-(distortion: root mean squared error on [0, 255]). Reads what `experiments.likelihood` has measured with the same flags,
-and measures what is missing. Writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir.
-The picture shows the files of `experiments.compress` too, where this checkpoint has compressed the split.
+A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows its prediction of x_0
+(distortion: root mean squared error on [0, 255]). The program reads what `likelihood` measured with the same flags, and
+measures the rest. It writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir. The
+picture includes the files of `compress`, if this checkpoint has compressed the split.
 """
 
 import csv
@@ -21,27 +21,29 @@ from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
-from experiments import common
+
+from . import _flags, _program
+from ._measured_run import MeasuredRun
 
 FLAGS = flags.FLAGS
-common.define_bound_flags()
+_flags.define_bound_flags()
 
 
-def _table(rows: list[dict], with_paper: bool) -> list[dict]:
-    """Ten rows at reverse process times T, 0.9 T, ..., as Table 4 has them; the paper's numbers beside ours."""
+def _table(rows: list[dict[str, Any]], with_paper: bool) -> list[dict[str, Any]]:
+    """Ten rows at the reverse process times T, 0.9 T, ... of Table 4; `with_paper` adds the paper's numbers."""
     num_timesteps = len(rows)
     times = [num_timesteps * tenth // 10 for tenth in range(10, 0, -1)]
     table = [rows[time - 1] for time in times if time]
     return [{**row, **paper.TABLE_4[row["reverse_process_time"]]} for row in table] if with_paper else table
 
 
-def _print_table(table: list[dict]) -> None:
+def _print_table(table: list[dict[str, Any]]) -> None:
     print("".join(f"{name:>26}" for name in table[0]))
     for row in table:
         print("".join(f"{value:>26.5f}" if isinstance(value, float) else f"{value:>26}" for value in row.values()))
 
 
-def _csv(rows: list[dict]) -> bytes:
+def _csv(rows: list[dict[str, Any]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -49,8 +51,8 @@ def _csv(rows: list[dict]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def _measured_files(run: common.Run, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Bits/dim and RMSE of what `experiments.compress` wrote of this split by the checkpoint of `step`."""
+def _measured_files(run: MeasuredRun, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Bits/dim and RMSE of the files that `compress` wrote for this split with the checkpoint of `step`."""
     path = os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json")
     record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
@@ -59,8 +61,8 @@ def _measured_files(run: common.Run, step: int) -> dict[str, tuple[np.ndarray, n
     return {"files without their header": (column("steps_bits_per_dim"), column("distortion_rmse"))}
 
 
-def _figure(rows: list[dict], files: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
-    """The three curves of Figure 5, and the files' points."""
+def _figure(rows: list[dict[str, Any]], files: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """A PNG of the three curves of Figure 5, with the points of the compressed files."""
     time, rate, rmse = (np.array([row[key] for row in rows]) for key in rows[0])
     steps, bits, distortion = "reverse process steps (T - t + 1)", "rate (bits/dim)", "distortion (RMSE)"
     return figures.curves(
@@ -73,9 +75,9 @@ def _figure(rows: list[dict], files: dict[str, tuple[np.ndarray, np.ndarray]]) -
 
 
 def main() -> None:
-    run = common.Run.from_flags()
-    out = common.out_path(os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
-    bound, subject = common.bound_from_flags(run)
+    run = MeasuredRun.from_flags()
+    out = _flags.out_path(os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
+    bound, subject = run.measure_bound()
     rate, rmse = rate_distortion(bound)
     rows = [
         {"reverse_process_time": len(rate) - t, "rate_bits_per_dim": float(rate[t]), "distortion_rmse": float(rmse[t])}
@@ -93,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

@@ -1,9 +1,9 @@
-"""Writes one page about a run: configuration, curves, bits/dim, rate-distortion, scores, samples, the paper's tables.
+"""Writes one page about a run: configuration, curves, all measurements, and the paper's tables.
 
   python -m experiments.report --workdir=runs/digits
 
-Reads what training and the measurements left in the workdir, and writes report.md and report.png there. What was not
-measured says by which command it would be.
+The program reads the results of training and of measurements in the workdir, and writes report.md and report.png there.
+For each missing measurement the report names the command.
 """
 
 import os
@@ -13,18 +13,19 @@ from absl import flags
 from diffusion_tf.reports.run_page import read_run, to_markdown, to_png
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.workdir import Workdir
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-flags.DEFINE_string("out", None, "The Markdown file to write; the PNG lies beside it. Default: in the workdir.")
+_flags.define_workdir_flag()
+flags.DEFINE_string("out", None, "Markdown file to write, with a PNG beside it. Default: in the workdir.")
 
 
 def main() -> None:
-    common.require_flags("workdir")
+    _flags.require_flags("workdir")
     workdir = Workdir(FLAGS.workdir)
     record = read_run(workdir)
-    out = common.out_path(os.path.join(workdir.path, "report.md"), ".md")
+    out = _flags.out_path(os.path.join(workdir.path, "report.md"), ".md")
     picture = f"{os.path.splitext(out)[0]}.png"
     write_file(picture, to_png(record))
     write_file(out, to_markdown(record, os.path.basename(picture)).encode())
@@ -32,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

@@ -1,14 +1,14 @@
-"""Draws samples from a trained run with its EMA weights: by Algorithm 2, or in few steps by DDIM or DPM-Solver++.
+"""Draws samples from a trained run with its EMA weights: Algorithm 2, or DDIM or DPM-Solver++ in few steps.
 
   python -m experiments.sample --workdir=runs/digits --num_samples=100 --seed=1 --out=samples.npz --png=grid.png
   python -m experiments.sample --workdir=runs/digits --sampler=dpm_solver++ --sampler_steps=20 --out=samples.npz
   python -m experiments.sample --workdir=runs/digits --sampler=ddim --sampler_steps=200 --encode=a.npz --out=b.npz
 
-Sample i depends on --seed and i alone: another batch size or number of replicas gives the same pictures, up to float
+Sample i depends only on --seed and i: another batch size or number of replicas gives the same images up to float
 rounding. The file holds `samples`, uint8 [N, H, W, C].
 
---encode takes the `samples` of a file instead, runs DDIM from them to the latents that they would be drawn from and
-back again, and writes `latents`, float32, beside the `samples` that they give.
+--encode runs DDIM from the `samples` of a file to their latents and back, and writes `latents`, float32, beside the
+`samples` that they decode to.
 """
 
 import numpy as np
@@ -20,24 +20,26 @@ from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.samplers import draw_samples, encode_and_decode
 from diffusion_tf.storage.files import check_writable, write_file, write_npz
 from diffusion_tf.trained_model import TrainedModel
-from experiments import common
+
+from . import _flags, _program
+from ._measured_run import MeasuredRun
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-common.define_strategy_flags()
-common.define_precision_flag()
-common.define_sampler_flags()
-flags.DEFINE_integer("checkpoint", None, "The step of the checkpoint to sample from. Default: the newest.")
-flags.DEFINE_integer("num_samples", 64, "How many samples to draw.", lower_bound=1)
+_flags.define_workdir_flag()
+_flags.define_strategy_flags()
+_flags.define_precision_flag()
+_flags.define_sampler_flags()
+flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
+flags.DEFINE_integer("num_samples", 64, "Number of samples.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("out", None, "The .npz file to write.")
-flags.DEFINE_string("encode", None, "With --sampler=ddim: an .npz of `samples` to run to latents and back.")
-flags.DEFINE_string("png", None, "Also write a grid of the samples here.")
+flags.DEFINE_string("encode", None, "With --sampler=ddim: an .npz of `samples` to encode and decode.")
+flags.DEFINE_string("png", None, "PNG to write a grid of the samples to.")
 
 
 def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
-    """The images of --encode as latents, and what those decode to."""
+    """The latents of the images in --encode, and the samples that they decode to."""
     file = file_images(FLAGS.encode, trained.preset.image_shape)
     images = file.pixels(0, file.count)
     latents, samples = encode_and_decode(
@@ -49,11 +51,11 @@ def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    common.require_flags("workdir", "out")
+    _flags.require_flags("workdir", "out")
     if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
-        raise InputError("--encode goes with --sampler=ddim and no --ddim_eta: only that can be run backwards")
-    run = common.Run.from_flags()
-    settings = common.sampler_from_flags(run)
+        raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
+    run = MeasuredRun.from_flags()
+    settings = _flags.sampler_from_flags(run.preset)
     step, checkpoint = run.find_checkpoint()
     for path in filter(None, (FLAGS.out, FLAGS.png)):
         check_writable(path)  # before the work, not after it
@@ -76,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

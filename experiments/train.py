@@ -1,9 +1,9 @@
-"""Trains a diffusion model (Algorithm 1), or goes on with a run that was stopped.
+"""Trains a diffusion model (Algorithm 1), or resumes a run.
 
   python -m experiments.train --workdir=runs/digits
   python -m experiments.train --workdir=gs://bucket/cifar10 --dataset=cifar10 --data_dir=gs://bucket/tfds --tpu=local
 
-The same command again goes on from the newest checkpoint. A folder that holds a run of another recipe is refused.
+The same command resumes from the newest checkpoint. A folder with a run of another recipe is refused.
 """
 
 import contextlib
@@ -20,28 +20,29 @@ from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.loop import train
 from diffusion_tf.training.trainer import Trainer
 from diffusion_tf.unet import UNet
-from experiments import common
+
+from . import _flags, _program
 
 FLAGS = flags.FLAGS
-common.define_workdir_flag()
-common.define_strategy_flags()
-common.define_preset_flags()
-common.define_data_flags()
+_flags.define_workdir_flag()
+_flags.define_strategy_flags()
+_flags.define_preset_flags()
+_flags.define_data_flags()
 flags.DEFINE_integer(
-    "skip_bad_records", 0, "So many records of --tfrecord may be bad: each has another in its place.", lower_bound=0
+    "skip_bad_records", 0, "Number of bad records of --tfrecord to tolerate; others replace them.", lower_bound=0
 )
-flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and stop.")
+flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
 
 
 def main() -> None:
-    preset = common.preset_from_flags()
+    preset = _flags.preset_from_flags()
     if FLAGS.dry_run:
-        GaussianDiffusion.from_preset(preset)  # refuses what training would
+        GaussianDiffusion.from_preset(preset)  # raises for settings that training would refuse
         print(json.dumps(dataclasses.asdict(preset), indent=2))
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
-    common.require_flags("workdir")
-    # Before anything else touches TensorFlow, as several hosts need.
+    _flags.require_flags("workdir")
+    # With several hosts, this must precede every other use of TensorFlow.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
     source = open_source(
         preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord, skip_bad_records=FLAGS.skip_bad_records
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    _program.run(main)

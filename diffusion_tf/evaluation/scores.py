@@ -1,7 +1,7 @@
-"""Scores a run's samples against real images: samples, features, metrics; and keeps the best checkpoint.
+"""Scores a run's samples against real images: samples, features, metrics, and the best checkpoint.
 
-Scores of Inception's features carry the published names (`fid`, `kid`, `inception_score`); those of any other network
-name it (`frechet_digits`, `frechet_pixels`), so that no one takes the one for the other.
+Scores of Inception features have the published names (`fid`, `kid`, `inception_score`). Those of another network are
+named after it (`frechet_digits`, `frechet_pixels`), so that nobody mistakes one for the other.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel, load_ema
 
 METRICS = ("fid", "inception_score", "kid", "precision_recall")
-# Names by network: only Inception's features make a FID.
+# Names by network: only Inception features give a FID.
 _NAMES = {
     "inception": {"fid": "fid", "kid": "kid", "inception_score": "inception_score"},
     "digits": {"fid": "frechet_digits", "kid": "kernel_digits", "inception_score": "classifier_score_digits"},
@@ -41,18 +41,19 @@ _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", 
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
-MAX_REFERENCE = 50_000  # real images, unless one says otherwise: the millions of LSUN would not fit memory
-_KERNEL_BLOCK = 1024  # images in a block of TF-GAN's kernel distance
+MAX_REFERENCE = 50_000  # default number of real images: the millions of LSUN would not fit in memory
+_KERNEL_BLOCK = 1024  # images per block of TF-GAN's kernel distance
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images to compare, wherever they come from.
+    """Images to compare: of a data set, of a file, or samples.
 
     Attributes:
-      description: what identifies them, as JSON can hold it.
-      count: how many.
-      pixels: pixels(first, count) are images first .. first + count - 1, [count, H, W, C] in [0, 255], uint8 or float.
+      description: JSON values that identify the images.
+      count: number of images.
+      pixels: pixels(first, count) returns the images first .. first + count - 1, [count, H, W, C] in [0, 255], uint8
+        or float.
     """
 
     description: dict[str, Any]
@@ -67,10 +68,10 @@ def source_images(source: ImageSource, dataset: str, split: str, count: int) -> 
 
 
 def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
-    """The images of an .npz file, `samples` uint8 [N, H, W, C].
+    """The images of an .npz file: `samples`, uint8 [N, H, W, C].
 
     Raises:
-      InputError: the file cannot be read, or holds no such images.
+      InputError: the file cannot be read, or holds no images of this shape.
     """
     images = read_npz(path).get("samples")
     if images is None or images.dtype != np.uint8 or images.shape[1:] != image_shape:
@@ -82,10 +83,21 @@ def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
 
 
 class RunSamples:
-    """Samples of a run's checkpoints by their EMA weights: clipped, and not rounded to levels.
+    """Samples of a run's checkpoints from their EMA weights: clipped, but not rounded to integers.
+
+    Args:
+      strategy: where to draw them.
+      preset: the run's configuration.
+      num_samples: number of samples.
+      batch_size: samples drawn at once, over all replicas.
+      seed: seed of the samples.
+      settings: the sampler; default: ancestral sampling over all steps.
+
+    Attributes:
+      sampling: seed and sampler, as JSON values.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas, or the settings do not fit the process.
+      InputError: the batch size is not divisible by the replicas, or the settings do not fit the preset.
     """
 
     def __init__(
@@ -104,10 +116,10 @@ class RunSamples:
         self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
 
     def of_checkpoint(self, path: str) -> Images:
-        """The samples of the checkpoint at `path`, drawn when they are asked for, until another one's are.
+        """The samples of the checkpoint at `path`, drawn when `pixels` is called. Valid until the next call.
 
         Raises:
-          InputError: the checkpoint does not fit.
+          InputError: the file is damaged, or holds another network.
         """
         load_ema(self.trained.model, path)
         digest = checkpoints.load_digest(path)
@@ -116,10 +128,13 @@ class RunSamples:
 
 
 class FeatureExtractor:
-    """The features of images by `network`, on the replicas of `strategy`.
+    """Computes the features of images.
 
     Args:
-      partial: the folder where batches are kept, so that an interrupted extraction goes on.
+      network: the network.
+      strategy: where it runs.
+      batch_size: images computed at once, over all replicas.
+      partial: folder that keeps the features of each batch, so that an interrupted extraction can be resumed.
 
     Raises:
       InputError: the batch size is not divisible by the replicas.
@@ -132,16 +147,20 @@ class FeatureExtractor:
         self._apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
 
     def describe(self, images: Images) -> dict[str, Any]:
-        """What the features of `images` depend on."""
+        """All that the features of `images` depend on, as JSON values."""
         network = {"features": self.network.name, "sha256": self.network.sha256, "resize": self.network.resize}
         return {**images.description, **network}
 
     def parts(self, images: Images) -> Parts:
-        """The extraction from `images` as it lies on disk."""
+        """The batches of features of `images` that are on disk."""
         return Parts(self.partial, self.describe(images), num_examples=images.count, batch_size=self.batch_size)
 
     def __call__(self, images: Images, label: str) -> Arrays:
-        """`features` [N, D], of a classifier `logits` [N, classes], and `pixels` [N, D] where distances are theirs.
+        """Extracts features; shows progress with `label`.
+
+        Returns:
+          `features` [N, D]; for a classifier also `logits` [N, classes]; and `pixels` [N, D] if the network's distances
+          are those of pixels.
 
         Raises:
           InputError: a feature is not finite.
@@ -159,16 +178,16 @@ class FeatureExtractor:
 
 
 def reference_path(workdir: Workdir, network: FeatureNetwork, images: Images) -> str:
-    """Where the features of real images are kept, unless one says otherwise."""
+    """The default path of the file that keeps the features of real images."""
     label = images.description.get("split") or images.description["file_sha256"][:8]
     return os.path.join(workdir.path, f"reference_{network.name}_{label}.npz")
 
 
 def reference_features(extractor: FeatureExtractor, images: Images, path: str) -> Arrays:
-    """The features of real images, from the file at `path` where it holds just these, else computed and kept there.
+    """The features of real images, read from the file at `path`, or computed and written there if it does not exist.
 
     Raises:
-      InputError: the file was made of other images, or by another network; the difference is named.
+      InputError: the file holds features of other images, or of another network; the message names the difference.
     """
     description = extractor.describe(images)
     if tf.io.gfile.exists(path):
@@ -176,13 +195,13 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
         try:
             there = dict(json.loads(str(arrays.pop("description", "{}"))))
         except (ValueError, TypeError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is no reference, or is damaged: remove it") from error
+            raise DamagedFileError(f"{path} is not a reference, or is damaged: remove it") from error
         differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
         if differing:
             name = differing[0]
             raise InputError(
                 f"{path} holds a reference with {name} {there.get(name)}, not {description.get(name)}: remove it, or"
-                " name another by `reference_cache`"
+                " choose another file with `reference_cache`"
             )
         return arrays
     arrays = extractor(images, "real images")
@@ -191,16 +210,47 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
     return arrays
 
 
-def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int) -> None:
-    """Makes sure, before the work, that these numbers of images and this network can give the metrics.
+def choose_metrics(names: Sequence[str] | None, network: str) -> list[str]:
+    """The metrics `names`; by default all that the features of `network` allow.
 
     Raises:
-      InputError: they cannot.
+      ConfigError: a name is unknown.
     """
-    classifier_metrics()  # InputError where TF-GAN is missing
+    for name in names or ():
+        if name not in METRICS:
+            raise ConfigError("metrics", f"={name}: choose from {', '.join(METRICS)}")
+    return list(names or (name for name in METRICS if name in (*_NAMES[network], "precision_recall")))
+
+
+def choose_best_by(best_by: str | None, metrics: Sequence[str], network: str) -> str:
+    """The score `best_by` of these metrics; by default the first one.
+
+    Raises:
+      ConfigError: the metrics have no such score.
+    """
+    known = [score_names(metric, network)[0] for metric in metrics]
+    if best_by and best_by not in known:
+        raise ConfigError("best_by", f"={best_by}: choose from {', '.join(known)}")
+    return best_by or known[0]
+
+
+def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int) -> None:
+    """Checks, before the work, that the metrics can be computed.
+
+    Args:
+      names: names out of METRICS.
+      network: name of the feature network.
+      num_samples: number of samples.
+      num_real: number of real images.
+
+    Raises:
+      ConfigError: there are too few images for a metric, or the network is not a classifier.
+      InputError: TF-GAN is not installed.
+    """
+    classifier_metrics()
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
-    # TF-GAN's blocks are of equal number in both sets, and each needs two images of either.
+    # TF-GAN splits both sets into the same number of blocks, each of which needs two images of either set.
     blocks = -(-max(num_samples, num_real) // _KERNEL_BLOCK)
     least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
     for name in names:
@@ -210,7 +260,7 @@ def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real
 
 
 def score_names(metric: str, network: str) -> tuple[str, ...]:
-    """What the scores of one of METRICS are called."""
+    """Names of the scores that one of METRICS gives with features of `network`."""
     if metric == "precision_recall":
         space = "" if network == "inception" else "_pixels"
         return f"precision{space}", f"recall{space}"
@@ -220,10 +270,20 @@ def score_names(metric: str, network: str) -> tuple[str, ...]:
 
 
 def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
-    """The metrics `names` of generated against real features, by `score_names`."""
+    """Computes metrics of generated against real features.
+
+    Args:
+      names: names out of METRICS.
+      network: name of the feature network.
+      real: features of the real images, as `FeatureExtractor` returns them.
+      generated: features of the samples.
+
+    Returns:
+      The scores by the names of `score_names`.
+    """
     compute: dict[str, Callable[[], tuple[float, ...]]] = {
         "fid": lambda: (metrics.frechet_distance(real["features"], generated["features"]),),
-        # In random order, as the blocks must be.
+        # TF-GAN takes blocks of consecutive images, which must be random.
         "kid": lambda: metrics.kernel_distance(_shuffled(real["features"]), _shuffled(generated["features"])),
         "inception_score": lambda: (
             metrics.classifier_score(generated["logits"]),
@@ -246,10 +306,17 @@ def _shuffled(features: np.ndarray) -> np.ndarray:
 def record_evaluation(
     workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
 ) -> None:
-    """Adds a line to `evaluations.jsonl`, scalars to TensorBoard, and keeps the best checkpoint by the score `best_by`.
+    """Adds a line to `evaluations.jsonl` and scalars to TensorBoard, and keeps the best checkpoint.
 
-    `checkpoints/best/` holds the checkpoint that scored best of all that were measured in the same way. One that was
-    chosen by another measurement is left alone: to begin a new contest, remove it.
+    `checkpoints/best/` holds the best of all checkpoints that were measured in the same way. If another measurement
+    chose it, it stays: remove it to choose by this one.
+
+    Args:
+      workdir: the run's folder.
+      checkpoint: path of the checkpoint.
+      result: what was measured, and how.
+      scores: the scores.
+      best_by: the score that decides.
     """
     line = {**result, **scores}
     writer = tf.summary.create_file_writer(os.path.join(workdir.tensorboard, "evaluation"))
@@ -272,5 +339,5 @@ def record_evaluation(
 
 
 def is_alike(line: dict[str, Any], result: dict[str, Any]) -> bool:
-    """Whether a line of `evaluations.jsonl` was measured as `result` is, whatever the checkpoint."""
+    """Whether a line of `evaluations.jsonl` was measured in the same way as `result`, of any checkpoint."""
     return all(line.get(name) == value for name, value in result.items() if name not in ("step", "checkpoint_sha256"))

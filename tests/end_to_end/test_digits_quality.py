@@ -1,4 +1,4 @@
-"""The digits preset learns digits: minutes of training, and the bar that it must reach."""
+"""The digits preset reaches its precision and recall after minutes of training."""
 
 import pytest
 

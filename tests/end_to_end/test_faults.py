@@ -1,4 +1,4 @@
-"""A table of faults: each ends a program with its line and its exit code, and leaves every earlier file as it was."""
+"""A table of faults: each ends a program with one line and an exit code, and leaves all files as they were."""
 
 import hashlib
 import io
@@ -20,14 +20,14 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.state import TrainState
 
-pytestmark = pytest.mark.slow  # most of a minute: programs are started and end
+pytestmark = pytest.mark.slow  # minutes: each fault starts a program
 
 PRESET = get_preset("digits", ch_mult=(1,), num_timesteps=4, batch_size=8, num_steps=8)
 RECORDS = (ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
 RECORD = len(RECORDS) // 24
 
 
-# --- what is broken, and how --------------------------------------------------------------------------------
+# --- How files are broken -----------------------------------------------------------------------------------
 
 
 def text(name, content):
@@ -64,7 +64,7 @@ def npz(name, **arrays):
 
 
 def bomb(name):
-    """An array of 2^40 bytes, of which the archive has 8."""
+    """An archive of 8 bytes that claims to hold an array of 2^40 bytes."""
 
     def break_it(run):
         header = io.BytesIO()
@@ -76,7 +76,7 @@ def bomb(name):
 
 
 def records_of(dtype=np.uint8, shape=(3, 4, 4), second=None):
-    """StyleGAN TFRecords of two pictures, the second with another `shape` if that is given."""
+    """StyleGAN TFRecords of two images; the second states the shape `second`, if given."""
 
     def break_it(run):
         with tf.io.TFRecordWriter(str(run / "x.tfrecords")) as writer:
@@ -107,14 +107,14 @@ def newer_format(run):
 
 
 class Pickled:
-    """What a hostile file would run."""
+    """Unpickling this creates a file."""
 
     def __reduce__(self):
         return pathlib.Path("was_run").touch, ()
 
 
 def cats(run):
-    """Makes it a run of 4x4 pictures, with samples of it."""
+    """Turns the run into one of 4x4 images, with samples."""
     (run / "config.json").unlink()
     preset = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
     Workdir(str(run)).write_config(preset, 24, "")
@@ -140,7 +140,7 @@ FLAGS = [
     ("an unknown flag", sound, ["--learning_rat=1"], "Unknown command line flag 'learning_rat'"),
     ("an unknown choice", sound, ["--loss_type=l1"], "flag --loss_type=l1: value should be one of <mse|kl>"),
     ("no number", sound, ["--batch_size=many"], "flag --batch_size=many"),
-    ("no whole numbers", sound, ["--ch_mult=1,two"], "--ch_mult=1,two: whole numbers with commas"),
+    ("no whole numbers", sound, ["--ch_mult=1,two"], "--ch_mult=1,two: must be integers separated by commas"),
     ("not positive", sound, ["--batch_size=0"], "--batch_size=0: must be greater than 0"),
     ("not a number", sound, ["--learning_rate=nan"], "--learning_rate=nan: must be greater than 0"),
     ("out of range", sound, ["--ema_decay=1"], "--ema_decay=1.0: must be in [0, 1)"),
@@ -214,7 +214,7 @@ STATISTICS = [
         several(digits, npz(cache, description=np.array('{"split": "test"}'))),
         f"run/{cache} holds a reference",
     ),
-    ("no JSON", several(digits, npz(cache, description=np.array("{"))), f"run/{cache} is no reference"),
+    ("no JSON", several(digits, npz(cache, description=np.array("{"))), f"run/{cache} is not a reference"),
 ]
 two_bad = data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS[:-3])))
 both_damaged = several(change(NEWEST, flip(-5)), change(OLDER, flip(-5)))
@@ -236,12 +236,12 @@ TABLE = [
 ]  # fmt: skip
 
 
-# --- the table ----------------------------------------------------------------------------------------------
+# --- The table ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def sound_run(tmp_path_factory):
-    """A run of two checkpoints that has nothing wrong."""
+    """An intact run with two checkpoints."""
     workdir = Workdir(str(tmp_path_factory.mktemp("sound") / "run"))
     workdir.write_config(PRESET, 1618, "")
     arrays = TrainState(PRESET, make_strategy("one_device")).to_arrays()
@@ -263,20 +263,20 @@ def digests(folder):
     ("program", "fault", "args", "line"),
     [pytest.param(program, *rest, id=name) for program, name, *rest in TABLE],
 )
-def test_a_fault_ends_in_its_line(tmp_path, sound_run, program, fault, args, line):
+def test_a_fault_ends_the_program_with_its_line(tmp_path, sound_run, program, fault, args, line):
     run = tmp_path / "run"
     shutil.copytree(sound_run, run)
     fault(run)
     before = digests(tmp_path)
     ended = run_fork(program, "--workdir=run", *args, folder=tmp_path)
-    # Without bars of progress.
+    # Without progress bars.
     *others, last = [text for text in ended.stderr.splitlines() if text.strip() and "%|" not in text]
     assert ended.returncode == 1 and last.startswith(f"{program}: ") and line in last, ended.stderr
     assert all(re.match(r"[WI]\d{4} |WARNING: All log messages before absl", text) for text in others), ended.stderr
     assert not ended.stdout
     after = digests(tmp_path)
     assert {path: after.get(path) for path in before} == before
-    assert {path.parts[0] for path in after} == {"run"}  # nothing new, and nothing in a file was run
+    assert {path.parts[0] for path in after} == {"run"}  # no new file, and no code in a file was run
 
 
 def test_a_full_disk_changes_nothing(tmp_path, sound_run):
@@ -288,5 +288,5 @@ def test_a_full_disk_changes_nothing(tmp_path, sound_run):
     assert digests(run) == before
 
 
-def test_the_table_is_long():
+def test_the_table_has_at_least_forty_faults():
     assert len(TABLE) >= 40

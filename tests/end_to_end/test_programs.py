@@ -1,8 +1,9 @@
-"""The programs as a user runs them: exit codes, one clear line, and what they leave behind."""
+"""The programs as a user runs them: exit codes, one line per error, and the files that they write."""
 
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,9 +20,15 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.storage.workdir import Workdir
 
 TFRECORD = "tests/fixtures/stylegan2_4x4.tfrecords"
-PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
+PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 TINY = "--num_steps=4 --steps_per_loop=2 --checkpoint_every=2 --sample_every=0 --batch_size=8 --num_timesteps=4".split()
 TINY.append("--ch_mult=1")
+
+
+def run_main(*options, args):
+    """`python -m experiments ARGS` in its own process."""
+    command = [sys.executable, *options, "-m", "experiments", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def run_process(program, *args):
@@ -55,7 +62,7 @@ def run_process(program, *args):
         ("likelihood", ["--workdir=w"], "--workdir=w holds no run"),
         ("import_checkpoint", ["--workdir=w"], "give one of --source, to import, and --export_diffusers, to export"),
         ("import_checkpoint", ["--workdir=w", "--source=a", "--format=diffusers"], "cannot read a/config.json"),
-        ("compress", ["--workdir=w"], "the first argument is one of: encode, decode"),
+        ("compress", ["--workdir=w"], "the first argument must be one of: encode, decode"),
         ("compress", ["decode", "more", "--workdir=w"], "unknown argument more: flags start with --"),
     ],
 )
@@ -72,10 +79,24 @@ def test_help_is_complete_and_no_error(program):
     result = run_fork(program, "--help")
     assert result.returncode == 0
     assert f"python -m experiments.{program}" in result.stdout
-    assert "--workdir" in result.stdout or program == "tpu_report"  # which looks at presets
+    assert "--workdir" in result.stdout or program == "tpu_report"  # which has no run
     if program == "train":
         for field in dataclasses.fields(Preset):
             assert f"{field.name}:" in result.stdout, field.name
+
+
+def test_programs_are_listed_and_started_by_name():
+    """In fresh processes, since the list must not take the seconds that TensorFlow's import takes."""
+    listed = run_main("-X", "importtime", args=["--help"])
+    assert listed.returncode == 0 and "| tensorflow" not in listed.stderr
+    for program in PROGRAMS:
+        assert re.search(rf"^  {program} +[A-Z].*\.$", listed.stdout, re.MULTILINE), listed.stdout
+    assert run_main(args=[]).stdout == listed.stdout
+    unknown = run_main(args=["trian", "--workdir=w"])
+    assert unknown.returncode == 1 and unknown.stderr.startswith("diffusion-tf: there is no program trian; choose one")
+    refused = run_main(args=["import", "--workdir=w"])
+    assert refused.returncode == 1
+    assert refused.stderr == "import_checkpoint: give one of --source, to import, and --export_diffusers, to export\n"
 
 
 def test_every_flag_reaches_the_configuration():
@@ -132,7 +153,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_few_steps_there_and_back_by_way_of_diffusers(trained, tmp_path):
+def test_a_run_exported_to_diffusers_and_imported_again_samples_and_encodes(trained, tmp_path):
     few = ["--sampler=ddim", "--sampler_steps=2"]
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     for program, args in (
@@ -151,7 +172,7 @@ def test_few_steps_there_and_back_by_way_of_diffusers(trained, tmp_path):
     assert encoded["samples"].shape == drawn["samples"].shape and "latents" not in drawn
 
 
-def test_measure_everything_and_report(trained):
+def test_measurements_and_the_report_agree(trained):
     best = trained / "checkpoints/best/evaluation.json"
     for program, args in (
         ("likelihood", ["--num_images=20"]),
@@ -166,8 +187,8 @@ def test_measure_everything_and_report(trained):
         assert result.returncode == 0, result.stderr
     numbers = {path.stem: json.loads(path.read_text()) for path in trained.glob("*.json")}
     likelihood, curve = numbers["likelihood_test"], numbers["rate_distortion_test"]
-    parts = (likelihood[f"{part}_bits_per_dim"] for part in ("prior", "middle", "decoder"))
-    assert abs(sum(parts) - likelihood["bits_per_dim"]) < 1e-6
+    terms = (likelihood[f"{term}_bits_per_dim"] for term in ("prior", "middle", "decoder"))
+    assert abs(sum(terms) - likelihood["bits_per_dim"]) < 1e-6
     assert len(likelihood["terms_bits_per_dim"]) == 4 and likelihood["num_images"] == 20
     rate_and_decoder = curve["table"][0]["rate_bits_per_dim"] + curve["decoder_bits_per_dim"]
     assert abs(rate_and_decoder - likelihood["bits_per_dim"]) < 1e-6
@@ -181,7 +202,7 @@ def test_measure_everything_and_report(trained):
     assert (trained / f"checkpoints/best/step_{chosen['step']:08d}.safetensors").exists()
     assert not list((trained / "checkpoints/evaluating").glob("*/*"))
     again = run_fork("evaluate", f"--workdir={trained}", "--num_samples=30", "--checkpoint=2")
-    assert again.returncode == 0 and "sampl" not in again.stderr, again.stderr  # nothing is drawn twice
+    assert again.returncode == 0 and "sampl" not in again.stderr, again.stderr  # no sample is drawn twice
     assert len((trained / "evaluations.jsonl").read_text().splitlines()) == 4
     assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
     report = (trained / "report.md").read_text()
@@ -192,7 +213,7 @@ def test_measure_everything_and_report(trained):
 
 
 @pytest.mark.slow
-def test_colour_images_meet_inception(tmp_path):
+def test_colour_images_are_scored_with_inception(tmp_path):
     inception_files.save_model(tmp_path / "inception")
     data = ["--dataset=lsun_cat", f"--tfrecord={TFRECORD}", "--image_size=4", "--ch=32", "--attn_resolutions="]
     workdir = tmp_path / "run"
@@ -206,12 +227,12 @@ def test_colour_images_meet_inception(tmp_path):
     lines = (workdir / "evaluations.jsonl").read_text().splitlines()
     drawn, of_file = json.loads(lines[0]), json.loads((workdir / "evaluation.json").read_text())
     assert len(lines) == 1 and drawn["fid"] > 0 and drawn["inception_score"] >= 1
-    # The same pictures, but for rounding to levels.
+    # The same images, but rounded to integers.
     assert abs(of_file["fid"] / drawn["fid"] - 1) < 0.05 and of_file["samples"].endswith("samples.npz")
 
 
 @pytest.mark.slow
-def test_every_figure(trained, tmp_path):
+def test_every_figure_is_made(trained, tmp_path):
     args = [f"--workdir={trained}", "--count=9", "--chains=3", "--num_samples=12"]
     result = run_fork("figures", *args, "--figure=all", f"--out={tmp_path}/figures")
     assert result.returncode == 0, result.stderr
@@ -227,9 +248,9 @@ def test_every_figure(trained, tmp_path):
     assert json.loads((tmp_path / "again.json").read_text())["t"] == [4, 3, 3, 2, 2, 1, 1, 0, 0]
 
 
-def test_compressed_files_come_back(trained, tmp_path):
+def test_compressed_files_decode_to_their_images(trained, tmp_path):
     files, out = tmp_path / "files", tmp_path / "out"
-    trained_run = [f"--workdir={trained}", "--chunk_bits=12"]  # whose indices are found sooner
+    trained_run = [f"--workdir={trained}", "--chunk_bits=12"]  # shorter searches
     args = [*trained_run, "--num_images=3", "--num_table_images=20"]
     encoded = run_fork("compress", "encode", *args, "--split=test", "--lossless", f"--out={files}")
     assert encoded.returncode == 0, encoded.stderr
@@ -250,13 +271,13 @@ def test_compressed_files_come_back(trained, tmp_path):
     assert len(few_sizes) == 3 and all(39 <= size <= 40 for size in few_sizes)
     args = [*trained_run, f"--images={tmp_path}/digit.png", "--target_rmse=300", f"--out={files}"]
     one = run_fork("compress", "encode", *args)
-    assert one.returncode == 0 and (files / "digit.dtfc").stat().st_size == 39  # all images are as near as that
+    assert one.returncode == 0 and (files / "digit.dtfc").stat().st_size == 39  # no step is needed
 
     whole = (files / "image_00001.dtfc").read_bytes()
     (files / "cut.dtfc").write_bytes(whole[:-1])
     decoded = run_fork("compress", "decode", f"--workdir={trained}", f"--source={files}", f"--out={out}")
     assert decoded.returncode == 0, decoded.stderr
-    for i, image in enumerate(images):  # exact, so this process predicted what the encoder's did
+    for i, image in enumerate(images):  # lossless, so the decoder's predictions are the encoder's
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"image_{i:05d}.png")), image[..., 0])
     for name in ("cut", "digit"):
         with Image.open(out / f"{name}.png") as picture:
@@ -284,7 +305,7 @@ def test_bad_input_of_a_figure_gets_one_line(trained, args, message):
 
 
 @pytest.mark.slow
-def test_a_killed_likelihood_goes_on(trained, tmp_path):
+def test_a_killed_likelihood_is_resumed(trained, tmp_path):
     args = [f"--workdir={trained}", "--num_images=60", "--batch_size=2", "--seed=9"]
     before = set((trained / "partial").glob("*/part_*")) if (trained / "partial").exists() else set()
     killed = start_fork("likelihood", *args, f"--out={tmp_path}/killed.json")

@@ -1,4 +1,4 @@
-"""Programs run in forks of a process that has imported TensorFlow, which takes each of them seconds."""
+"""Runs programs in forks of a process that has imported TensorFlow, which would take each of them seconds."""
 
 import dataclasses
 import multiprocessing.process
@@ -13,26 +13,41 @@ import tempfile
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _OUTPUTS = ("stdout", "stderr")
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["experiments.common", "sklearn.datasets", "sklearn.neighbors", "tensorflow_datasets"])
+_FORKS.set_forkserver_preload(
+    [
+        "experiments._measured_run",
+        "experiments._program",
+        "sklearn.datasets",
+        "sklearn.neighbors",
+        "tensorflow_datasets",
+    ]
+)
 
 
 @dataclasses.dataclass
 class RunningProgram:
-    """A process of its own."""
+    """A program in its own process, which prints into files in `folder`."""
 
     process: multiprocessing.process.BaseProcess
     folder: tempfile.TemporaryDirectory
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Its exit code, or minus the signal that ended it, and what it printed."""
+        """Waits for the end: its exit code, or minus the signal that ended it, and its output."""
         self.process.join()
         with self.folder as folder:
             printed = [(pathlib.Path(folder) / name).read_text() for name in _OUTPUTS]
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *printed)
 
 
-def start_fork(program: str, *args, folder: pathlib.Path = ROOT, most_bytes: int = 0) -> RunningProgram:
-    """Starts `python -m experiments.PROGRAM ARGS` on the CPU in a folder; a file may have `most_bytes`, if not 0."""
+def start_fork(program: str, *args: object, folder: pathlib.Path = ROOT, most_bytes: int = 0) -> RunningProgram:
+    """Starts `python -m experiments.PROGRAM ARGS` on the CPU.
+
+    Args:
+      program: name of the program.
+      *args: its arguments.
+      folder: its working directory.
+      most_bytes: largest size of a file that it may write; 0 for no limit.
+    """
     outputs = tempfile.TemporaryDirectory()
     process = _FORKS.Process(
         name=program, target=_main, args=(program, [*map(str, args)], folder, outputs.name, most_bytes)
@@ -41,8 +56,10 @@ def start_fork(program: str, *args, folder: pathlib.Path = ROOT, most_bytes: int
     return RunningProgram(process, outputs)
 
 
-def run_fork(program: str, *args, folder: pathlib.Path = ROOT, most_bytes: int = 0) -> subprocess.CompletedProcess:
-    """`start_fork` to its end."""
+def run_fork(
+    program: str, *args: object, folder: pathlib.Path = ROOT, most_bytes: int = 0
+) -> subprocess.CompletedProcess:
+    """Runs a program to its end; arguments as in `start_fork`."""
     return start_fork(program, *args, folder=folder, most_bytes=most_bytes).wait()
 
 

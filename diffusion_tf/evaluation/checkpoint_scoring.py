@@ -1,0 +1,133 @@
+"""Scores the checkpoints of a run by samples drawn from them, once each, also while training goes on."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.evaluation.scores import (
+    FeatureExtractor,
+    Images,
+    RunSamples,
+    compute_scores,
+    is_alike,
+    record_evaluation,
+    reference_features,
+)
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+
+_POLL_SECONDS = 10
+
+
+class Scorer:
+    """Compares images with real ones.
+
+    Args:
+      extractor: computes the features.
+      metrics: names out of METRICS.
+      real: the real images.
+      cache: file that keeps their features.
+
+    Raises:
+      InputError: the cache holds the features of other images, or of another network.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, metrics: list[str], real: Images, cache: str):
+        self.description = {"metrics": metrics, "reference": extractor.describe(real)}
+        self._extractor = extractor
+        self._metrics = metrics
+        self._real = reference_features(extractor, real, cache)
+
+    def scores(self, images: Images) -> dict[str, float]:
+        """Scores of images, by the names of `score_names`."""
+        generated = self._extractor(images, "samples")
+        return compute_scores(self._metrics, self._extractor.network.name, self._real, generated)
+
+    def forget(self, images: Images) -> None:
+        """Removes the features of images that are kept so that an interrupted extraction can be resumed."""
+        self._extractor.parts(images).remove()
+
+
+@dataclasses.dataclass
+class CheckpointScorer:
+    """Scores checkpoints of a run, and records each score.
+
+    Attributes:
+      workdir: the run's folder.
+      scorer: compares samples with real images.
+      samples: draws the samples.
+      best_by: the score by which `checkpoints/best/` is chosen.
+    """
+
+    workdir: Workdir
+    scorer: Scorer
+    samples: RunSamples
+    best_by: str
+
+    def __post_init__(self):
+        num_samples = {"num_samples": self.samples.num_samples}
+        self._description = {**self.samples.sampling, **num_samples, **self.scorer.description}
+        # Checkpoints that are being scored are copied here, where training does not remove them.
+        digest = hashlib.sha256(json.dumps(self._description).encode()).hexdigest()[:8]
+        self._held = os.path.join(self.workdir.checkpoints, "evaluating", digest)
+
+    def score_once(self, step: int, path: str) -> dict[str, Any]:
+        """The result for a checkpoint: that of an earlier evaluation, if there is one, else a new one."""
+        return self._recorded(step, path) or self._score(step, checkpoints.copy_into(self._held, path))
+
+    def follow(self, eval_every: int) -> Iterator[dict[str, Any]]:
+        """Scores checkpoints while training writes them, until that of the last step in the run's configuration.
+
+        Args:
+          eval_every: scores the checkpoints at multiples of this step, and the last one.
+
+        Yields:
+          The result of each checkpoint that had none.
+        """
+        while True:
+            num_steps = self.workdir.read_preset().num_steps
+            for step in checkpoints.all_steps(self._held):
+                yield self._score(step, checkpoints.checkpoint_path(self._held, step))
+            steps = checkpoints.all_steps(self.workdir.checkpoints)
+            due = [step for step in steps if step % eval_every == 0 or step == num_steps]
+            if not any(self._hold(step) for step in due):
+                if num_steps in due:
+                    return
+                time.sleep(_POLL_SECONDS)
+
+    def _hold(self, step: int) -> bool:
+        """Copies a checkpoint that has no result to where training does not remove it; False if it has a result."""
+        path = checkpoints.checkpoint_path(self.workdir.checkpoints, step)
+        try:
+            if self._recorded(step, path):
+                return False
+            checkpoints.copy_into(self._held, path)
+            return True
+        except InputError:
+            if tf.io.gfile.exists(path):
+                raise
+            return False  # training has removed it in the meantime
+
+    def _recorded(self, step: int, path: str) -> dict[str, Any] | None:
+        """The line of an earlier evaluation of the same weights in the same way."""
+        lines = [line for line in self.workdir.read_evaluations() if line["step"] == step]
+        alike = [line for line in lines if is_alike(line, self._description)]
+        digest = checkpoints.load_digest(path) if alike else ""
+        return next((line for line in alike if line["checkpoint_sha256"] == digest), None)
+
+    def _score(self, step: int, held: str) -> dict[str, Any]:
+        """Scores and records a copied checkpoint, and removes the copy."""
+        images = self.samples.of_checkpoint(held)
+        scores = self.scorer.scores(images)
+        result = {"step": step, "checkpoint_sha256": images.description["checkpoint"], **self._description}
+        record_evaluation(self.workdir, held, result, scores, self.best_by)
+        self.scorer.forget(images)
+        tf.io.gfile.remove(held)
+        return {**result, **scores}

@@ -1,0 +1,161 @@
+"""Groups of flags that several programs have, and what their values mean to the library."""
+
+import dataclasses
+import re
+from typing import Any
+
+from absl import flags
+
+from diffusion_tf.errors import InputError
+from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
+from diffusion_tf.runtime.strategies import STRATEGIES
+from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
+from diffusion_tf.storage.files import check_writable
+
+FLAGS = flags.FLAGS
+# Flags defined by these functions belong to the program that calls them, and appear in its --help.
+flags.disclaim_key_flags()
+
+
+def define_workdir_flag() -> None:
+    """Defines --workdir."""
+    flags.DEFINE_string("workdir", None, "Folder of the run (may be gs://).")
+
+
+def define_strategy_flags() -> None:
+    """Defines --strategy and --tpu."""
+    flags.DEFINE_enum(
+        "strategy",
+        "auto",
+        STRATEGIES,
+        "Where to run. auto: a TPU if --tpu is given or one is attached, else all GPUs if there are several, else one"
+        " device. multi_worker reads TF_CONFIG.",
+    )
+    flags.DEFINE_string("tpu", None, "`local` on a TPU VM, or the name of a TPU.")
+
+
+def define_precision_flag() -> None:
+    """Defines --precision for a run that is not trained."""
+    doc = "Compute dtype of convolutions and matmuls. Default: as in training."
+    flags.DEFINE_enum("precision", None, CHOICES["precision"], doc)
+
+
+def define_data_flags() -> None:
+    """Defines --data_dir and --tfrecord."""
+    flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
+    flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords to read the images from: a file, or a glob of shards.")
+
+
+def define_measurement_flags(
+    *, batch_size: int | None, out: str = "JSON file to write. Default: in the workdir."
+) -> None:
+    """Defines the flags of every measurement: the run, where to compute, images, checkpoint, seed and output."""
+    define_workdir_flag()
+    define_strategy_flags()
+    define_data_flags()
+    flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
+    flags.DEFINE_integer("batch_size", batch_size, "Images computed at once, over all replicas.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
+    define_precision_flag()
+    flags.DEFINE_string("out", None, out)
+
+
+def define_sampler_flags() -> None:
+    """Defines --sampler, --sampler_steps, --ddim_eta and --sampler_spacing."""
+    flags.DEFINE_enum(
+        "sampler",
+        "ancestral",
+        SAMPLERS,
+        "ancestral is Algorithm 2. The others give similar samples in 10 to 50 steps.",
+    )
+    flags.DEFINE_integer(
+        "sampler_steps",
+        None,
+        "Network evaluations per sample. Default: all T steps; 50 for ddim, 20 for dpm_solver++.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("ddim_eta", 0.0, "Noise of ddim: 0 is none, 1 is the variance of the posterior.")
+    flags.DEFINE_enum(
+        "sampler_spacing", None, SPACINGS, "How the timesteps are chosen. Default: depends on the sampler."
+    )
+
+
+def define_bound_flags() -> None:
+    """Defines the flags of measurements of the variational bound."""
+    define_measurement_flags(batch_size=100)
+    flags.DEFINE_enum("split", "test", ("train", "test"), "Split of the images; --tfrecord must name files of it.")
+    flags.DEFINE_integer("num_images", None, "Number of images of the split. Default: all.", lower_bound=1)
+
+
+def define_preset_flags() -> None:
+    """Defines --dataset, and a flag for every other field of `Preset`."""
+    flags.DEFINE_string("dataset", "digits", f"The preset: {', '.join(PRESETS)}.")
+    for field in dataclasses.fields(Preset):
+        doc = f"{flag_names(field.metadata['help'])} Default: as in the preset."
+        if field.name == "dataset":
+            continue
+        if field.name in CHOICES:
+            flags.DEFINE_enum(field.name, None, CHOICES[field.name], doc)
+        elif field.type is bool:
+            flags.DEFINE_boolean(field.name, None, doc)
+        elif field.type is int:
+            flags.DEFINE_integer(field.name, None, doc)
+        elif field.type is float:
+            flags.DEFINE_float(field.name, None, doc)
+        else:
+            flags.DEFINE_list(field.name, None, f"{doc} Integers separated by commas.")
+
+
+def preset_from_flags(run: Preset | None = None) -> Preset:
+    """The preset that --dataset names, or `run`, with the flags that were given in place of its values.
+
+    Raises:
+      InputError: the preset is unknown, or a value is out of range.
+    """
+    overrides: dict[str, Any] = {}
+    for field in dataclasses.fields(Preset):
+        value = FLAGS[field.name].value
+        if field.name == "dataset" or value is None:
+            continue
+        if isinstance(value, list):
+            try:
+                value = tuple(int(item) for item in value)
+            except ValueError as error:
+                raise InputError(f"--{field.name}={','.join(value)}: must be integers separated by commas") from error
+        overrides[field.name] = value
+    return dataclasses.replace(run or get_preset(FLAGS.dataset), **overrides)
+
+
+def sampler_from_flags(preset: Preset) -> SamplerSettings:
+    """The sampler that `define_sampler_flags` asks for, with all defaults filled in.
+
+    Raises:
+      InputError: it does not fit the preset.
+    """
+    settings = SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
+    return settings.resolve(preset)
+
+
+def out_path(default: str, extension: str) -> str:
+    """--out, or `default`.
+
+    Raises:
+      InputError: the path has another extension, or cannot be written.
+    """
+    path = FLAGS.out or default
+    if not path.endswith(extension):
+        raise InputError(f"--out={path} must end in {extension}")
+    check_writable(path)
+    return path
+
+
+def require_flags(*names: str) -> None:
+    """Raises InputError for the first of these flags that was not given."""
+    for name in names:
+        if FLAGS[name].value is None:
+            raise InputError(f"--{name} is required")
+
+
+def flag_names(text: str) -> str:
+    """Replaces each setting quoted by the library, `batch_size` or `batch_size=8`, by its flag, --batch_size=8."""
+    return re.sub(r"`(\w+)(=[^`]*)?`", lambda m: f"--{m[1]}{m[2] or ''}" if m[1] in FLAGS else m[0], text)

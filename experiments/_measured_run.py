@@ -1,0 +1,124 @@
+"""A trained run as the flags of a measurement name it."""
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from PIL import Image
+
+from diffusion_tf.data import open_source
+from diffusion_tf.data.source import ImageSource
+from diffusion_tf.errors import InputError
+from diffusion_tf.evaluation.feature_networks import (
+    DIGITS_SHAPE,
+    FeatureNetwork,
+    digits_network,
+    inception_network,
+    pixels_network,
+)
+from diffusion_tf.evaluation.scores import Images, source_images
+from diffusion_tf.likelihood import Bound, measure_bound
+from diffusion_tf.presets import Preset
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.workdir import Workdir
+
+from ._flags import require_flags
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRun:
+    """A run's folder and configuration, and where to compute."""
+
+    workdir: Workdir
+    preset: Preset
+    strategy: tf.distribute.Strategy
+
+    @classmethod
+    def from_flags(cls) -> "MeasuredRun":
+        """Reads --workdir, --precision, --strategy and --tpu.
+
+        Raises:
+          InputError: the folder holds no run, or the strategy needs several processes.
+        """
+        require_flags("workdir")
+        if FLAGS.strategy == "multi_worker":
+            raise InputError("--strategy=multi_worker is for training; this program runs in one process")
+        workdir = Workdir(FLAGS.workdir)
+        preset = workdir.read_preset()
+        if FLAGS.precision:
+            preset = dataclasses.replace(preset, precision=FLAGS.precision)
+        return cls(workdir, preset, make_strategy(FLAGS.strategy, FLAGS.tpu))
+
+    def find_checkpoint(self) -> tuple[int, str]:
+        """(step, path) of the checkpoint that --checkpoint names; by default of the newest.
+
+        Raises:
+          InputError: there is none, or the file is not a checkpoint.
+        """
+        step, path = checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
+        checkpoints.load_manifest(path)  # before the work, not after it
+        return step, path
+
+    def open_source(self, split: str) -> ImageSource:
+        """The images of a split of the run's data, from --data_dir or --tfrecord."""
+        return open_source(self.preset, split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
+
+    def split_images(self, split: str, at_most: int) -> Images:
+        """The first `at_most` images of a split, to compare samples with."""
+        source = self.open_source(split)
+        return source_images(source, self.preset.dataset, split, min(at_most, source.num_examples))
+
+    def feature_network(self, name: str) -> FeatureNetwork:
+        """The network `inception` (--inception), `digits` or `pixels`, by whose features images are compared.
+
+        Raises:
+          InputError: it cannot be loaded, or does not take images of this shape.
+        """
+        if name == "inception":
+            return inception_network(FLAGS.inception, self.strategy)
+        if name == "digits" and self.preset.image_shape != DIGITS_SHAPE:
+            raise InputError(f"--features=digits takes 8x8 digits, not images {self.preset.image_shape}")
+        return digits_network() if name == "digits" else pixels_network(self.preset.image_shape)
+
+    def measure_bound(self, num_timesteps_estimate: int | None = None) -> tuple[Bound, dict[str, Any]]:
+        """The bound that `define_bound_flags` asks for, and what it was measured on, as JSON values."""
+        step, checkpoint = self.find_checkpoint()
+        source = self.open_source(FLAGS.split)
+        num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
+        bound = measure_bound(
+            self.strategy,
+            self.preset,
+            checkpoint,
+            source,
+            num_images=num_images,
+            batch_size=FLAGS.batch_size,
+            seed=FLAGS.seed,
+            partial=self.workdir.partial,
+            num_timesteps_estimate=num_timesteps_estimate,
+        )
+        subject = {"dataset": self.preset.dataset, "images": source.name, "split": FLAGS.split}
+        return bound, {**subject, "num_images": num_images, "step": step, "seed": FLAGS.seed}
+
+
+def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads an image file, uint8 of `shape`.
+
+    Raises:
+      InputError: the file cannot be read, or its image has another shape.
+    """
+    try:
+        with Image.open(os.path.expanduser(path)) as picture:
+            image = np.asarray(picture)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
+    image = image[..., None] if image.ndim == 2 else image
+    if image.dtype != np.uint8 or image.shape != shape:
+        raise InputError(f"{path} is {image.dtype} {image.shape}, but the run has uint8 {shape} (height, width, C)")
+    return image
