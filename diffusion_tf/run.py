@@ -41,8 +41,8 @@ Callback = Callable[[int, dict[str, float]], None]
 class Run:
     """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
 
-    Images are uint8 [N, H, W, C]. The first call of each method traces and compiles the network for its batch size,
-    which takes seconds for `digits` and up to a minute for the larger presets.
+    Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images. Every call of another method
+    compiles: seconds for `digits`, up to a minute for the larger networks. So make few calls with many images.
 
     Attributes:
       preset: the configuration of network, diffusion and training.
