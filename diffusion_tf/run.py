@@ -1,6 +1,5 @@
 """The public API: `load` a trained run or `train` one, then sample, denoise, measure and compress with it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -23,19 +22,16 @@ from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_fr
 from diffusion_tf.likelihood import BoundEvaluator
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.runtime.workers import is_chief
 from diffusion_tf.samplers import draw_samples
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
-from diffusion_tf.training.loop import train as train_loop
-from diffusion_tf.training.trainer import Trainer
+from diffusion_tf.training.loop import train_in_workdir
+from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
-
-Callback = Callable[[int, dict[str, float]], None]
 
 
 class Run:
@@ -298,7 +294,7 @@ def train(
     workdir: str,
     images: np.ndarray | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
@@ -342,48 +338,18 @@ def train(
     return load(workdir, strategy=resolved)
 
 
-def train_in_workdir(
-    preset: Preset,
-    strategy: tf.distribute.Strategy,
-    source: ImageSource,
-    path: str,
-    *,
-    command: str,
-    callbacks: Sequence[Callback] = (),
-) -> Trainer:
-    """Trains a run in a folder that is locked against other processes.
-
-    Args:
-      preset: the configuration.
-      strategy: where to train.
-      source: the training images.
-      path: the workdir.
-      command: recorded as flags.txt.
-      callbacks: as for `train`.
-
-    Raises:
-      As `train`.
-    """
-    workdir = Workdir(path)
-    workdir.refuse_other_run(preset, source.num_examples)
-    trainer = Trainer(preset, strategy)
-    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
-        if is_chief(strategy):
-            workdir.write_config(preset, source.num_examples, command)
-        train_loop(trainer, workdir, source)
-    return trainer
-
-
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
     if checkpoint is not None:
         raise ConfigError("checkpoint", f"={checkpoint}: {folder} is a diffusers folder, which has no checkpoints")
-    trained = TrainedModel(preset, strategy, weights_stay=True)
-    arrays = read_diffusers(folder, preset, trained.model, None)
+    with strategy.scope():
+        model = UNet.from_preset(preset, weights="frozen")
+    arrays = read_diffusers(folder, preset, model, None)
     digest = hashlib.sha256()
-    for name, variable in zip(trained.model.weight_names, trained.model.trainable_variables, strict=True):
+    for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
         variable.assign(arrays[f"ema/{name}"])
         digest.update(arrays[f"ema/{name}"].tobytes())
-    return Run(trained, path=folder, step=0, weights_digest=digest.hexdigest())
+    model.freeze()
+    return Run(TrainedModel(preset, strategy, model), path=folder, step=0, weights_digest=digest.hexdigest())
 
 
 def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:

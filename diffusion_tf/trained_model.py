@@ -1,19 +1,18 @@
-"""A network with the weights to use, and its diffusion: what samples and measurements are made of."""
+"""A network with the weights to use, and its diffusion: samplers and measurements start from here."""
 
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
-from diffusion_tf.ops.cpu import onednn, regions
 from diffusion_tf.presets import Preset
-from diffusion_tf.runtime.replicas import filled_up, over_replicas
+from diffusion_tf.runtime.microbatches import map_microbatches
+from diffusion_tf.runtime.replicas import cpu_backend, over_replicas
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
 from diffusion_tf.unet import UNet
 
-# Of the images that a CPU works out at once: it is no faster with more, and their feature maps take memory.
-_MOST_PIXELS = 2**17
+MICROBATCH_PIXELS = 2**17
 
 
 class TrainedModel:
@@ -22,11 +21,11 @@ class TrainedModel:
     Args:
       preset: which network and diffusion.
       strategy: where they run.
-      model: the network; default: a new one, that holds its weights as they are multiplied.
+      model: the network; default: a new one, with weights for inference. A frozen one is frozen at its first use.
       weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
-      weights_stay: nothing assigns them once they are used, so that a CPU may keep them in an order of its own and
-        overlook what is assigned nevertheless.
     """
+
+    frozen = False
 
     def __init__(
         self,
@@ -34,67 +33,60 @@ class TrainedModel:
         strategy: tf.distribute.Strategy,
         model: UNet | None = None,
         weights: Sequence[tf.Variable] | None = None,
-        weights_stay: bool = False,
     ):
         self.preset = preset
         self.strategy = strategy
         self.diffusion = GaussianDiffusion.from_preset(preset)
         if model is None:
             with strategy.scope():
-                model = UNet.from_preset(preset, for_inference=True)
+                model = UNet.from_preset(preset, weights="inference")
         self.model = model
+        self.frozen = model.frozen and weights is None
         self.weights = weights or [v.value for v in model.trainable_variables]
-        self.weights_stay = weights_stay
 
     @classmethod
     def from_checkpoint(cls, preset: Preset, strategy: tf.distribute.Strategy, path: str) -> "TrainedModel":
-        """The network with the EMA weights of the checkpoint at `path`.
+        """The network with the EMA weights of the checkpoint at `path`, frozen.
 
         Raises:
           InputError: the file is damaged, or is of another network.
         """
-        trained = cls(preset, strategy, weights_stay=True)
-        load_ema(trained.model, path)
-        return trained
+        with strategy.scope():
+            model = UNet.from_preset(preset, weights="frozen")
+        load_ema(model, path)
+        model.freeze()
+        return cls(preset, strategy, model)
 
-    def denoise_fn(self) -> DenoiseFn:
-        """The network as a pure function, its weights read once; call it where a replica runs, outside of loops."""
+    def denoise_fn(self, microbatch_pixels: int = MICROBATCH_PIXELS) -> DenoiseFn:
+        """The network as a pure function, its weights read once; call it where a replica runs, outside of loops.
+
+        A CPU takes as many images at a time as have `microbatch_pixels` in all, at most.
+        """
+        if self.frozen:
+            self.model.freeze()
         denoise = self.model.denoise_fn(self.weights)
-        if self.weights_stay:
-            denoise = onednn.weights_stay()(denoise)
-        return _in_parts(denoise) if regions.in_cpu_graph() else denoise
+        max_size = max(1, microbatch_pixels // self.preset.image_size**2)
+
+        def microbatched(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+            return map_microbatches(lambda _, x_t, t: denoise(x_t, t), [x_t, t], max_size=max_size)
+
+        return microbatched
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
-        """`distribution.over_replicas`, of a function that calls the network."""
-        in_regions = regions.suit(self.preset.image_size)
-        return over_replicas(function, self.strategy, batch_size, in_regions)
-
-
-def _in_parts(denoise: DenoiseFn) -> DenoiseFn:
-    """The same, a few images after the others where they are large."""
-
-    def denoise_parts(x_t, t):
-        batch, height, width, _ = x_t.shape
-        most = max(1, _MOST_PIXELS // (height * width))
-        if batch <= most:
-            return denoise(x_t, t)
-        count = -(-batch // most)
-        size = -(-batch // count)
-        parts = [tf.reshape(filled_up(a, count * size), [count, size, *a.shape[1:]]) for a in (x_t, t)]
-        y = tf.map_fn(lambda part: denoise(*part), parts, parallel_iterations=1, fn_output_signature=tf.float32)
-        return tf.reshape(y, [count * size, *y.shape[2:]])[:batch]
-
-    return denoise_parts
+        """`runtime.replicas.over_replicas` of a function that calls the network."""
+        on_cpu = cpu_backend(self.preset.image_size, frozen_weights=self.frozen)
+        return over_replicas(function, self.strategy, batch_size, on_cpu)
 
 
 def load_ema(model: UNet, path: str) -> None:
-    """Puts the EMA weights of the checkpoint at `path` into `model`.
+    """Loads the EMA weights of the checkpoint at `path` into `model`.
 
     Raises:
       InputError: the file is damaged, or is of another network.
+      RuntimeError: the network is frozen.
     """
     variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
-    # A checkpoint holds three more of the kind, and the step.
+    # A checkpoint holds four such groups of variables, and the step.
     size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
     arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
     assign_arrays(variables, arrays, path)

@@ -7,9 +7,9 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.layers import NUM_GROUPS
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.files import first_line, read_json
-from diffusion_tf.unet import NUM_GROUPS
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",

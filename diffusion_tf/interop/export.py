@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset
+from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import draw, sample_noise
 from diffusion_tf.storage.files import check_writable, write_file, write_json
 from diffusion_tf.training.optimizer import StateTensors
@@ -97,7 +98,8 @@ def _train_step(preset: Preset, model: UNet) -> Program:
         *groups, step, images = tensors
         lists = [list(groups[i : i + count]) for i in range(0, 4 * count, count)]
         before = StateTensors(*lists, tf.cast(step, tf.int64))
-        after, loss, grad_norm = train_step(model, preset, before, images, tf.constant(0, tf.int64), lambda x: x)
+        rng = CounterRng(preset.seed, before.step, tf.constant(0, tf.int64))
+        after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x)
         return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
 
     images = Array("images", (preset.batch_size, *preset.image_shape), "uint8")

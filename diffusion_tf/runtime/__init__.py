@@ -1,1 +1,1 @@
-"""Where programs run: strategies, replicas, workers."""
+"""Where programs run: strategies, replicas, workers, microbatches."""

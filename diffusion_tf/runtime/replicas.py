@@ -1,85 +1,110 @@
-"""Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
+"""Functions of one replica, compiled for the devices of a strategy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.ops.cpu.regions import cpu_graph
+from diffusion_tf.ops import backend
+from diffusion_tf.ops.backend import Backend
 from diffusion_tf.runtime.strategies import tensorflow_packages
 
+_MIN_REGION_SIZE = 16  # pixels along a side; regions slow down the network for smaller images
 
-def replica_function(function: Callable, strategy: tf.distribute.Strategy, in_regions: bool = False) -> Callable:
-    """`function`, to be given to `strategy.run` inside a tf.function; one XLA program where that is ours to ask for.
 
-    A TPU strategy compiles on its own, and there `jit_compile=True` would ask for the host. Off the TPU, replicas that
-    meet in an all-reduce cannot be one program, nor may they meet inside a nested tf.function. On a CPU, tensorflow-tpu
-    has no XLA; elsewhere there, it is a graph with compiled regions (`regions.py`) where those are asked for.
-    AutoGraph, which would double the time to trace a network, stays out: loops are `tf.while_loop`.
+def cpu_backend(image_size: int, *, training: bool = False, frozen_weights: bool = False) -> Backend:
+    """The backend for the network of `image_size` pixels along a side, on one CPU.
+
+    Small images are sampled by one XLA program. Training them still updates the weights in place, in a graph.
+    """
+    small = image_size < _MIN_REGION_SIZE
+    if small and not training:
+        return backend.XLA
+    return Backend(cpu_graph=True, compiles_network=small, frozen_weights=frozen_weights)
+
+
+def replica_function(function: Callable, strategy: tf.distribute.Strategy, on_cpu: Backend = backend.XLA) -> Callable:
+    """Prepares `function` for `strategy.run` inside a tf.function: with its backend, and compiled where possible.
+
+    A TPU strategy compiles on its own, and `jit_compile=True` would ask for the host there. Off the TPU, replicas that
+    meet in an all-reduce cannot be one program, nor can they meet inside a nested tf.function. tensorflow-tpu has no
+    XLA for CPUs. AutoGraph would double the time to trace a network, so loops are `tf.while_loop`.
+
+    Args:
+      function: of tensors, in replica context.
+      strategy: where it runs.
+      on_cpu: the backend if that is one CPU; see `cpu_backend`.
     """
     function = tf.autograph.experimental.do_not_convert(function)
     if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return function
-    on_cpu = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type == "CPU"
-    if on_cpu and "tensorflow-tpu" in tensorflow_packages():
+    is_cpu = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type == "CPU"
+    if is_cpu and "tensorflow-tpu" in tensorflow_packages():
         return function
-    if on_cpu and in_regions:
-        # For the whole process. They take seconds for a network's graph, whose regions XLA simplifies anyway.
-        tf.config.optimizer.set_experimental_options({"constant_folding": False, "arithmetic_optimization": False})
+    if not (is_cpu and on_cpu.cpu_graph):
+        return tf.function(function, jit_compile=True, autograph=False)
+    # For the whole process. These passes take seconds for a network's graph, and XLA simplifies the regions anyway.
+    tf.config.optimizer.set_experimental_options({"constant_folding": False, "arithmetic_optimization": False})
 
-        @tf.autograph.experimental.do_not_convert
-        def graph(*args):
-            with cpu_graph():
-                return function(*args)
+    @tf.autograph.experimental.do_not_convert
+    def graph(*args: Any) -> Any:
+        with backend.entered(on_cpu):
+            return function(*args)
 
-        return graph
-    return tf.function(function, jit_compile=True, autograph=False)
+    return graph
 
 
 def over_replicas(
-    function: Callable, strategy: tf.distribute.Strategy, batch_size: int, in_regions: bool = False
+    function: Callable, strategy: tf.distribute.Strategy, batch_size: int, on_cpu: Backend = backend.XLA
 ) -> Callable:
-    """`function(first, *arrays)` of consecutive examples, as a compiled function of a batch shared out over replicas.
+    """Compiles `function(first, *arrays)` of consecutive examples for a batch that the replicas share.
 
-    Each replica calls it with the index of its first example and its share [batch_size / replicas, ...] of each array;
-    the tensors that it returns, in any structure, are joined along their first axis. Arrays of fewer than `batch_size`
-    examples are filled up with zeros, and the results cut to their length. `in_regions` is as in `replica_function`.
+    Each replica calls it with the index of its first example and its shard [batch_size / replicas, ...] of each array;
+    the tensors that it returns, in any structure, are concatenated along their first axis. Arrays of fewer than
+    `batch_size` examples are padded with zeros, and the results cut to their length.
+
+    Args:
+      function: of a replica; it maps examples to results one by one.
+      strategy: where it runs.
+      batch_size: examples over all replicas.
+      on_cpu: as in `replica_function`.
 
     Raises:
-      InputError: the batch size is not divisible by the replicas.
+      ConfigError: the batch size is not divisible by the replicas.
     """
     per_replica = per_replica_batch_size(batch_size, strategy)
 
-    def replica_call(first, *arrays):
+    def replica_call(first: tf.Tensor, *arrays: tf.Tensor) -> Any:
         offset = tf.distribute.get_replica_context().replica_id_in_sync_group * per_replica
-        shares = [tf.slice(a, [offset] + [0] * (len(a.shape) - 1), [per_replica, *a.shape[1:]]) for a in arrays]
-        return function(first + tf.cast(offset, tf.int64), *shares)
+        shards = [tf.slice(a, [offset] + [0] * (len(a.shape) - 1), [per_replica, *a.shape[1:]]) for a in arrays]
+        return function(first + tf.cast(offset, tf.int64), *shards)
 
-    replica_call = replica_function(replica_call, strategy, in_regions)
+    replica_call = replica_function(replica_call, strategy, on_cpu)
 
     @tf.function(autograph=False)
-    def batch_call(first, *arrays):
+    def batch_call(first: tf.Tensor, *arrays: tf.Tensor) -> Any:
         results = strategy.run(replica_call, args=(first, *arrays))
         return tf.nest.map_structure(lambda r: tf.concat(strategy.experimental_local_results(r), axis=0), results)
 
-    def call(first: int, *arrays):
+    def call(first: int, *arrays: tf.Tensor) -> Any:
         count = len(arrays[0]) if arrays else batch_size
-        filled = [filled_up(a, batch_size) for a in arrays]
-        return tf.nest.map_structure(lambda r: r[:count], batch_call(tf.constant(first, tf.int64), *filled))
+        padded = [pad_batch(a, batch_size) for a in arrays]
+        return tf.nest.map_structure(lambda r: r[:count], batch_call(tf.constant(first, tf.int64), *padded))
 
     return call
 
 
-def filled_up(examples: tf.Tensor, size: int) -> tf.Tensor:
-    """The examples [N, ...], and zeros to make them [size, ...]."""
+def pad_batch(examples: tf.Tensor, size: int) -> tf.Tensor:
+    """Pads examples [N, ...] with zeros to [size, ...]."""
     return tf.pad(examples, [[0, size - examples.shape[0]]] + [[0, 0]] * (len(examples.shape) - 1))
 
 
 def per_replica_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> int:
-    """Images of each replica.
+    """Number of examples of each replica.
 
     Raises:
-      InputError: the batch size is not divisible by the number of replicas.
+      ConfigError: the batch size is not divisible by the number of replicas.
     """
     replicas = strategy.num_replicas_in_sync
     if batch_size <= 0 or batch_size % replicas:

@@ -1,4 +1,4 @@
-"""Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
+"""Chooses the tf.distribute strategy: a TPU, GPUs, several hosts, or one device."""
 
 import functools
 import importlib.metadata
@@ -14,25 +14,25 @@ STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
 
 
 def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
-    """The strategy called `name`; connects to a TPU where one is asked for.
+    """Makes the strategy called `name`, and connects to its TPU if it has one.
 
-    `auto` is a TPU when `tpu` is given or one is attached, all GPUs when there are several, else one device.
-    `mirrored` takes all GPUs, or all logical CPU devices where there is no GPU; `multi_worker` reads TF_CONFIG.
+    `auto` uses a TPU if `tpu` is given or one is attached, else all GPUs if there are several, else one device.
+    `mirrored` uses all GPUs, or all logical CPU devices if there is no GPU. `multi_worker` reads TF_CONFIG.
 
     Args:
       name: one of STRATEGIES.
-      tpu: `local` on a TPU VM, for the chips of this one host; or a TPU's name or grpc address. Of a slice of several
-        hosts only the name takes all chips, from its first host with TPU_LOAD_LIBRARY=0.
+      tpu: `local` for the chips of the TPU VM that this process runs on, or a TPU's name or grpc address. To use all
+        chips of a slice of several hosts, give its name, on its first host and with TPU_LOAD_LIBRARY=0.
 
     Raises:
-      InputError: an unknown name, a machine without TPU, a TensorFlow that is not for TPUs, or a TPU or cluster that
+      ConfigError: the name is unknown, the machine has no TPU, TensorFlow is not built for TPUs, or the TPU or cluster
         cannot be reached.
     """
     if name not in STRATEGIES:
         raise ConfigError("strategy", f"={name}: choose one of {', '.join(STRATEGIES)}")
     if tpu and name not in ("auto", "tpu"):
         raise ConfigError("tpu", f"={tpu} goes with `strategy=tpu` or auto, not {name}")
-    # Nothing before this may touch a device: the collectives of several hosts are configured first or not at all.
+    # TensorFlow configures collectives between hosts only before anything touches a device.
     if name == "multi_worker":
         return _multi_worker_strategy()
     if name == "tpu" or (name == "auto" and (tpu or _auto_takes_tpu())):
@@ -55,19 +55,19 @@ def _multi_worker_strategy() -> tf.distribute.Strategy:
 
 @functools.cache
 def tensorflow_packages() -> frozenset[str]:
-    """The installed packages that hold `tensorflow`; several overwrite each other's files."""
+    """The installed packages that provide the module `tensorflow`; if there are several, they overwrite each other."""
     names = importlib.metadata.packages_distributions().get("tensorflow", ())
     return frozenset(name.lower().replace("_", "-") for name in names)
 
 
 def _auto_takes_tpu() -> bool:
-    # With a TPU hidden by a second TensorFlow, `auto` had better be told than train on the CPU.
+    # If a second TensorFlow hides the TPU, choose the TPU, which raises an error, rather than train on the CPU.
     hidden = tpu_attached() and tensorflow_packages() > {"tensorflow-tpu"}
     return hidden or bool(tf.config.list_physical_devices("TPU"))
 
 
 def _check_local_tpu() -> None:
-    """Tells why TensorFlow sees no TPU on this machine, where that is known without minutes of trying."""
+    """Raises ConfigError if TensorFlow cannot use a TPU here; connecting to it would take minutes to fail."""
     if tf.config.list_physical_devices("TPU"):
         return
     if not tpu_attached():

@@ -1,4 +1,4 @@
-"""Which tf.distribute strategy runs this: TPU, GPUs, several hosts, or one device."""
+"""Processes that train one model together, and the one of them, the chief, that writes files."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from diffusion_tf.storage.files import first_line
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes take part."""
+    """Whether several processes train together."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this process writes the files."""
     if not is_multi_worker(strategy):
         return True
     resolver = strategy.cluster_resolver
@@ -25,11 +25,11 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 
 @contextlib.contextmanager
-def several_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Where processes meet: what TensorFlow raises when another one is gone becomes one line.
+def lost_worker_errors(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Turns the errors that TensorFlow raises when another process is gone into one line.
 
     Raises:
-      PreemptedError: it is gone.
+      PreemptedError: another process is gone.
     """
     try:
         yield
@@ -45,11 +45,11 @@ def several_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
 
 def any_worker(strategy: tf.distribute.Strategy, flag: bool) -> bool:
-    """Whether `flag` is set in any process; each must call this, and none returns before all have."""
+    """Whether `flag` is set in any process. A barrier: every process must call it, and returns when all have."""
     if not is_multi_worker(strategy):
         return flag
 
-    def count():
+    def count() -> tf.Tensor:
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(float(flag)))
 
     return bool(strategy.experimental_local_results(strategy.run(count))[0] > 0)

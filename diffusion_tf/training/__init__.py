@@ -1,1 +1,1 @@
-"""Training (Algorithm 1): the step, the optimizer, the loop around them and what it reports."""
+"""Training (Algorithm 1): the step, the optimizer, the state, the loop around them, and its reports."""

@@ -1,132 +1,270 @@
-"""Training: the step of Algorithm 1 (its optimiser is in train_state.py), and the loop around it."""
+"""The training loop: steps, metrics, checkpoints, rollback after divergence, and preemption."""
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.data.source import READ_ERRORS, ImageSource
+from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
-from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, several_workers
+from diffusion_tf.presets import Preset
+from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors
+from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.training.checkpoint_writer import CheckpointWriter
+from diffusion_tf.training.optimizer import warmed_up_learning_rate
 from diffusion_tf.training.preemption import PreemptionNotice
 from diffusion_tf.training.progress import Progress
-from diffusion_tf.training.reporter import Reporter
+from diffusion_tf.training.reporter import MetricsCallback, Reporter
 from diffusion_tf.training.trainer import Trainer
 
-_SECONDS_UNSEEN = 4.0  # on the device, at most: Compute Engine takes a machine 30 seconds after its notice
+_NUM_GRID_SAMPLES = 64
 
 
-def train(trainer: Trainer, workdir: Workdir, source: ImageSource) -> None:
-    """Trains up to `num_steps`, from the newest sound checkpoint of `workdir` where there is one.
+def train(
+    trainer: Trainer,
+    workdir: Workdir,
+    source: ImageSource,
+    *,
+    callbacks: Sequence[MetricsCallback] = (),
+    max_call_seconds: float = 4.0,
+    make_notice: Callable[[], contextlib.AbstractContextManager[PreemptionNotice]] = PreemptionNotice,
+    save_checkpoint: Callable[..., Any] = checkpoints.save,
+) -> None:
+    """Trains up to step `preset.num_steps`, from the newest sound checkpoint in `workdir` if there is one.
+
+    Args:
+      trainer: the compiled training step and its state.
+      workdir: the run's folder.
+      source: the training images.
+      callbacks: each is called as `callback(step, metrics)` after each line of metrics.jsonl, in the chief only.
+      max_call_seconds: how long the device may train between two looks at the preemption notice; one process adapts
+        the number of steps per call to it. Compute Engine stops a machine 30 seconds after its notice.
+      make_notice: makes the preemption notice to look at.
+      save_checkpoint: writes one checkpoint, with the signature of `checkpoints.save`.
 
     Raises:
       InputError: the checkpoint does not fit, the data cannot be read, or a file cannot be written.
-      DivergedError: too many steps in a row were skipped, also after going back once.
-      PreemptedError: the machine is wanted back; the run is saved.
+      DivergedError: too many steps in a row were skipped, again after a rollback.
+      PreemptedError: the machine is about to be taken away, and the run is saved.
     """
-    preset, strategy = trainer.preset, trainer.strategy
-    progress = _restore(trainer, workdir) or Progress()
-    step = int(trainer.state.step.numpy())
-    batches = trainer.batches(source, progress.data_order)
-    reporter = Reporter(trainer, workdir, step) if is_chief(strategy) else None
-    # Several processes must take the same steps between their meetings, however long those last.
-    pace = preset.steps_per_loop if is_multi_worker(strategy) else 1
-    closing = contextlib.closing(reporter) if reporter else contextlib.nullcontext()
-    with PreemptionNotice() as notice, several_workers(strategy), closing:
-        while step < preset.num_steps:
+    loop = _Loop(trainer, workdir, source, callbacks, save_checkpoint)
+    with make_notice() as notice, lost_worker_errors(trainer.strategy), contextlib.closing(loop):
+        loop.run(notice, max_call_seconds)
+
+
+def train_in_workdir(
+    preset: Preset,
+    strategy: tf.distribute.Strategy,
+    source: ImageSource,
+    path: str,
+    *,
+    command: str,
+    callbacks: Sequence[MetricsCallback] = (),
+) -> None:
+    """Trains the run in a folder, new or of the same recipe, and locks the folder meanwhile.
+
+    Args:
+      preset: the configuration.
+      strategy: where to train.
+      source: the training images.
+      path: the run's folder.
+      command: what the user called, for flags.txt.
+      callbacks: as for `train`.
+
+    Raises:
+      ConfigError: the folder holds another run or is in use, or the preset cannot be trained.
+      InputError, DivergedError, PreemptedError: as `train`.
+    """
+    workdir = Workdir(path)
+    workdir.refuse_other_run(preset, source.num_examples)
+    trainer = Trainer(preset, strategy)
+    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
+        if is_chief(strategy):
+            workdir.write_config(preset, source.num_examples, command)
+        train(trainer, workdir, source, callbacks=callbacks)
+
+
+class _Loop:
+    """A run in this process. Only the chief has a `reporter` and a `writer`."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        workdir: Workdir,
+        source: ImageSource,
+        callbacks: Sequence[MetricsCallback],
+        save_checkpoint: Callable[..., Any],
+    ):
+        self.trainer, self.workdir, self.source = trainer, workdir, source
+        self.preset, self.strategy = trainer.preset, trainer.strategy
+        self.writer: CheckpointWriter | None = None
+        self.reporter: Reporter | None = None
+        self._start(_restore(trainer, workdir) or Progress())
+        if is_chief(self.strategy):
+            self.writer = CheckpointWriter(workdir, self.preset, save_checkpoint)
+            self.reporter = Reporter(
+                workdir,
+                self.preset,
+                self.step,
+                learning_rate=self._learning_rate,
+                draw=_grid_drawer(trainer),
+                save=self._save,
+                callbacks=callbacks,
+            )
+
+    def run(self, notice: PreemptionNotice, max_call_seconds: float) -> None:
+        """Trains to the end; `train` documents the arguments and the errors."""
+        preset, adaptive = self.preset, not is_multi_worker(self.strategy)
+        # Several processes synchronize after each call, so they must all take the same number of steps in it.
+        call_steps = 1 if adaptive else preset.steps_per_loop
+        while self.step < preset.num_steps:
             start = time.monotonic()
-            num_steps = min(pace, preset.steps_per_loop - step % preset.steps_per_loop, preset.num_steps - step)
-            progress.sums = _run_steps(trainer, batches, num_steps, progress.sums, source)
-            step += num_steps
-            if progress.has_diverged(preset.max_skipped_steps):
-                progress = _go_back(trainer, workdir, reporter, progress)
-                step = int(trainer.state.step.numpy())
-                batches = trainer.batches(source, progress.data_order)
+            until_report = preset.steps_per_loop - self.step % preset.steps_per_loop
+            self._run_steps(min(call_steps, until_report, preset.num_steps - self.step))
+            if self.progress.has_diverged(preset.max_skipped_steps):
+                self._roll_back()
                 continue
-            if not is_multi_worker(strategy):
-                pace = _next_pace(pace, time.monotonic() - start)
-            if step % preset.steps_per_loop == 0 or step == preset.num_steps:
-                metrics = progress.take_metrics()
-                if source.bad_records:
-                    metrics["bad_records"] = source.bad_records
-                if reporter:
-                    reporter.report(step, metrics, progress)
-            if any_worker(strategy, notice.reason is not None) and step < preset.num_steps:
-                if reporter:
-                    reporter.save(step, progress)
-                    reporter.finish_saving()
-                any_worker(strategy, True)  # none leaves before the file is whole
-                raise PreemptedError(f"{notice.reason or 'another process'}: saved step {step}, run it again to go on")
+            if adaptive:
+                call_steps = _next_call_steps(call_steps, time.monotonic() - start, max_call_seconds)
+            if self.step % preset.steps_per_loop == 0 or self.step == preset.num_steps:
+                self._report()
+            if any_worker(self.strategy, notice.reason is not None) and self.step < preset.num_steps:
+                self._save_and_stop(notice.reason or "another process")
+
+    def close(self) -> None:
+        """Closes the reports, and waits for the last checkpoint.
+
+        Raises:
+          InputError: it could not be written.
+        """
+        if self.reporter:
+            self.reporter.close()
+        if self.writer:
+            self.writer.close()
+
+    def _start(self, progress: Progress) -> None:
+        """Starts from the trainer's state, which a checkpoint holds unless its step is 0."""
+        self.progress = progress
+        self.step = self.saved_step = int(self.trainer.state.step.numpy())
+        self.batches: Iterator[Any] = self.trainer.batches(self.source, progress.data_order)
+
+    def _run_steps(self, num_steps: int) -> None:
+        sums = {name: tf.constant(value) for name, value in self.progress.sums.items()}
+        try:
+            sums = self.trainer.run_steps(self.batches, tf.constant(num_steps), sums)
+            self.progress.sums = {name: float(value) for name, value in sums.items()}
+        except READ_ERRORS as error:
+            raise self.source.read_error(error) from error
+        except tf.errors.ResourceExhaustedError as error:
+            raise InputError("out of memory: a smaller `batch_size`, or more replicas, may fit") from error
+        self.step += num_steps
+
+    def _report(self) -> None:
+        metrics = self.progress.take_metrics()
+        if self.source.bad_records:
+            metrics["bad_records"] = self.source.bad_records
+        if self.reporter:
+            self.reporter.report(self.step, metrics)
+
+    def _save(self) -> None:
+        """Starts writing a checkpoint of this step, unless there is one."""
+        if self.writer and self.step != self.saved_step:
+            manifest = {"config_sha256": self.preset.recipe_sha256(), "progress": dataclasses.asdict(self.progress)}
+            self.writer.write(self.step, self.trainer.state.to_arrays(), manifest)
+            self.saved_step = self.step
+
+    def _wait_for_checkpoint(self) -> None:
+        """Waits, in all processes, until the chief's last checkpoint is complete."""
+        if self.writer:
+            self.writer.wait()
+        any_worker(self.strategy, True)
+
+    def _save_and_stop(self, reason: str) -> None:
+        self._save()
+        self._wait_for_checkpoint()
+        raise PreemptedError(f"{reason}: saved step {self.step}, run it again to go on")
+
+    def _roll_back(self) -> None:
+        """Restores the last checkpoint, from which the run continues with the data in another order.
+
+        Raises:
+          DivergedError: the run was rolled back before, or there is no checkpoint.
+        """
+        first = (self.step - 1) // self.preset.steps_per_loop * self.preset.steps_per_loop
+        what = f"the run diverged between steps {first} and {self.step}"
+        self._wait_for_checkpoint()
+        if self.reporter:
+            what += f" (see {self._write_evidence()})"
+        restored = None if self.progress.data_order else _restore(self.trainer, self.workdir)
+        if restored is None:
+            raise DivergedError(
+                f"{what}: start again in another `workdir` with a learning rate below {self.preset.learning_rate}"
+            )
+        self._start(dataclasses.replace(restored, data_order=1))
+        logging.warning("%s: going back to step %d, with the data in another order", what, self.step)
+        if self.reporter:
+            self.reporter.start(self.step)
+
+    def _write_evidence(self) -> str:
+        """Writes what may explain the divergence to a JSON file, and returns its path."""
+        arrays = self.trainer.state.to_arrays()
+        evidence = {
+            "step": self.step,
+            **dataclasses.asdict(self.progress),
+            "norms": {name: float(np.linalg.norm(array.astype(np.float64))) for name, array in arrays.items()},
+            "metrics": self.workdir.read_metrics()[-10:],
+        }
+        return self.workdir.write_divergence(self.step, evidence)
+
+    def _learning_rate(self, step: int) -> float:
+        return float(warmed_up_learning_rate(self.preset.learning_rate, self.preset.warmup_steps, tf.constant(step)))
 
 
-def _next_pace(pace: int, seconds: float) -> int:
-    """How many steps to take unseen, after `pace` took so long. It changes when one looks, and no value."""
-    if seconds > _SECONDS_UNSEEN:
-        return max(1, pace // 2)
-    return 2 * pace if seconds < _SECONDS_UNSEEN / 2 else pace
+def _next_call_steps(call_steps: int, seconds: float, max_seconds: float) -> int:
+    """The number of steps of the next call to the device, after `call_steps` took `seconds`.
+
+    It decides when the loop looks at the notice, and never a value of the run.
+    """
+    if seconds > max_seconds:
+        return max(1, call_steps // 2)
+    return 2 * call_steps if seconds < max_seconds / 2 else call_steps
 
 
 def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
-    """Takes over the newest sound checkpoint; None where there is none."""
+    """Restores the newest sound checkpoint, and returns its progress; None if there is no checkpoint."""
     path = checkpoints.restore_newest(workdir.checkpoints, trainer.state.restore)
     if path is None:
         return None
-    manifest, ours = checkpoints.load_manifest(path), trainer.preset.recipe_sha256()
+    manifest, recipe = checkpoints.load_manifest(path), trainer.preset.recipe_sha256()
     if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
         logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
-    if manifest.get("config_sha256", ours) != ours:
+    if manifest.get("config_sha256", recipe) != recipe:
         logging.warning("%s is of another recipe than config.json, or of another version", path)
     return Progress.of_checkpoint(path)
 
 
-def _go_back(trainer: Trainer, workdir: Workdir, reporter: "Reporter | None", progress: Progress) -> Progress:
-    """Takes the run back to its last checkpoint, from where it goes on with the data in another order.
+def _grid_drawer(trainer: Trainer) -> Callable[[], np.ndarray]:
+    """A function that draws the samples of a grid with the current EMA weights, uint8 [64, H, W, C]."""
 
-    Raises:
-      DivergedError: it has gone back before, or there is no checkpoint.
-    """
-    preset, step = trainer.preset, int(trainer.state.step.numpy())
-    first = (step - 1) // preset.steps_per_loop * preset.steps_per_loop
-    what = f"the run diverged between steps {first} and {step}"
-    if reporter:
-        reporter.finish_saving()
-        norms = {
-            name: float(np.linalg.norm(array.astype(np.float64))) for name, array in trainer.state.to_arrays().items()
-        }
-        evidence = {
-            "step": step,
-            **dataclasses.asdict(progress),
-            "norms": norms,
-            "metrics": workdir.read_metrics()[-10:],
-        }
-        what += f" (see {workdir.write_divergence(step, evidence)})"
-    any_worker(trainer.strategy, True)  # the last checkpoint is whole
-    restored = None if progress.data_order else _restore(trainer, workdir)
-    if restored is None:
-        raise DivergedError(
-            f"{what}: start again in another `workdir` with a learning rate below {preset.learning_rate}"
+    @functools.cache  # compile once, and only if the run samples at all
+    def sampler() -> Sampler:
+        # Only the chief draws, so several processes cannot share the work.
+        strategy = tf.distribute.get_strategy() if is_multi_worker(trainer.strategy) else trainer.strategy
+        replicas = strategy.num_replicas_in_sync
+        return Sampler(
+            TrainedModel(trainer.preset, strategy, trainer.state.model, trainer.state.ema),
+            batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
+            seed=trainer.preset.seed,
         )
-    step = int(trainer.state.step.numpy())
-    logging.warning("%s: going back to step %d, with the data in another order", what, step)
-    if reporter:
-        workdir.rewind_metrics(step)
-        reporter.start(step)
-    return dataclasses.replace(restored, data_order=1)
 
-
-def _run_steps(
-    trainer: Trainer, batches, num_steps: int, sums: dict[str, float], source: ImageSource
-) -> dict[str, float]:
-    before = {name: tf.constant(value) for name, value in sums.items()}
-    try:
-        after = trainer.run_steps(batches, tf.constant(num_steps), before)
-        return {name: float(value) for name, value in after.items()}
-    except READ_ERRORS as error:
-        raise source.read_error(error) from error
-    except tf.errors.ResourceExhaustedError as error:
-        raise InputError("out of memory: a smaller `batch_size`, or more replicas, may fit") from error
+    return lambda: x_to_images(sampler()(0)[:_NUM_GRID_SAMPLES]).numpy()

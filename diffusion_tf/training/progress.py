@@ -1,4 +1,4 @@
-"""How far a run is, beside its weights."""
+"""The progress of a run that its weights do not show."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ from diffusion_tf.training.trainer import zero_sums
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is beside its state: what a checkpoint's manifest holds, so that a resumed run is the run.
+    """What a checkpoint's manifest holds beside the training state, so that a resumed run continues bit for bit.
 
     Attributes:
-      data_order: which order of the data; the second once the run has gone back.
-      sums: of the steps since the last line of metrics, as `Trainer.run_steps` has them.
+      data_order: which shuffle of the data is in use: 0, or 1 after a rollback.
+      sums: over the steps since the last line of metrics, as `Trainer.run_steps` returns them.
     """
 
     data_order: int = 0
@@ -22,22 +22,26 @@ class Progress:
 
     @classmethod
     def of_checkpoint(cls, path: str) -> "Progress":
-        """As the manifest at `path` states it; one of format 1 states nothing."""
-        stated = checkpoints.load_manifest(path).get("progress")
+        """Reads the progress from the manifest of the checkpoint at `path`; a checkpoint of format 1 has none.
+
+        Raises:
+          DamagedFileError: the manifest holds no valid progress.
+        """
+        stored = checkpoints.load_manifest(path).get("progress")
+        if not stored:
+            return cls()
         try:
-            return (
-                cls(int(stated["data_order"]), {k: float(stated["sums"][k]) for k in zero_sums()}) if stated else cls()
-            )
+            return cls(int(stored["data_order"]), {name: float(stored["sums"][name]) for name in zero_sums()})
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{path} does not tell the run's progress: remove it") from error
 
     def take_metrics(self) -> dict[str, float]:
-        """The means since the last line of metrics; the sums begin again."""
+        """Returns the means over the steps since the last line of metrics, and resets the sums."""
         sums, count = self.sums, self.sums["finite_steps"]
         means = {name: sums[name] / count if count else math.nan for name in ("loss", "grad_norm")}
         self.sums = {**dict.fromkeys(sums, 0.0), "skipped_in_row": sums["skipped_in_row"]}
         return {**means, "param_norm": sums["param_norm"], "skipped_steps": int(sums["skipped_steps"])}
 
     def has_diverged(self, max_skipped_steps: int) -> bool:
-        """Whether to stop: too many steps in a row were skipped, or the weights themselves are not finite."""
+        """Whether `max_skipped_steps` steps in a row were skipped, or a weight is not finite."""
         return self.sums["most_in_row"] >= max_skipped_steps or not math.isfinite(self.sums["param_norm"])

@@ -1,6 +1,6 @@
-"""What a run is made of: weights, EMA, Adam's moments and the step; how they move, and how they are saved."""
+"""The training state: weights, their EMA, Adam's moments and the step, as variables and as a checkpoint's arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -8,19 +8,27 @@ import tensorflow as tf
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
-from diffusion_tf.storage.resumable import Arrays
-from diffusion_tf.training.optimizer import ADAM_BETA1, ADAM_BETA2, ADAM_EPSILON, StateTensors, warmed_up_learning_rate
+from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.unet import UNet
 
 
 class TrainState:
-    """What a run is made of: the model, its EMA, Adam's moments and the step, as variables of one strategy."""
+    """The training state as variables of a strategy.
+
+    Attributes:
+      model: the network.
+      params: its weights, in the order of `model.trainable_variables`, as all lists here.
+      ema: the exponential moving average of the weights.
+      adam_m: Adam's first moments.
+      adam_v: Adam's second moments.
+      step: training steps taken, int64.
+    """
 
     def __init__(self, preset: Preset, strategy: tf.distribute.Strategy):
         with strategy.scope():
             self.model = UNet.from_preset(preset)
             self.params = [v.value for v in self.model.trainable_variables]
-            # The shadow weights start as the weights (Appendix B: decay 0.9999, no correction for the start).
+            # The EMA starts as the weights themselves, with no bias correction.
             self.ema = [tf.Variable(w.numpy(), trainable=False, name="ema") for w in self.params]
             self.adam_m = [tf.Variable(tf.zeros(w.shape), trainable=False, name="adam_m") for w in self.params]
             self.adam_v = [tf.Variable(tf.zeros(w.shape), trainable=False, name="adam_v") for w in self.params]
@@ -33,11 +41,11 @@ class TrainState:
         return {**named, "step": self.step}
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Every variable by name, as a checkpoint holds it."""
+        """Every variable by its name in a checkpoint."""
         return {name: np.asarray(variable.numpy()) for name, variable in self._named_variables().items()}
 
     def restore(self, path: str) -> None:
-        """Takes every variable from the checkpoint at `path`; nothing changes where it does not fit.
+        """Assigns every variable from the checkpoint at `path`; if it does not fit, nothing changes.
 
         Raises:
           InputError: the file is damaged, or its names, shapes or dtypes are not this state's.
@@ -46,52 +54,36 @@ class TrainState:
         size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
         assign_arrays(variables, checkpoints.load(path, size), path)
 
-    def apply_in_place(
-        self, before: StateTensors, grads: Sequence[tf.Tensor], clip: tf.Tensor, usable: tf.Tensor, preset: Preset
-    ) -> None:
-        """`apply_gradients` to the state itself, on one CPU, by TensorFlow's operations that change variables.
-
-        XLA's fusions take two to three times as long: each writes one new array, and works out anew what others did.
-        """
-        k = tf.cast(before.step + 1, tf.float32)
-        learning_rate = warmed_up_learning_rate(preset.learning_rate, preset.warmup_steps, before.step)
-        # Of what is not usable 0 is taken, which even infinity times 0 is here, and nothing decays.
-        if_usable = lambda value, otherwise: tf.where(usable, tf.cast(value, tf.float32), otherwise)
-        adam = {
-            "lr": if_usable(learning_rate, 0.0),
-            "beta1_power": ADAM_BETA1**k,
-            "beta2_power": ADAM_BETA2**k,
-            "beta1": if_usable(ADAM_BETA1, 1.0),
-            "beta2": if_usable(ADAM_BETA2, 1.0),
-            "epsilon": ADAM_EPSILON,
-        }
-        clip, ema_step = if_usable(clip, 0.0), if_usable(1.0 - np.float32(preset.ema_decay), 0.0)
-        for w, ema, m, v, grad in zip(self.params, self.ema, self.adam_m, self.adam_v, grads, strict=True):
-            clipped = tf.math.multiply_no_nan(grad, clip)
-            tf.raw_ops.ResourceApplyAdam(var=w.handle, m=m.handle, v=v.handle, grad=clipped, **adam)
-            tf.raw_ops.ResourceApplyGradientDescent(var=ema.handle, alpha=ema_step, delta=ema - w)
-        self.step.assign(before.step + 1)
-
     def tensors(self) -> StateTensors:
-        """The state as a step in replica context reads it."""
+        """The state as tensors. Call it in replica context."""
         variables = StateTensors(self.params, self.ema, self.adam_m, self.adam_v, self.step)
         return tf.nest.map_structure(tf.convert_to_tensor, variables)
 
     def assign(self, tensors: StateTensors) -> None:
-        """Takes over the state after a step, in replica context; it is equal on all replicas."""
+        """Assigns the state after a step, equal on all replicas. Call it in replica context."""
         variables = [*self.params, *self.ema, *self.adam_m, *self.adam_v, self.step]
 
-        def assign_all(strategy, values):
+        def assign_all(strategy: tf.distribute.Strategy, values: Sequence[tf.Tensor]) -> None:
             for variable, value in zip(variables, values, strict=True):
                 strategy.extended.update(variable, lambda v, new: v.assign(new), args=(value,))
 
         tf.distribute.get_replica_context().merge_call(assign_all, args=(tf.nest.flatten(tensors),))
 
 
-def state_arrays(weights: Arrays, ema: Arrays, adam: tuple[Arrays, Arrays] | None = None, step: int = 0) -> Arrays:
-    """What a run's checkpoint holds; Adam's moments are zeros where there are none, and then the step is 0.
+def state_arrays(
+    weights: Mapping[str, np.ndarray],
+    ema: Mapping[str, np.ndarray],
+    adam: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]] | None = None,
+    step: int = 0,
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, as `TrainState.to_arrays` names them, from those of its groups by weight name.
 
-    At a later step Adam would take zeros for converged averages and make steps that are several times too large.
+    Args:
+      weights: the weights.
+      ema: their EMA.
+      adam: Adam's first and second moments. Without them both are zeros and the step is 0: at a later step, Adam's bias
+        correction would take the zeros for converged averages, and its steps would be several times too large.
+      step: training steps taken.
     """
     if adam is None:
         zeros = {name: np.zeros_like(w) for name, w in weights.items()}

@@ -1,24 +1,27 @@
-"""Training: the step of Algorithm 1 (its optimiser is in train_state.py), and the loop around it."""
+"""Trains a network under a strategy: the compiled training step, and the batches that it takes."""
+
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
 from diffusion_tf.data.source import ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import Preset
-from diffusion_tf.runtime.replicas import per_replica_batch_size, replica_function
-from diffusion_tf.training.optimizer import apply_gradients
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import cpu_backend, per_replica_batch_size, replica_function
+from diffusion_tf.training.optimizer import assign_adam_step, is_finite_step
 from diffusion_tf.training.state import TrainState
-from diffusion_tf.training.step import is_finite_step, train_step
+from diffusion_tf.training.step import MICROBATCH_BYTES, LossAndGradients, loss_and_gradients, reduced_gradients
 
 _NEXT_ORDER = 0x9E3779B9  # far from the seeds that people choose
 
 
 def zero_sums() -> dict[str, tf.Tensor]:
-    """What `Trainer.run_steps` adds up, before the first step: float32 scalars.
+    """The sums of `Trainer.run_steps` before the first step: float32 scalars.
 
-    `loss` and `grad_norm` over `finite_steps`; `skipped_steps`, how many of them in a row to the end and at most; and,
-    no sum, `param_norm` after the last step.
+    `loss` and `grad_norm` are sums over the `finite_steps`. `skipped_steps` counts the others; `skipped_in_row` counts
+    those since the last finite step, and `most_in_row` is its largest value. `param_norm` is the weights' global norm
+    after the last step.
     """
     names = "loss", "grad_norm", "finite_steps", "skipped_steps", "skipped_in_row", "most_in_row", "param_norm"
     return {name: tf.constant(0.0) for name in names}
@@ -27,43 +30,65 @@ def zero_sums() -> dict[str, tf.Tensor]:
 class Trainer:
     """The compiled training step of a preset under a strategy.
 
+    Args:
+      preset: the recipe.
+      strategy: where to train.
+      make_rng: makes the random numbers of a step, as `CounterRng(seed, step, first_example)`.
+      loss_and_gradients: computes a microbatch's share of the loss and the gradients.
+      microbatch_bytes: as in `reduced_gradients`.
+
     Raises:
-      InputError: the batch size is not divisible by the replicas, or the network cannot be built.
+      ConfigError: the batch size is not divisible by the replicas, or the network cannot be built.
     """
 
-    def __init__(self, preset: Preset, strategy: tf.distribute.Strategy):
+    def __init__(
+        self,
+        preset: Preset,
+        strategy: tf.distribute.Strategy,
+        *,
+        make_rng: Callable[[int, tf.Tensor, tf.Tensor], CounterRng] = CounterRng,
+        loss_and_gradients: LossAndGradients = loss_and_gradients,
+        microbatch_bytes: int = MICROBATCH_BYTES,
+    ):
         self.preset = preset
         self.strategy = strategy
         self.per_replica = per_replica_batch_size(preset.batch_size, strategy)
-        GaussianDiffusion.from_preset(preset)  # refuses what cannot be trained
+        GaussianDiffusion.from_preset(preset)  # raises ConfigError for what cannot be trained
         self.state = TrainState(preset, strategy)
-        self._replica_step = replica_function(self._train_step, strategy, in_regions=True)
+        self._make_rng = make_rng
+        self._loss_and_gradients = loss_and_gradients
+        self._microbatch_bytes = microbatch_bytes
+        on_cpu = cpu_backend(preset.image_size, training=True)
+        self._replica_step = replica_function(self._train_step, strategy, on_cpu)
 
     def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step in replica context: (loss, gradient norm), both of the global batch."""
+        """`train_step` on the state's variables, in replica context: (loss, gradient norm) of the global batch."""
         images = tf.ensure_shape(images, (self.per_replica, *self.preset.image_shape))  # several hosts lose it
         context = tf.distribute.get_replica_context()
-        in_place = regions.in_cpu_graph()
-        state, loss, grad_norm = train_step(
+        before = self.state.tensors()
+        first_example = tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica
+        loss, gradients = reduced_gradients(
             self.state.model,
             self.preset,
-            self.state.tensors(),
+            before.params,
             images,
-            tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica,
+            self._make_rng(self.preset.seed, before.step, first_example),
             lambda values: context.all_reduce(tf.distribute.ReduceOp.SUM, values),
-            self.state.apply_in_place if in_place else apply_gradients,
+            loss_and_gradients=self._loss_and_gradients,
+            microbatch_bytes=self._microbatch_bytes,
         )
-        if not in_place:
-            self.state.assign(state)
-        return loss, grad_norm
+        assign_adam_step(self.state, before, gradients, self.preset)
+        return loss, gradients.norm
 
     @tf.function
-    def run_steps(self, iterator, num_steps: tf.Tensor, sums: dict[str, tf.Tensor] | None = None):
-        """Takes `num_steps` steps on the device, and adds what they were to `sums`, which begin as `zero_sums()`."""
+    def run_steps(
+        self, iterator: Iterator[tf.Tensor], num_steps: tf.Tensor, sums: dict[str, tf.Tensor] | None = None
+    ) -> dict[str, tf.Tensor]:
+        """Takes `num_steps` steps on the device, and returns `sums` (default: `zero_sums()`) with them added."""
         sums = sums or zero_sums()
         for _ in tf.range(num_steps):
             loss, grad_norm = self.strategy.run(self._replica_step, args=(next(iterator),))
-            # Equal on all replicas, so any one will do.
+            # Equal on all replicas, so take the first one.
             loss = self.strategy.experimental_local_results(loss)[0]
             grad_norm = self.strategy.experimental_local_results(grad_norm)[0]
             finite = is_finite_step(loss, grad_norm)
@@ -80,8 +105,8 @@ class Trainer:
         param_norm = tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
         return {**sums, "param_norm": param_norm}
 
-    def batches(self, source: ImageSource, data_order: int = 0):
-        """An iterator over the training batches from the state's step on, in one of several orders."""
+    def batches(self, source: ImageSource, data_order: int = 0) -> Iterator[tf.Tensor]:
+        """An iterator over the training batches from the state's step on; `data_order` selects their order."""
 
         def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
             return training_batches(

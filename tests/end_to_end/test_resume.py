@@ -1,4 +1,4 @@
-"""A run that is killed is the run: weights, EMA, moments, metrics and samples, bit for bit."""
+"""A killed and resumed run has the weights, EMA, moments, metrics and samples of an uninterrupted one, bit for bit."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from support.forked_programs import run_fork, start_fork
 from diffusion_tf.errors import PreemptedError
 
 
-def test_a_killed_run_is_the_run(tmp_path):
+def test_a_killed_run_equals_an_uninterrupted_one(tmp_path):
     args = ["--num_steps=60", *killed_runs.TINY]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     moments = [

@@ -1,4 +1,4 @@
-"""`make soak`: a real training process is killed thirty times at random moments, and the run is the run."""
+"""`make soak`: kills a training process thirty times at random moments; the run must equal an uninterrupted one."""
 
 import os
 import random
@@ -11,17 +11,17 @@ from support.forked_programs import start_fork
 
 KILLS, SAVING_KILLS = 30, 8
 NUM_STEPS = 500
-KILLING_SECONDS = 15 * 60  # at most; the rest of the twenty minutes is for the runs' ends
+MAX_KILLING_SECONDS = 15 * 60  # of twenty minutes; the rest is for finishing both runs
 
 
 @pytest.mark.slow
-def test_a_run_killed_thirty_times_is_the_run(tmp_path):
+def test_a_run_killed_thirty_times_equals_an_uninterrupted_one(tmp_path):
     begin, rng = time.monotonic(), random.Random(0)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     start = lambda workdir: start_fork("train", f"--workdir={workdir}", f"--num_steps={NUM_STEPS}", *killed_runs.TINY)
     kills = saving_kills = 0
     seconds_to_start = 0.0
-    while (kills < KILLS or saving_kills < SAVING_KILLS) and time.monotonic() - begin < KILLING_SECONDS:
+    while (kills < KILLS or saving_kills < SAVING_KILLS) and time.monotonic() - begin < MAX_KILLING_SECONDS:
         lines, started = len(killed_runs.metrics(killed)), time.monotonic()
         running = start(killed)
         if kills % 2:
@@ -43,7 +43,7 @@ def test_a_run_killed_thirty_times_is_the_run(tmp_path):
         assert finished.returncode == 0, finished.stderr
     compared = killed_runs.assert_same_run(straight, killed)
     print(
-        f"\nkills survived: {kills}, of them {saving_kills} with a checkpoint half written"
+        f"\nkills survived: {kills}, {saving_kills} of them with a half-written checkpoint"
         f"\nbytes compared and equal: {compared:,}; {time.monotonic() - begin:.0f} s"
     )
-    assert kills >= KILLS, f"this machine is too slow, or too busy, for {KILLS} kills in {KILLING_SECONDS} seconds"
+    assert kills >= KILLS, f"this machine is too slow or too busy for {KILLS} kills in {MAX_KILLING_SECONDS} seconds"

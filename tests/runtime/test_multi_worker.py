@@ -1,4 +1,4 @@
-"""Two real processes on loopback train one model."""
+"""Two processes on the loopback interface train one model."""
 
 import contextlib
 import json
@@ -29,6 +29,7 @@ RECIPE = {
 
 
 def free_ports(count):
+    """Ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
@@ -40,7 +41,7 @@ def free_ports(count):
 
 @contextlib.contextmanager
 def two_processes(tmp_path, args):
-    """Two workers that train, and their logs."""
+    """Starts two workers that train; yields the processes and their log files, and kills what is left."""
     workers = [f"127.0.0.1:{port}" for port in free_ports(2)]
     logs, processes = [tmp_path / f"worker{index}.log" for index in range(2)], []
     try:
@@ -64,7 +65,7 @@ def train_in_two_processes(tmp_path, args):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_two_processes_take_the_same_steps_as_one(tmp_path):
     train_in_two_processes(tmp_path, [f"--workdir={tmp_path}/two", *(f"--{k}={v}" for k, v in RECIPE.items())])
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -78,7 +79,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_of_two_is_killed_and_both_go_on(tmp_path):
+def test_a_run_of_two_processes_survives_the_loss_of_either(tmp_path):
     recipe = [f"--{k}={v}" for k, v in {**RECIPE, "num_steps": 400, "sample_every": 0}.items()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     train_in_two_processes(tmp_path, [f"--workdir={straight}", *recipe])
@@ -87,7 +88,7 @@ def test_one_of_two_is_killed_and_both_go_on(tmp_path):
             lines = len(killed_runs.metrics(killed))
             killed_runs.wait_for(lambda lines=lines: len(killed_runs.metrics(killed)) >= lines + 5)
             processes[victim].kill()
-            assert processes[1 - victim].wait(timeout=120) != 0, "it goes on alone"
+            assert processes[1 - victim].wait(timeout=120) != 0, "a process continues alone"
             assert "another process is gone" in logs[1 - victim].read_text().splitlines()[-1]
     assert len(killed_runs.metrics(killed)) < 200
     with two_processes(tmp_path, [f"--workdir={killed}", *recipe]) as (processes, logs):

@@ -1,62 +1,45 @@
-"""Which strategy runs this."""
+"""The choice of a strategy, and the environment that it needs."""
 
-import fnmatch
-import glob
-import importlib.metadata
 import os
 import pathlib
 import subprocess
 import sys
 import urllib.error
 
-import numpy as np
 import pytest
 import tensorflow as tf
-from support import golden
+from support.machines import machine
 
 from diffusion_tf import tpu_attached
 from diffusion_tf.errors import InputError
-from diffusion_tf.ops.cpu.regions import in_cpu_graph
-from diffusion_tf.presets import get_preset
-from diffusion_tf.runtime import strategies
-from diffusion_tf.runtime.replicas import over_replicas, per_replica_batch_size, replica_function
-from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.runtime.workers import is_chief
+from diffusion_tf.runtime.strategies import make_strategy, tensorflow_packages
 
-# TensorFlow sees it, so that nothing here can hide it.
+# TensorFlow sees an attached TPU, whatever these tests pretend.
 no_tpu_here = pytest.mark.skipif(bool(tf.config.list_physical_devices("TPU")), reason="a TPU is attached")
 
 
-def pretend(monkeypatch, *, attached, packages):
-    """A machine with or without a TPU's files, and with these packages of TensorFlow."""
-    monkeypatch.setattr(strategies, "tpu_attached", lambda: attached)
-    monkeypatch.setattr(strategies, "tensorflow_packages", lambda: frozenset(packages.split()))
-
-
-def test_strategies():
-    one, eight = make_strategy("one_device"), make_strategy("mirrored")
-    assert (one.num_replicas_in_sync, eight.num_replicas_in_sync) == (1, 8)
-    assert is_chief(one) and is_chief(eight)
+def test_strategies_use_one_device_or_all():
+    assert make_strategy("one_device").num_replicas_in_sync == 1
+    assert make_strategy("mirrored").num_replicas_in_sync == 8
     assert make_strategy("auto").num_replicas_in_sync == max(1, len(tf.config.list_logical_devices("GPU")))
-    assert per_replica_batch_size(24, eight) == 3
 
 
 @pytest.mark.parametrize(
     ("files", "attached"),
     [
         ("/dev/null", False),
-        ("/dev/accel /dev/accel/accel0", False),  # Linux's own accelerators
-        ("/dev/vfio/vfio", False),  # of every machine with VFIO
+        ("/dev/accel /dev/accel/accel0", False),  # Linux's accelerator subsystem
+        ("/dev/vfio/vfio", False),  # every machine with VFIO has it
         ("/dev/accel0 /dev/accel1", True),
         ("/dev/vfio/vfio /dev/vfio/0", True),
     ],
 )
-def test_a_tpu_is_known_by_its_files(files, attached, monkeypatch):
-    monkeypatch.setattr(glob, "glob", lambda pattern: fnmatch.filter(files.split(), pattern))
-    assert tpu_attached() == attached
+def test_a_tpu_is_recognized_by_its_device_files(files, attached):
+    with machine(files=files):
+        assert tpu_attached() == attached
 
 
-def test_programs_look_for_a_tpu_before_tensorflow_does(tmp_path):
+def test_programs_look_for_a_tpu_before_they_import_tensorflow(tmp_path):
     (tmp_path / "tensorflow.py").write_text("import os\nraise SystemExit(os.environ.get('TPU_LOAD_LIBRARY', 'unset'))")
     environment = {name: value for name, value in os.environ.items() if name != "TPU_LOAD_LIBRARY"}
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
@@ -71,7 +54,7 @@ def test_programs_look_for_a_tpu_before_tensorflow_does(tmp_path):
     assert result.stderr.strip() == ("unset" if tpu_attached() else "0")
 
 
-_FAULTS_OF_KEPT_MEMORY = """
+_COUNT_PAGE_FAULTS = """
 import resource
 import diffusion_tf
 import tensorflow as tf
@@ -89,9 +72,9 @@ print(faults(4), x.shape.num_elements() * 4 // resource.getpagesize())
 
 
 @no_tpu_here
-def test_memory_is_kept_from_step_to_step():
+def test_memory_is_reused_from_step_to_step():
     result = subprocess.run(
-        [sys.executable, "-c", _FAULTS_OF_KEPT_MEMORY],
+        [sys.executable, "-c", _COUNT_PAGE_FAULTS],
         cwd=pathlib.Path(__file__).parent.parent.parent,
         capture_output=True,
         text=True,
@@ -102,76 +85,51 @@ def test_memory_is_kept_from_step_to_step():
 
 
 @no_tpu_here
-def test_an_absent_tpu_is_named_and_auto_does_without(monkeypatch):
+def test_an_absent_tpu_is_an_error_and_auto_does_without_it():
     for packages in ("tensorflow", "tensorflow-tpu", "tensorflow tensorflow-tpu"):
-        pretend(monkeypatch, attached=False, packages=packages)
-        for flags in [("tpu",), ("tpu", "local"), ("auto", "local")]:
-            with pytest.raises(InputError, match="tpu=local: this machine has no TPU .*: run on a TPU VM, or leave"):
+        with machine(packages=packages):
+            for flags in [("tpu",), ("tpu", "local"), ("auto", "local")]:
+                with pytest.raises(InputError, match="tpu=local: this machine has no TPU .*: run on a TPU VM, or"):
+                    make_strategy(*flags)
+            assert isinstance(make_strategy("auto"), tf.distribute.OneDeviceStrategy)
+
+
+@no_tpu_here
+def test_a_tensorflow_that_hides_the_tpu_is_an_error():
+    with machine(files="/dev/accel0", packages="tensorflow tensorflow-tpu"):
+        for flags in [("tpu",), ("auto", "local"), ("auto",)]:
+            message = "of tensorflow and tensorflow-tpu, .* alone: pip uninstall tensorflow tensorflow-tpu, then pip"
+            with pytest.raises(InputError, match=f"tpu=local: TensorFlow here is {message}"):
                 make_strategy(*flags)
+
+    with machine(files="/dev/accel0", packages="tensorflow-cpu"):
+        with pytest.raises(InputError, match="of tensorflow-cpu, .*: pip uninstall tensorflow-cpu, then pip install"):
+            make_strategy("tpu")
         assert isinstance(make_strategy("auto"), tf.distribute.OneDeviceStrategy)
 
 
 @no_tpu_here
-def test_tensorflow_that_hides_the_tpu_is_named(monkeypatch):
-    pretend(monkeypatch, attached=True, packages="tensorflow tensorflow-tpu")
-    hidden = "tensorflow and tensorflow-tpu, .* tensorflow-tpu alone: pip uninstall tensorflow tensorflow-tpu, then pip"
-    for flags in [("tpu",), ("auto", "local"), ("auto",)]:
-        with pytest.raises(InputError, match=f"tpu=local: TensorFlow here is of {hidden}"):
-            make_strategy(*flags)
+def test_a_tpu_that_cannot_be_reached_is_an_error(monkeypatch):
+    with machine(files="/dev/accel0", packages="tensorflow-tpu"):
+        with pytest.raises(InputError, match=r"tpu=local: cannot reach the TPU \(.*\): another process may be using"):
+            make_strategy("tpu")
 
-    pretend(monkeypatch, attached=True, packages="tensorflow-cpu")
-    with pytest.raises(InputError, match="is of tensorflow-cpu, .*: pip uninstall tensorflow-cpu, then pip install"):
-        make_strategy("tpu")
-    assert isinstance(make_strategy("auto"), tf.distribute.OneDeviceStrategy)
+        def resolver(tpu):
+            raise urllib.error.URLError(f"who is {tpu}")
 
-
-@no_tpu_here
-def test_a_tpu_out_of_reach_is_named(monkeypatch):
-    pretend(monkeypatch, attached=True, packages="tensorflow-tpu")
-    with pytest.raises(InputError, match=r"tpu=local: cannot reach the TPU \(.*\): another process may be using it"):
-        make_strategy("tpu")
-
-    def resolver(tpu):
-        raise urllib.error.URLError(f"who is {tpu}")
-
-    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", resolver)
-    with pytest.raises(InputError, match="tpu=mine: cannot reach the TPU .*who is mine"):
-        make_strategy("auto", "mine")
+        monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", resolver)
+        with pytest.raises(InputError, match="tpu=mine: cannot reach the TPU .*who is mine"):
+            make_strategy("auto", "mine")
 
 
-def test_packages_of_tensorflow(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"tensorflow": ["TensorFlow_TPU", "a"]})
-    assert strategies.tensorflow_packages.__wrapped__() == {"tensorflow-tpu", "a"}
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", dict)
-    assert strategies.tensorflow_packages.__wrapped__() == set()
+def test_packages_have_normalized_names():
+    with machine(packages="TensorFlow_TPU a"):
+        assert tensorflow_packages() == {"tensorflow-tpu", "a"}
+    with machine(packages=""):
+        assert tensorflow_packages() == set()
 
 
-def test_xla_where_there_is_one(monkeypatch):
-    cpu, gpu = tf.distribute.OneDeviceStrategy("CPU:1"), tf.distribute.OneDeviceStrategy("GPU:0")
-    for packages, strategy, compiled in [
-        ("tensorflow", cpu, True),
-        ("tensorflow-tpu", cpu, False),
-        ("tensorflow tensorflow-tpu", cpu, False),
-        ("tensorflow tensorflow-tpu", gpu, True),
-        ("tensorflow", make_strategy("mirrored"), False),
-    ]:
-        pretend(monkeypatch, attached=False, packages=packages)
-        function = replica_function(tf.identity, strategy)
-        assert getattr(function, "_jit_compile", False) == compiled
-
-    pretend(monkeypatch, attached=False, packages="tensorflow")
-    for image_size, in_regions in [(32, True), (16, True), (8, False)]:
-        trained = golden.KnownModel(get_preset("digits", image_size=image_size), cpu, None, None)
-        call = trained.over_replicas(lambda _: tf.fill([2], in_cpu_graph()), 2)
-        assert bool(call(0).numpy().all()) == in_regions
-    assert replica_function(tf.identity, gpu, in_regions=True)._jit_compile
-
-    pretend(monkeypatch, attached=False, packages="tensorflow-tpu")
-    call = over_replicas(lambda first, x: x + 1, cpu, 2)
-    np.testing.assert_array_equal(call(0, tf.constant([1, 2])), [2, 3])
-
-
-def test_flags_that_do_not_go_together(monkeypatch):
+def test_settings_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(InputError, match="tpu=local goes with `strategy=tpu` or auto, not mirrored"):
         make_strategy("mirrored", "local")
     monkeypatch.delenv("TF_CONFIG", raising=False)
@@ -179,23 +137,6 @@ def test_flags_that_do_not_go_together(monkeypatch):
         make_strategy("multi_worker")
 
 
-def test_unknown_strategy_lists_the_choices():
+def test_an_unknown_strategy_is_refused_with_the_choices():
     with pytest.raises(InputError, match="strategy=horovod: choose one of auto, tpu, mirrored"):
         make_strategy("horovod")
-
-
-@pytest.mark.parametrize("name", ["one_device", "mirrored"])
-def test_a_batch_is_shared_out_over_replicas(name):
-    strategy = make_strategy(name)
-    per_replica = 16 // strategy.num_replicas_in_sync
-
-    def function(first, x):
-        assert x.shape == (per_replica, 3)
-        return {"index": first + tf.range(per_replica, dtype=tf.int64), "sum": tf.reduce_sum(x, axis=1)}
-
-    call = over_replicas(function, strategy, 16)
-    x = np.random.RandomState(0).standard_normal((16, 3)).astype(np.float32)
-    for count in (16, 5):
-        results = call(100, x[:count])
-        np.testing.assert_array_equal(results["index"], 100 + np.arange(count))
-        np.testing.assert_allclose(results["sum"], x[:count].sum(axis=1), rtol=1e-5)

@@ -1,37 +1,40 @@
-"""Training processes that are killed, and runs that are compared byte for byte."""
+"""Training processes to kill, and the comparison of runs byte for byte."""
 
 import json
 import pathlib
 import time
+from collections.abc import Callable
 
-# Steps of milliseconds, saved again and again, so that a kill often meets a checkpoint half written. Mirrored replicas,
-# even one, are not compiled by XLA, which would be most of such a short process.
+# Steps take milliseconds and checkpoints are frequent, so a kill often leaves a half-written checkpoint. The mirrored
+# strategy is not compiled by XLA, which would take most of the time of so short a process.
 TINY = (
     "--strategy=mirrored --steps_per_loop=5 --checkpoint_every=5 --keep_checkpoints=2 --keep_every=50 --sample_every=50"
     " --batch_size=8 --num_timesteps=4 --ch_mult=1 --dropout=0.1 --warmup_steps=5 --random_flip=True"
 ).split()
 
 
-def wait_for(condition, seconds=300.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Waits until `condition()` is true."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"the condition is still false after {seconds:.0f} s"
         time.sleep(0.001)
 
 
 def is_saving(workdir: pathlib.Path) -> bool:
+    """Whether a checkpoint is half written."""
     return any((workdir / "checkpoints").glob("*.tmp"))
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    """The lines of metrics without the one value that is of the clock."""
+    """The lines of metrics without the one value that depends on the clock."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_sec"} for line in lines]
 
 
 def assert_same_run(straight: pathlib.Path, killed: pathlib.Path) -> int:
-    """Compares all checkpoints, samples and metrics, and returns how many bytes of files were equal."""
+    """Asserts that checkpoints, samples and metrics are equal, and returns their number of bytes."""
     steps = [line["step"] for line in metrics(killed)]
     assert steps == sorted(set(steps))
     assert metrics(killed) == metrics(straight)

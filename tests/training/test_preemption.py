@@ -1,5 +1,6 @@
 """Notices of preemption."""
 
+import functools
 import http.server
 import os
 import signal
@@ -8,19 +9,19 @@ import threading
 import pytest
 from support import killed_runs
 
-from diffusion_tf.training import preemption
 from diffusion_tf.training.preemption import PreemptionNotice
+
+quick_notice = functools.partial(PreemptionNotice, poll_seconds=0.02)
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(preemption, "_POLL_SECONDS", 0.02)
-    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # where nothing answers
+def no_metadata_server(monkeypatch):
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing answers there
 
 
-def test_sigterm_is_noticed_once_and_then_ends_the_process():
+def test_the_first_sigterm_is_a_notice_and_the_second_ends_the_process():
     before = signal.getsignal(signal.SIGTERM)
-    with PreemptionNotice() as notice:
+    with quick_notice() as notice:
         assert notice.reason is None
         os.kill(os.getpid(), signal.SIGTERM)
         killed_runs.wait_for(lambda: notice.reason == "SIGTERM")
@@ -28,12 +29,12 @@ def test_sigterm_is_noticed_once_and_then_ends_the_process():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_compute_engines_notice_is_asked_for(monkeypatch):
-    answers, asked = iter([b"FALSE", b"FALSE", b"TRUE"]), []
+def test_the_metadata_server_is_polled_until_it_announces_a_preemption(monkeypatch):
+    answers, requests = iter([b"FALSE", b"FALSE", b"TRUE"]), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            requests.append((self.path, self.headers["Metadata-Flavor"]))
             self.send_response(200)
             self.end_headers()
             self.wfile.write(next(answers))
@@ -44,15 +45,15 @@ def test_compute_engines_notice_is_asked_for(monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        with PreemptionNotice() as notice:
+        with quick_notice() as notice:
             killed_runs.wait_for(lambda: notice.reason is not None)
         assert notice.reason == "a preemption notice of Compute Engine"
-        assert asked == [("/computeMetadata/v1/instance/preempted", "Google")] * 3
+        assert requests == [("/computeMetadata/v1/instance/preempted", "Google")] * 3
         server.shutdown()
 
 
-def test_nothing_is_asked_for_long_where_nothing_answers():
+def test_polling_stops_if_no_metadata_server_answers():
     before = threading.active_count()
-    with PreemptionNotice() as notice:
+    with quick_notice() as notice:
         killed_runs.wait_for(lambda: threading.active_count() == before)
     assert notice.reason is None

@@ -1,43 +1,30 @@
-"""Convolutions on a CPU by weights that stay as they are: oneDNN brings them into its own order but once.
+"""Convolutions on a CPU whose frozen weights oneDNN reorders only once.
 
-To reorder a kernel takes up to a seventh of a convolution of one image. TensorFlow spares it where a kernel is a
-constant of the graph, which then holds several copies of all weights; here the kernel is a variable, and the operation
-that TensorFlow makes of such a convolution, as its graphs are prepared for oneDNN, is named in its stead.
+Reordering a kernel takes up to a seventh of the time of a convolution of one image. TensorFlow avoids it if the kernel
+is a constant of the graph, but the graph then holds several copies of all weights. Here the kernel stays a variable,
+and this module creates the operation into which TensorFlow rewrites such a convolution for oneDNN.
 """
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.core.framework.attr_value_pb2 import AttrValue
 
-from diffusion_tf.ops.cpu.regions import in_cpu_graph
-
-_weights_stay = contextvars.ContextVar("weights_stay", default=False)
-
-
-@contextlib.contextmanager
-def weights_stay() -> Iterator[None]:
-    """What is traced herein reads weights that nothing assigns once it has run."""
-    token = _weights_stay.set(True)
-    try:
-        yield
-    finally:
-        _weights_stay.reset(token)
+from diffusion_tf.ops import backend
 
 
 def keeps_kernels(dtype: tf.DType) -> bool:
-    """Whether `conv` is to be called for maps of this dtype: in a graph for a CPU that has it, by weights that stay."""
-    return _weights_stay.get() and in_cpu_graph() and _available(dtype)
+    """Whether to call `conv` for maps of this dtype: the program's weights are frozen, and the CPU supports it."""
+    return backend.current().frozen_weights and available(dtype)
 
 
 @functools.cache
-def _available(dtype: tf.DType) -> bool:
-    # TensorFlow for Apple's processors lacks the operation, and oneDNN wants AVX-512 for bfloat16.
+def available(dtype: tf.DType) -> bool:
+    """Whether this machine has the operation: not Apple's processors; bfloat16 needs AVX-512."""
     if os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "0":
         return False
     try:
@@ -53,25 +40,32 @@ def conv(
     x: tf.Tensor,
     kernel: tf.Tensor,
     bias: tf.Tensor | None = None,
-    added: tf.Tensor | None = None,
-    strides: tuple[int, int] = (1, 1),
+    add: tf.Tensor | None = None,
+    *,
+    strides: int = 1,
     padding: Sequence[Sequence[int]] = (),
 ) -> tf.Tensor:
-    """The convolution of x [B, H, W, C] with kernel [h, w, C, channels]; it has no gradient.
+    """A convolution that may keep the first kernel it sees for all calls of the program; it has no gradient.
 
-    Around x are zeros: by `padding`, as many before and after along each axis, else such that the result is as large.
-    To it a bias [channels] is added, and to both a map like the result, which is then rounded once. All have one dtype,
-    float32 or bfloat16. The first kernel that comes may be kept for all calls of the function in which this is traced.
+    All tensors have one dtype, float32 or bfloat16. The sum with bias and map is rounded once.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [h, w, C, channels].
+      bias: [channels], or None.
+      add: a map of the result's shape to add, or None; it needs a bias.
+      strides: along both axes.
+      padding: numbers of zeros before and after x along each axis; default: SAME.
     """
-    summands = [tensor for tensor in (bias, added) if tensor is not None]
+    summands = [tensor for tensor in (bias, add) if tensor is not None]
     dtype = x.dtype.as_datatype_enum
     attributes = {
         "T": AttrValue(type=dtype),
-        "strides": _list(i=[1, *strides, 1]),
+        "strides": _list(i=[1, strides, strides, 1]),
         "padding": AttrValue(s=b"EXPLICIT" if padding else b"SAME"),
         "explicit_paddings": _list(i=itertools.chain(*padding)),
         "is_filter_const": AttrValue(b=True),
-        "_kernel": AttrValue(s=b"MklNameChangeOp"),  # of an operation's kernels, oneDNN's
+        "_kernel": AttrValue(s=b"MklNameChangeOp"),  # selects oneDNN's kernel of the operation
     }
     if summands:
         attributes["fused_ops"] = _list(s=[b"BiasAdd", b"Add"][: len(summands)])
@@ -87,5 +81,5 @@ def conv(
     return operation.outputs[0]
 
 
-def _list(**values) -> AttrValue:
+def _list(**values: Any) -> AttrValue:
     return AttrValue(list=AttrValue.ListValue(**values))

@@ -1,81 +1,44 @@
-"""Stretches of a TensorFlow graph as XLA programs of their own: how a CPU is served best.
+"""Regions: parts of a TensorFlow graph that are XLA programs of their own.
 
-There the fastest products in bfloat16 are oneDNN's, which TensorFlow's graph calls and XLA does not; and the fastest
-work between them is XLA's, which writes once what TensorFlow writes once for each operation. So on a CPU a program is a
-graph (`distribution.replica_function`), in which every function marked by `region` is compiled, once for all calls of
-the same shapes. Where all is one XLA program, as on a TPU, the mark does nothing.
-Starting a region takes as long as some work does: for small images the whole network is one program (`suit`).
+On a CPU the fastest products in bfloat16 are oneDNN's, which TensorFlow's graph calls and XLA does not. The fastest
+work between them is XLA's, which writes one array where TensorFlow writes one for each operation. So a program for a
+CPU is a graph in which every function marked by `region` is compiled, once for all calls of the same shapes.
+To start a region takes as long as some work does: for small images the whole network is one program (`runtime`).
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-_LEAST_SIZE = 16
-_PARTS = 8
-
-_in_cpu_graph = contextvars.ContextVar("in_cpu_graph", default=False)
-
-
-@contextlib.contextmanager
-def cpu_graph(with_regions: bool = True) -> Iterator[None]:
-    """What is traced herein is a graph for a CPU, with compiled regions; or a part of it that has none."""
-    token = _in_cpu_graph.set(with_regions)
-    try:
-        yield
-    finally:
-        _in_cpu_graph.reset(token)
-
-
-def in_cpu_graph() -> bool:
-    """Whether a graph for a CPU, or a region of it, is being traced."""
-    return _in_cpu_graph.get()
-
-
-def suit(image_size: int) -> bool:
-    """Whether regions are the faster way through a network for images of so many pixels along a side."""
-    return image_size >= _LEAST_SIZE
-
-
-def one_program(function: Callable) -> Any:
-    """What `function()`, of tensors in its closure, returns: in a graph for a CPU by one XLA program."""
-    if not in_cpu_graph():
-        return function()
-
-    def without_regions():
-        with cpu_graph(with_regions=False):
-            return function()
-
-    return tf.function(without_regions, jit_compile=True, autograph=False)()
+_UNROLLED = 8
 
 
 def region_without_gradient(function: Callable) -> Callable:
-    """Marks `function(*tensors, **static)`, of tensors and lists of them to the like; static arguments are hashable."""
+    """Compiles `function(*tensors, **static)`; no gradient flows through it.
+
+    Tensors may come and be returned in lists. Static arguments must be hashable.
+    """
 
     @functools.cache
-    def program(static):
+    def program(static: tuple[tuple[str, Any], ...]) -> Callable:
         return tf.function(functools.partial(function, **dict(static)), jit_compile=True, autograph=False)
 
     @functools.wraps(function)
-    def wrapped(*arguments, **static):
-        if not in_cpu_graph():
-            return function(*arguments, **static)
+    def wrapped(*arguments: Any, **static: Any) -> Any:
         return program(tuple(sorted(static.items())))(*arguments)
 
     return wrapped
 
 
 def region(function: Callable) -> Callable:
-    """`region_without_gradient`, and its gradient: one more program, which works the region out anew.
+    """Compiles `function(*tensors, **static)` as `region_without_gradient` does, and its gradient as a second program.
 
-    To read the arguments again costs less than to keep what is in between.
+    The gradient computes the region again: to read the arguments twice costs less than to keep what is in between.
     """
 
-    def gradient(grad_ys, arguments, **static):
+    def gradient(grad_ys: Any, arguments: Any, **static: Any) -> list[tf.Tensor]:
         floats = [x for x in tf.nest.flatten(arguments) if x.dtype.is_floating]
         with tf.GradientTape() as tape:
             tape.watch(floats)
@@ -85,15 +48,12 @@ def region(function: Callable) -> Callable:
     forward, backward = region_without_gradient(function), region_without_gradient(gradient)
 
     @functools.wraps(function)
-    def wrapped(*arguments, **static):
-        if not in_cpu_graph():
-            return function(*arguments, **static)
-
+    def wrapped(*arguments: Any, **static: Any) -> Any:
         @tf.custom_gradient
-        def run(*tensors):
+        def run(*tensors: tf.Tensor) -> tuple[Any, Callable]:
             packed = tf.nest.pack_sequence_as(arguments, tensors)
 
-            def grad(*grad_ys):
+            def grad(*grad_ys: tf.Tensor) -> list[tf.Tensor | None]:
                 grads = iter(backward(list(grad_ys) if len(grad_ys) > 1 else grad_ys[0], packed, **static))
                 return [next(grads) if x.dtype.is_floating else None for x in tensors]
 
@@ -105,28 +65,28 @@ def region(function: Callable) -> Callable:
 
 
 def sum_of_rows(rows: tf.Tensor) -> tf.Tensor:
-    """[..., N, C] to float32 [..., C], for regions: XLA is slow at sums on a CPU.
+    """Sums [..., N, C] over N to float32 [..., C], for regions: XLA is slow at long sums on a CPU.
 
-    Quick are sums of eight, which it writes out, and products; so eight parts are added up, and their sum is taken by a
-    product with ones: two rows of them, as it would draw the product with a vector into the sum of the parts.
+    XLA unrolls sums of eight terms, so this reduces by eight first, and takes the rest of the sum as a product with
+    ones. The product has two rows of them, because XLA would fuse a product with one row into the sum of eight.
     """
     rows = tf.cast(rows, tf.float32)
     *batch, count, channels = rows.shape
-    if count % _PARTS == 0:
-        rows = tf.reduce_sum(tf.reshape(rows, [*batch, _PARTS, count // _PARTS, channels]), axis=-3)
+    if count % _UNROLLED == 0:
+        rows = tf.reduce_sum(tf.reshape(rows, [*batch, _UNROLLED, count // _UNROLLED, channels]), axis=-3)
     return tf.matmul(tf.ones([*batch, 2, rows.shape[-2]]), rows)[..., 0, :]
 
 
-def quick_cast(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """`tf.cast` between floats, and of its gradient, for regions: XLA is slow at rounding to bfloat16 on a CPU.
+def fast_cast(x: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`tf.cast` between floats, for regions: XLA rounds to bfloat16 slowly on a CPU, so this rounds with integers.
 
-    Quick are integers. NaNs are taken to be those that arithmetic makes, whose lowest bits are zeros.
+    The same holds for its gradient. NaNs must be those that arithmetic makes, with zeros as their lowest bits.
     """
-    if x.dtype == dtype or not in_cpu_graph():
-        return tf.cast(x, dtype)
+    if x.dtype == dtype:
+        return x
 
     @tf.custom_gradient
-    def cast(x):
+    def cast(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         return _rounded(x, dtype), lambda grad: _rounded(grad, x.dtype)
 
     return cast(x)
