@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
 
@@ -15,18 +15,22 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    packages=["diffusion_tf", "diffusion_tf.compression", "experiments"],
-    # Without TensorFlow itself, which an extra chooses: the TPU's build overwrites the other's files.
+    # The programs lie at the top of a checkout. Installed, they are a subpackage: the name `experiments` stays free.
+    packages=[*find_packages(include=["diffusion_tf", "diffusion_tf.*"]), "diffusion_tf.experiments"],
+    package_dir={"diffusion_tf.experiments": "experiments"},
+    package_data={"diffusion_tf": ["py.typed"]},
+    entry_points={"console_scripts": ["diffusion-tf = diffusion_tf.experiments.__main__:main"]},
+    # An extra chooses TensorFlow: the build for TPUs overwrites the files of the other one.
     install_requires=[
         "absl-py>=2.3,<3",
         "constriction>=0.5,<0.6",  # entropy coding of compressed images
-        "importlib_resources",  # tensorflow-datasets imports it without naming it
+        "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "keras==3.15.*",
-        "matplotlib>=3.10,<4",  # curves
+        "matplotlib>=3.10,<4",  # pictures of curves
         "numpy>=2,<3",
         "pillow>=11,<14",  # PNG grids
-        "safetensors>=0.5,<1",  # checkpoints that are read without running code
-        "scikit-learn>=1.6,<2",  # the digits; nearest neighbours
+        "safetensors>=0.5,<1",  # checkpoints, read without running code
+        "scikit-learn>=1.6,<2",  # the digits, nearest neighbours
         "setuptools<81",  # tensorboard imports pkg_resources
         "tensorflow-datasets==4.9.10",
         "tqdm>=4.66,<5",  # progress bars
@@ -34,12 +38,12 @@ setup(
     extras_require={
         "cpu": ["tensorflow==2.20.*"],
         "gpu": ["tensorflow[and-cuda]==2.20.*"],
-        # tensorflow-tpu itself admits newer ones of libtpu, which lack functions that it calls.
+        # tensorflow-tpu also admits newer versions of libtpu, which lack functions that it calls.
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
-        # tf-keras brings tensorflow: the README tells how a TPU VM gets this group without.
+        # tf-keras depends on tensorflow: docs/tpu.md says how to install this group on a TPU VM.
         "inception": ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"],
-        "lsun": ["lmdb>=1.6,<4"],  # LSUN's own files
-        # The TPUs' compiler, on any machine but a TPU VM. Both exact: JAX has no public function for this.
+        "lsun": ["lmdb>=1.6,<4"],  # LSUN's own format
+        # The compiler for TPUs, on any machine but a TPU VM. Exact versions: JAX has no public function for this.
         "tpu_report": ["jax==0.10.2", "libtpu==0.0.52"],
         "dev": [
             "hypothesis>=6.100,<7",

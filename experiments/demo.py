@@ -21,9 +21,8 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
-from diffusion_tf.training.loop import train
+from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import report_samples
-from diffusion_tf.training.trainer import Trainer
 
 from . import _flags, _program
 
@@ -61,11 +60,7 @@ def main() -> None:
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
     source = open_source(preset)
-    workdir.refuse_other_run(preset, source.num_examples)
-    trainer = Trainer(preset, strategy)
-    with workdir.lock():
-        workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
-        train(trainer, workdir, source)
+    train_in_workdir(preset, strategy, source, workdir.path, command=FLAGS.flags_into_string())
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples
@@ -88,7 +83,7 @@ def main() -> None:
         _program.command_lines(_SUMMARY).format(
             **scores,
             real_score=classifier_score(real_features["logits"]),
-            parameters=trainer.state.model.count_params(),
+            parameters=trained.model.count_params(),
             step=step,
             batch_size=preset.batch_size,
             num_examples=source.num_examples,

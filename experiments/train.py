@@ -6,7 +6,6 @@
 The same command resumes from the newest checkpoint. A folder with a run of another recipe is refused.
 """
 
-import contextlib
 import dataclasses
 import json
 
@@ -15,10 +14,7 @@ from absl import flags
 from diffusion_tf.data import open_source
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.runtime.workers import is_chief
-from diffusion_tf.storage.workdir import Workdir
-from diffusion_tf.training.loop import train
-from diffusion_tf.training.trainer import Trainer
+from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.unet import UNet
 
 from . import _flags, _program
@@ -47,13 +43,7 @@ def main() -> None:
     source = open_source(
         preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord, skip_bad_records=FLAGS.skip_bad_records
     )
-    workdir = Workdir(FLAGS.workdir)
-    workdir.refuse_other_run(preset, source.num_examples)
-    trainer = Trainer(preset, strategy)
-    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
-        if is_chief(strategy):
-            workdir.write_config(preset, source.num_examples, FLAGS.flags_into_string())
-        train(trainer, workdir, source)
+    train_in_workdir(preset, strategy, source, FLAGS.workdir, command=FLAGS.flags_into_string())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Writes a preset as configurations of diffusers, and checks configurations against a preset."""
 
 import json
+import os
 from typing import Any
+
+import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.layers import NUM_GROUPS
 from diffusion_tf.presets import Preset
-from diffusion_tf.storage.files import read_json
+from diffusion_tf.storage.files import first_line, read_json
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",
@@ -161,3 +164,77 @@ def _check_attention(path: str, config: dict[str, Any], preset: Preset, default:
     channels = {str(preset.ch * preset.ch_mult[level]) for level in (*levels, -1)}
     if head_dim != "null" and channels != {head_dim}:
         raise InputError(f"{path}: attention_head_dim={head_dim} makes several heads, and this network has one")
+
+
+def config_paths(folder: str) -> tuple[str, str | None]:
+    """The configurations of the network and of the scheduler (None where there is none) in a diffusers folder.
+
+    They lie in `unet` and `scheduler`, as a pipeline is saved, or flat in the folder, as on the hub.
+    """
+    unet = os.path.join(folder, "unet") if tf.io.gfile.isdir(os.path.join(folder, "unet")) else folder
+    schedulers = (os.path.join(folder, *parts, "scheduler_config.json") for parts in (("scheduler",), ()))
+    return os.path.join(unet, "config.json"), next(filter(tf.io.gfile.exists, schedulers), None)
+
+
+def is_diffusers_folder(folder: str) -> bool:
+    """Whether the folder holds the configuration of a diffusers network; the config.json of a run is another one.
+
+    Raises:
+      InputError: the configuration is damaged.
+    """
+    path = config_paths(folder)[0]
+    return tf.io.gfile.exists(path) and "_class_name" in _read(path)
+
+
+def preset_from_folder(folder: str) -> Preset:
+    """The preset of the network and diffusion in a diffusers folder; its recipe for training is the default one.
+
+    A folder without a scheduler's configuration gets diffusers' defaults: 1000 linear steps, `fixedsmall` variances.
+
+    Args:
+      folder: what `save_pretrained` wrote, or a clone from the hub.
+
+    Raises:
+      InputError: a configuration is missing or damaged, or no preset describes its network or diffusion.
+    """
+    unet_path, scheduler_path = config_paths(folder)
+    unet = _read(unet_path)
+    if "attention_head_dim" not in unet:
+        raise InputError(
+            f"{unet_path} has no attention_head_dim, which means heads of 8 channels to diffusers: if the network was"
+            ' trained with one head, add "attention_head_dim": null to the file'
+        )
+    unet = {**_UNET_DEFAULTS, **unet}
+    scheduler = {**_SCHEDULER_DEFAULTS, **(_read(scheduler_path) if scheduler_path else {})}
+    try:
+        size, widths, kinds = unet["sample_size"], unet["block_out_channels"], unet["down_block_types"]
+        preset = Preset(
+            dataset="diffusers",
+            image_size=size,
+            channels=unet["in_channels"],
+            ch=widths[0],
+            ch_mult=tuple(width // widths[0] for width in widths),
+            num_res_blocks=unet["layers_per_block"],
+            attn_resolutions=tuple(size // 2**i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"),
+            dropout=unet.get("dropout", 0.0),
+            num_timesteps=scheduler["num_train_timesteps"],
+            beta_start=scheduler["beta_start"],
+            beta_end=scheduler["beta_end"],
+            model_mean_type=_preset_word(_PREDICTION_TYPES, scheduler["prediction_type"]),
+            model_var_type=_preset_word(_VARIANCE_TYPES, scheduler["variance_type"]),
+        )
+    except (TypeError, LookupError, ArithmeticError, InputError) as error:
+        raise InputError(f"no preset describes the network and diffusion of {folder} ({first_line(error)})") from error
+    # What the fields above leave out or round, such as the activation or the schedule's shape.
+    check_unet(unet_path, preset, None)
+    if scheduler_path:
+        check_scheduler(scheduler_path, preset)
+    return preset
+
+
+def _preset_word(words: dict[str, str], theirs: str) -> str:
+    """Our value of a setting for that of diffusers."""
+    for ours, word in words.items():
+        if word == theirs:
+            return ours
+    raise InputError(f"{theirs!r} is not one of {', '.join(words.values())}")

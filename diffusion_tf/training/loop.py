@@ -14,6 +14,7 @@ from absl import logging
 from diffusion_tf.data.source import READ_ERRORS, ImageSource
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
+from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
@@ -59,6 +60,38 @@ def train(
     loop = _Loop(trainer, workdir, source, callbacks, save_checkpoint)
     with make_notice() as notice, lost_worker_errors(trainer.strategy), contextlib.closing(loop):
         loop.run(notice, max_call_seconds)
+
+
+def train_in_workdir(
+    preset: Preset,
+    strategy: tf.distribute.Strategy,
+    source: ImageSource,
+    path: str,
+    *,
+    command: str,
+    callbacks: Sequence[MetricsCallback] = (),
+) -> None:
+    """Trains the run in a folder, new or of the same recipe, and locks the folder meanwhile.
+
+    Args:
+      preset: the configuration.
+      strategy: where to train.
+      source: the training images.
+      path: the run's folder.
+      command: what the user called, for flags.txt.
+      callbacks: as for `train`.
+
+    Raises:
+      ConfigError: the folder holds another run or is in use, or the preset cannot be trained.
+      InputError, DivergedError, PreemptedError: as `train`.
+    """
+    workdir = Workdir(path)
+    workdir.refuse_other_run(preset, source.num_examples)
+    trainer = Trainer(preset, strategy)
+    with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
+        if is_chief(strategy):
+            workdir.write_config(preset, source.num_examples, command)
+        train(trainer, workdir, source, callbacks=callbacks)
 
 
 class _Loop:

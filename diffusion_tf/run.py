@@ -1,0 +1,370 @@
+"""The public API: `load` a trained run or `train` one, then sample, denoise, measure and compress with it."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
+from diffusion_tf.compression.tables import TableStore
+from diffusion_tf.data import open_source
+from diffusion_tf.data.arrays import array_source, check_images
+from diffusion_tf.data.source import ImageSource
+from diffusion_tf.errors import ConfigError
+from diffusion_tf.interop.diffusers import read_diffusers
+from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
+from diffusion_tf.likelihood import BoundEvaluator
+from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.samplers import draw_samples
+from diffusion_tf.solvers import SamplerSettings
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.training.loop import train_in_workdir
+from diffusion_tf.training.reporter import MetricsCallback
+from diffusion_tf.unet import UNet
+
+_BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
+
+
+class Run:
+    """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
+
+    Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images. Every call of another method
+    compiles: seconds for `digits`, up to a minute for the larger networks. So make few calls with many images.
+
+    Attributes:
+      preset: the configuration of network, diffusion and training.
+      step: training steps that the weights have taken; 0 for a diffusers folder, which does not record them.
+      path: the workdir or diffusers folder.
+    """
+
+    def __init__(self, trained: TrainedModel, *, path: str, step: int, weights_digest: str):
+        self.preset = trained.preset
+        self.step = step
+        self.path = path
+        self._trained = trained
+        self._weights_digest = weights_digest
+        self._denoise_calls: dict[int, Callable] = {}
+
+    def __repr__(self) -> str:
+        return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
+
+    @property
+    def unet(self) -> UNet:
+        """The network as a Keras model: `run.unet(x_t, t)` maps float32 [N, H, W, C] and int32 [N].
+
+        `summary()`, `count_params()`, `get_config()` and `save("unet.keras")` work as for any Keras model;
+        `keras.saving.load_model` restores a model with equal outputs once `diffusion_tf.UNet` is imported. Its weights
+        are frozen: assigning to them raises. `compile` and `fit` do not apply, because a training step is more than a
+        loss of inputs and targets: it draws t and noise for each image, clips the gradient averaged over replicas,
+        skips steps that are not finite and updates the EMA weights. Train with `diffusion_tf.train`.
+        """
+        return self._trained.model
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        seed: int = 0,
+        sampler: str = "ancestral",
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Draws samples; shows progress. Costs `steps` network evaluations per sample.
+
+        Sample i is a function of the weights, the sampler, `seed` and i alone. The batch size changes it by float
+        rounding only.
+
+        Args:
+          num_samples: N.
+          seed: in [0, 2^32).
+          sampler: `ancestral` (Algorithm 2), `ddim` or `dpm_solver++`.
+          steps: network evaluations per sample, in [1, T]; default: T, 50 and 20 for these samplers.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          uint8 [N, H, W, C].
+
+        Raises:
+          ConfigError: an argument is out of range.
+        """
+        if num_samples < 1:
+            raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
+        return draw_samples(
+            self._trained,
+            num_samples=num_samples,
+            batch_size=self._batch_size(batch_size, num_samples),
+            seed=_check_seed(seed),
+            settings=SamplerSettings(sampler, steps),
+        )
+
+    def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike) -> np.ndarray:
+        """Evaluates the network once per image.
+
+        Args:
+          x_t: float32 [N, H, W, C], images in [-1, 1] after t + 1 steps of noise.
+          t: int32 [N] or one int, in [0, T): index t is the paper's step t + 1.
+
+        Returns:
+          What the network predicts (`preset.model_mean_type`; by default eps), float32 [N, H, W, C]; 2 C channels where
+          it also predicts variances.
+
+        Raises:
+          ConfigError: a shape or a timestep does not fit the run.
+        """
+        x_t, t = np.asarray(x_t, np.float32), np.asarray(t)
+        if x_t.ndim != 4 or x_t.shape[1:] != self.preset.image_shape or not len(x_t):
+            raise ConfigError("x_t", f"must be [N, {_comma(self.preset.image_shape)}], not {list(x_t.shape)}")
+        if t.dtype.kind not in "iu" or t.shape not in ((), (len(x_t),)):
+            raise ConfigError("t", f"must be an int or int [{len(x_t)}], not {t.dtype} {list(t.shape)}")
+        if t.min() < 0 or t.max() >= self.preset.num_timesteps:
+            raise ConfigError("t", f"must be in [0, {self.preset.num_timesteps})")
+        batch_size = self._batch_size(None, len(x_t), most=len(x_t))
+        if batch_size not in self._denoise_calls:
+            self._denoise_calls[batch_size] = self._trained.over_replicas(
+                lambda _, x_t, t: self._trained.denoise_fn()(x_t, t), batch_size
+            )
+        return self._denoise_calls[batch_size](0, x_t, np.broadcast_to(t, len(x_t)).astype(np.int32)).numpy()
+
+    def bits_per_dim(
+        self,
+        images: np.ndarray,
+        *,
+        seed: int = 0,
+        num_timesteps_estimate: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Measures the variational bound (Eq. 5) of each image.
+
+        Costs T network evaluations per image, or `num_timesteps_estimate` + 1. The result of image i is a function of
+        the weights, the image, `seed` and i.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          seed: of the noise, in [0, 2^32).
+          num_timesteps_estimate: estimate the sum of the bound without bias from L_0 and this many random terms per
+            image; default: all T terms.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          Bits/dim, float64 [N].
+
+        Raises:
+          ConfigError: an argument does not fit the run.
+        """
+        check_images(images, self.preset.image_shape)
+        if num_timesteps_estimate is not None and num_timesteps_estimate < 1:
+            raise ConfigError("num_timesteps_estimate", f"={num_timesteps_estimate} must be greater than 0")
+        batch_size = self._batch_size(batch_size, len(images))
+        evaluator = BoundEvaluator(
+            self._trained,
+            batch_size=batch_size,
+            seed=_check_seed(seed),
+            num_timesteps_estimate=num_timesteps_estimate,
+        )
+        weight = 1.0 if num_timesteps_estimate is None else (self.preset.num_timesteps - 1) / num_timesteps_estimate
+        totals = []
+        for first in range(0, len(images), batch_size):
+            bound = evaluator(first, images[first : first + batch_size])
+            terms = np.asarray(bound.terms_bpd, np.float64)
+            totals.append(np.asarray(bound.prior_bpd, np.float64) + weight * terms[:, 1:].sum(axis=1) + terms[:, 0])
+        return np.concatenate(totals)
+
+    def encode(
+        self,
+        images: np.ndarray,
+        *,
+        seed: int = 0,
+        target_rmse: float | None = None,
+        target_bits_per_dim: float | None = None,
+        lossless: bool = False,
+        chunk_bits: int = 24,
+        table_images: np.ndarray | None = None,
+    ) -> list[bytes]:
+        """Compresses images (Section 4.3, Algorithm 3); shows progress. Every prefix of a file decodes.
+
+        The first call for a checkpoint and `chunk_bits` makes a table, up to 150 network evaluations for each of 256
+        images, fewer for larger ones, and keeps it in `compression` of the run's folder. A decoder needs this table.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          seed: image i uses the stream seed + i of random numbers.
+          target_rmse: stop at the first step with at most this RMSE on [0, 255]; default: encode all steps.
+          target_bits_per_dim: stop at the last step of at most this size, with the header.
+          lossless: add the difference between the image and the last prediction.
+          chunk_bits: the largest KL that one index stands for, in [4, 24]. Time grows with 2^chunk_bits.
+          table_images: uint8 [M, H, W, C], training images to make the table from; default: the preset's own.
+
+        Returns:
+          The contents of N .dtfc files.
+
+        Raises:
+          ConfigError: an argument does not fit the run, or the table needs `table_images`.
+          InputError: the table in the run's folder is damaged, or belongs to other weights.
+        """
+        check_images(images, self.preset.image_shape)
+        targets = Targets(target_rmse, target_bits_per_dim, lossless)
+        targets.check(images[0].size)
+        tables = self._tables(table_images)
+        codec = Codec(self._trained, tables.get(chunk_bits))
+        return [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+
+    def decode(self, files: Sequence[bytes], *, table_images: np.ndarray | None = None) -> np.ndarray:
+        """Decompresses files (Algorithm 4), whole or cut off beyond their headers; shows progress.
+
+        Args:
+          files: the contents of N .dtfc files of this run.
+          table_images: as for `encode`, where the run's folder has no table yet.
+
+        Returns:
+          uint8 [N, H, W, C].
+
+        Raises:
+          InputError: a file is damaged, or belongs to another model or table.
+        """
+        if not files:
+            raise ConfigError("files", "is empty")
+        named = {f"files[{i}]": data for i, data in enumerate(files)}
+        return np.stack(list(decode_images(self._tables(table_images), named)))
+
+    def _tables(self, table_images: np.ndarray | None) -> TableStore:
+        def open_train() -> ImageSource:
+            if table_images is not None:
+                check_images(table_images, self.preset.image_shape)
+                return array_source(table_images)
+            try:
+                return open_source(self.preset)
+            except ConfigError as error:
+                raise ConfigError("table_images", f"is required: {error}") from error
+
+        folder = os.path.join(self.path, "compression")
+        return TableStore(folder, self._trained, self._weights_digest, self.step, open_train=open_train)
+
+    def _batch_size(self, batch_size: int | None, num_images: int, most: int = _BATCH_SIZE) -> int:
+        """The batch size to use: a multiple of the replicas by default."""
+        if batch_size is not None:
+            return batch_size
+        replicas = self._trained.strategy.num_replicas_in_sync
+        return -(-min(num_images, most) // replicas) * replicas
+
+
+def load(
+    path: str,
+    *,
+    checkpoint: int | None = None,
+    strategy: str | tf.distribute.Strategy = "auto",
+    precision: str | None = None,
+) -> Run:
+    """Loads the EMA weights of a trained run, or the weights of a diffusers folder.
+
+    Args:
+      path: a workdir that `train` wrote (may be gs://), or a folder of a DDPMPipeline or UNet2DModel in safetensors.
+      checkpoint: the step of the checkpoint to load; default: the newest. A diffusers folder has none.
+      strategy: where to run: `auto`, `tpu`, `mirrored` or `one_device`, or a `tf.distribute.Strategy`. `auto` is a TPU
+        where one is attached, all GPUs where there are several, else one device.
+      precision: `float32` or `bfloat16` for convolutions and matmuls; default: as in training.
+
+    Raises:
+      ConfigError: an argument is wrong.
+      InputError: there is no run at `path`, a file is damaged, or no preset describes a diffusers network.
+    """
+    path = os.path.expanduser(path)
+    is_diffusers = is_diffusers_folder(path)
+    preset = preset_from_folder(path) if is_diffusers else Workdir(path).read_preset()
+    if precision is not None:
+        preset = dataclasses.replace(preset, precision=precision)
+    resolved = _resolve_strategy(strategy)
+    if is_diffusers:
+        return _load_diffusers(path, preset, resolved, checkpoint)
+    step, file = checkpoints.find(Workdir(path).checkpoints, checkpoint)
+    trained = TrainedModel.from_checkpoint(preset, resolved, file)
+    return Run(trained, path=path, step=step, weights_digest=checkpoints.load_digest(file))
+
+
+def train(
+    preset: str | Preset,
+    workdir: str,
+    images: np.ndarray | None = None,
+    *,
+    callbacks: Sequence[MetricsCallback] = (),
+    data_dir: str | None = None,
+    tfrecord: str | None = None,
+    strategy: str | tf.distribute.Strategy = "auto",
+) -> Run:
+    """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
+
+    A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
+
+    Args:
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`.
+      workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
+        sample grids; the command-line programs read it too.
+      images: uint8 [N, H, W, C] to train on; default: the preset's own data.
+      callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
+      data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
+      tfrecord: StyleGAN TFRecords to train on, a file or a glob.
+      strategy: as for `load`.
+
+    Returns:
+      The run with the EMA weights of its last step.
+
+    Raises:
+      ConfigError: an argument is wrong, or `workdir` holds another run or is in use.
+      InputError: the data cannot be read, or a file cannot be written.
+      DivergedError: training diverged, also after it went back to a checkpoint once.
+      PreemptedError: the machine is about to be taken away; the run is saved.
+    """
+    if isinstance(preset, str):
+        preset = get_preset(preset)
+    if images is None:
+        source = open_source(preset, data_dir=data_dir, tfrecord=tfrecord)
+    elif data_dir or tfrecord:
+        raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
+    else:
+        check_images(images, preset.image_shape)
+        source = array_source(images)
+    resolved = _resolve_strategy(strategy)
+    train_in_workdir(
+        preset, resolved, source, workdir, command=f"diffusion_tf.train({preset}, {workdir!r})\n", callbacks=callbacks
+    )
+    return load(workdir, strategy=resolved)
+
+
+def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
+    if checkpoint is not None:
+        raise ConfigError("checkpoint", f"={checkpoint}: {folder} is a diffusers folder, which has no checkpoints")
+    with strategy.scope():
+        model = UNet.from_preset(preset, weights="frozen")
+    arrays = read_diffusers(folder, preset, model, None)
+    digest = hashlib.sha256()
+    for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
+        variable.assign(arrays[f"ema/{name}"])
+        digest.update(arrays[f"ema/{name}"].tobytes())
+    model.freeze()
+    return Run(TrainedModel(preset, strategy, model), path=folder, step=0, weights_digest=digest.hexdigest())
+
+
+def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:
+    if strategy == "multi_worker" or isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ConfigError(
+            "strategy", "=multi_worker trains by the command `diffusion-tf train`, one process per worker"
+        )
+    return make_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed < 2**32:
+        raise ConfigError("seed", f"={seed} must be in [0, 2^32)")
+    return seed
+
+
+def _comma(shape: Sequence[Any]) -> str:
+    return ", ".join(map(str, shape))

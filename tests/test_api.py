@@ -1,0 +1,292 @@
+"""The public API, through `import diffusion_tf` alone."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+from sklearn.datasets import load_digits
+
+import diffusion_tf as dtf
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+# A network and a process small enough for a full bound and a full encoding.
+TINY = dtf.get_preset(
+    "digits", num_timesteps=8, beta_start=0.05, beta_end=0.6, ch_mult=(1,), batch_size=8, num_steps=6, warmup_steps=2,
+    steps_per_loop=2, checkpoint_every=2, sample_every=0, ema_decay=0.5,
+)  # fmt: skip
+HEADER_BYTES = 39  # of a compressed image
+DIGITS = np.round(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(workdir, calls):
+    return dtf.train(TINY, workdir, DIGITS[:64], callbacks=[lambda step, metrics: calls.append((step, metrics))])
+
+
+def weights(run):
+    return [np.asarray(w) for w in run.unet.trainable_variables]
+
+
+def test_import_leaves_tensorflow_alone_until_a_name_needs_it():
+    program = """
+import os, sys
+import diffusion_tf as dtf
+assert "tensorflow" not in sys.modules and "keras" not in sys.modules
+assert os.environ["TF_CPU_ALLOCATOR_USE_BFC"] == "1"
+assert set(dtf.__all__) <= set(dir(dtf))
+assert dtf.get_preset("cifar10").ch == 128 and issubclass(dtf.ConfigError, dtf.InputError)
+assert "tensorflow" not in sys.modules
+from diffusion_tf import *
+assert load is dtf.load and "tensorflow" in sys.modules
+"""
+    # Without the allocator's variables, as a shell starts it.
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(filter(None, sys.path)), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="'diffusion_tf' has no attribute 'lode'"):
+        _ = dtf.lode
+
+
+def test_training_writes_a_run_and_calls_back(run, workdir, calls):
+    assert run.step == 6 and run.preset == TINY
+    assert [step for step, _ in calls] == [2, 4, 6]
+    lines = [json.loads(line) for line in pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [metrics["loss"] for _, metrics in calls]
+
+
+def test_training_resumes_to_the_same_bits(run, workdir, tmp_path):
+    shorter = dataclasses.replace(TINY, num_steps=2)
+    assert dtf.train(shorter, str(tmp_path / "run"), DIGITS[:64]).step == 2
+    resumed = dtf.train(TINY, str(tmp_path / "run"), DIGITS[:64])
+    for ours, expected in zip(weights(resumed), weights(run), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    first = dtf.load(workdir, checkpoint=2)
+    assert first.step == 2
+    with pytest.raises(dtf.ConfigError, match="num_examples: 65 != 64"):
+        dtf.train(TINY, workdir, DIGITS[:65])
+
+
+def test_an_array_trains_as_the_presets_own_images_do(tmp_path):
+    train_split = DIGITS[np.arange(len(DIGITS)) % 10 != 9]
+    preset = dataclasses.replace(TINY, num_steps=2)
+    ours, expected = (dtf.train(preset, str(tmp_path / str(i)), images) for i, images in enumerate((train_split, None)))
+    for a, b in zip(weights(ours), weights(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_denoise_is_the_network(run):
+    x_t = np.random.RandomState(0).standard_normal((3, 8, 8, 1)).astype(np.float32)
+    t = np.array([0, 3, 7])
+    ours = run.denoise(x_t, t)
+    assert ours.shape == (3, 8, 8, 1) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, run.unet(tf.constant(x_t), tf.constant(t, tf.int32)), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run.denoise(x_t[1:2], 3), ours[1:2], rtol=0, atol=1e-5)
+    for arguments, message in (
+        ((x_t[..., 0], t), r"x_t must be \[N, 8, 8, 1\], not \[3, 8, 8\]"),
+        ((x_t, t[:2]), r"t must be an int or int \[3\]"),
+        ((x_t, 0.5), "t must be an int"),
+        ((x_t, 8), r"t must be in \[0, 8\)"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.denoise(*arguments)
+
+
+def test_samples_depend_on_seed_and_index_alone(run):
+    samples = run.sample(5, seed=3)
+    assert samples.shape == (5, 8, 8, 1) and samples.dtype == np.uint8
+    np.testing.assert_array_equal(run.sample(5, seed=3), samples)
+    in_batches = run.sample(5, seed=3, batch_size=2).astype(int)
+    assert np.abs(in_batches - samples).max() <= 1  # float rounding
+    assert np.abs(run.sample(5, seed=4).astype(int) - samples).max() > 1
+
+
+def test_ddim_in_one_step_is_the_predicted_image(run):
+    """One step of DDIM from x_T shows the clipped pred_xstart there."""
+    samples = run.sample(2, seed=1, sampler="ddim", steps=1)
+    # The same x_T: one step of another deterministic sampler from it shows the same image.
+    np.testing.assert_array_equal(run.sample(2, seed=1, sampler="dpm_solver++", steps=1), samples)
+    for arguments, message in (
+        ({"sampler": "euler"}, "sampler=euler: choose one of"),
+        ({"steps": 9}, "steps=9 must be from 1 to"),
+        ({"seed": -1}, "seed=-1 must be in"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.sample(2, **arguments)
+
+
+def test_bits_per_dim_is_what_the_likelihood_program_measures(run, workdir, tmp_path):
+    """Of the test split, whose images have the indices 0 ... here and there."""
+    test_split = DIGITS[9::10][:6]
+    out = tmp_path / "likelihood.json"
+    subprocess.run(
+        [sys.executable, "-m", "experiments.likelihood", f"--workdir={workdir}", "--num_images=6", "--seed=2",
+         f"--out={out}"],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    measured = run.bits_per_dim(test_split, seed=2)
+    assert measured.shape == (6,) and measured.dtype == np.float64
+    np.testing.assert_allclose(measured.mean(), json.loads(out.read_text())["bits_per_dim"], rtol=1e-5)
+    np.testing.assert_allclose(run.bits_per_dim(test_split, seed=2, batch_size=4), measured, rtol=1e-5)
+
+
+def test_an_estimate_of_bits_per_dim_has_the_bound_as_its_mean(run):
+    images = np.repeat(DIGITS[:1], 600, axis=0)  # 600 independent draws
+    estimates = run.bits_per_dim(images, num_timesteps_estimate=2, batch_size=200)
+    bound = run.bits_per_dim(images[:200], batch_size=100)
+    error = np.hypot(estimates.std() / np.sqrt(600), bound.std() / np.sqrt(200))
+    assert abs(estimates.mean() - bound.mean()) < 4 * error
+
+
+def test_files_decode_to_their_images_and_prefixes_to_rougher_ones(run):
+    images = DIGITS[:3]
+    errors = lambda decoded: np.sqrt(np.mean((decoded.astype(float) - images) ** 2, axis=(1, 2, 3)))
+    files = run.encode(images, chunk_bits=10, table_images=DIGITS[:64])
+    halves = [file[: (HEADER_BYTES + len(file)) // 2] for file in files]
+    decoded = run.decode([*files, *halves])
+    assert decoded.shape == (6, 8, 8, 1) and decoded.dtype == np.uint8
+    whole, half = errors(decoded[:3]).mean(), errors(decoded[3:]).mean()
+    nothing = errors(np.round(DIGITS[:64].mean(axis=0))).mean()
+    assert whole < half < nothing
+    # Another process needs no table_images: the table is in the run's folder. And it may stop early, or add the rest.
+    again = dtf.load(run.path)
+    lossless = again.encode(images, chunk_bits=10, lossless=True)
+    rough = again.encode(images, chunk_bits=10, target_rmse=half)
+    decoded = again.decode([*files, *lossless, *rough])
+    np.testing.assert_allclose(errors(decoded[:3]).mean(), whole)
+    np.testing.assert_array_equal(decoded[3:6], images)
+    assert errors(decoded[6:]).max() < half + 0.5  # rounded to uint8
+    assert len(b"".join(rough)) < len(b"".join(files)) < len(b"".join(lossless))
+
+
+def test_files_of_other_runs_are_refused(run):
+    (file,) = run.encode(DIGITS[:1], chunk_bits=10, table_images=DIGITS[:64])
+    damaged = file[:-1] + bytes([file[-1] ^ 1])
+    other = dtf.load(run.path, checkpoint=2)
+    for reader, files, message in (
+        (run, [file, damaged], r"files\[1\]"),
+        (run, [b"PNG"], r"files\[0\]"),
+        (other, [file], r"files\[0\] was made by another model, or another table"),
+        (run, [], "files is empty"),
+    ):
+        with pytest.raises(dtf.InputError, match=message):
+            reader.decode(files)
+
+
+@pytest.mark.parametrize("method", ["bits_per_dim", "encode"])
+def test_images_of_another_kind_are_refused(run, method):
+    for images, found in (
+        (DIGITS[0], r"uint8 \[8, 8, 1\]"),
+        (DIGITS[:2].astype(np.float32), r"float32 \[2, 8, 8, 1\]"),
+        (DIGITS[:0], r"uint8 \[0, 8, 8, 1\]"),
+        (DIGITS[:2, :4], r"uint8 \[2, 4, 8, 1\]"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=rf"images must be uint8 \[N, 8, 8, 1\] with N > 0, not {found}"):
+            getattr(run, method)(images)
+
+
+def test_load_says_what_is_missing(run, tmp_path):
+    workdir = run.path
+    with pytest.raises(dtf.InputError, match="nothing holds no run"):
+        dtf.load(str(tmp_path / "nothing"))
+    with pytest.raises(dtf.InputError, match="holds no checkpoint of step 5; there are: "):
+        dtf.load(workdir, checkpoint=5)
+    with pytest.raises(dtf.ConfigError, match="precision=float16: choose one of"):
+        dtf.load(workdir, precision="float16")
+    with pytest.raises(dtf.ConfigError, match="strategy=multi_worker trains by"):
+        dtf.load(workdir, strategy="multi_worker")
+    shutil.copytree(workdir, tmp_path / "damaged")
+    (tmp_path / "damaged/config.json").write_text("{")
+    with pytest.raises(dtf.InputError, match="config.json"):
+        dtf.load(str(tmp_path / "damaged"))
+
+
+# --- Folders of diffusers ------------------------------------------------------------------------------------------
+
+
+def diffusers_folder(folder, kind="diffusers_small", **changes):
+    """A folder that diffusers 0.42 would load, with weights as the fixture's description draws them."""
+    described = json.loads((FIXTURES / "diffusers_small.json").read_text())
+    weights = {}
+    for key, shape in described["shapes"].items():
+        w = np.float32(0.02) * np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
+        weights[key] = w + np.float32(1) if "norm" in key and key.endswith("weight") else w
+    if kind == "diffusers_small_hub":
+        weights = {described["old_names"].get(key, key): w for key, w in weights.items()}
+    for name, config in described[kind].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = {**config, **{field: changes[field] for field in changes.keys() & config.keys()}}
+        path.write_text(json.dumps({field: value for field, value in config.items() if value != "absent"}))
+        if "block_out_channels" in config:
+            safetensors.numpy.save_file(weights, path.with_name("diffusion_pytorch_model.safetensors"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["diffusers_small", "diffusers_small_hub"])
+def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
+    run = dtf.load(diffusers_folder(tmp_path, kind))
+    found = {field: getattr(run.preset, field) for field in ("image_size", "ch", "ch_mult", "attn_resolutions")}
+    assert found == {"image_size": 16, "ch": 32, "ch_mult": (1, 2), "attn_resolutions": (8,)}
+    assert (run.preset.num_res_blocks, run.preset.model_var_type, run.step) == (1, "fixedlarge", 0)
+    with np.load(FIXTURES / "diffusers_small.npz") as fixture:  # what diffusers itself computes
+        ours, expected = run.denoise(fixture["x"], fixture["t"]), fixture["y"]
+    assert np.abs(ours - expected).max() < 5e-5 * np.abs(expected).max()
+    assert run.sample(2, sampler="ddim", steps=2).shape == (2, 16, 16, 3)
+    with pytest.raises(dtf.ConfigError, match="table_images is required: dataset=diffusers"):
+        run.encode(np.zeros((1, 16, 16, 3), np.uint8))
+    with pytest.raises(dtf.ConfigError, match="checkpoint=3: .* is a diffusers folder"):
+        dtf.load(run.path, checkpoint=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_head_dim": "absent"}, 'add "attention_head_dim": null to the file'),
+        ({"attention_head_dim": 8}, "makes several heads"),
+        ({"act_fn": "gelu"}, 'act_fn="gelu"'),
+        ({"sample_size": None}, "no preset describes the network and diffusion of"),
+        ({"block_out_channels": []}, "no preset describes"),
+        ({"block_out_channels": [32, 48]}, "block_out_channels"),
+        ({"block_out_channels": [0, 0]}, "no preset describes"),
+        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "down_block_types"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"prediction_type": "v_prediction"}, "'v_prediction' is not one of epsilon, sample"),
+        ({"beta_end": 2.0}, "no preset describes .*beta_end"),
+        ({"layers_per_block": 2}, "is of another network"),
+    ],
+)
+def test_other_diffusers_networks_are_refused(changes, message, tmp_path):
+    with pytest.raises(dtf.InputError, match=message) as error:
+        dtf.load(diffusers_folder(tmp_path, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_replicas_and_precision_are_arguments(run, workdir):
+    x_t = np.random.RandomState(1).standard_normal((3, 8, 8, 1)).astype(np.float32)
+    expected = run.denoise(x_t, 5)
+    mirrored = dtf.load(workdir, strategy=tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    np.testing.assert_allclose(mirrored.denoise(x_t, 5), expected, rtol=0, atol=1e-5)
+    rounded = dtf.load(workdir, precision="bfloat16").denoise(x_t, 5)
+    assert 0 < np.abs(rounded - expected).max() < 0.05 * np.abs(expected).max() + 1e-3
