@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from support.forked_programs import ROOT, start_fork
 
-import diffusion_tf as dtf
-from diffusion_tf.presets import PRESETS
+from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.training.state import TrainState
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
@@ -267,20 +270,22 @@ def test_pages_are_short_linked_and_begin_with_their_use():
         assert page.read_text().count("```") == 2 * len(FENCE.findall(page.read_text())), page.name
 
 
-@pytest.fixture(scope="module")
-def trained_run(tmp_path_factory) -> Path:
-    """A folder with a short digits run in runs/digits."""
-    folder = tmp_path_factory.mktemp("docs")
-    preset = dtf.get_preset("digits", ch_mult=(1,), num_steps=50, batch_size=8, sample_every=0)
-    dtf.train(preset, str(folder / "runs/digits"))
-    return folder
+@pytest.fixture
+def folder_with_a_run(tmp_path) -> Path:
+    """A folder with a run in runs/digits: a smaller network and fewer timesteps than the preset's, initial weights."""
+    preset = get_preset("digits", ch_mult=(1,), num_timesteps=100)
+    workdir = Workdir(str(tmp_path / "runs/digits"))
+    workdir.write_config(preset, None, "")
+    state = TrainState(preset, make_strategy("one_device"))
+    checkpoints.save(workdir.checkpoints, 0, state.to_arrays())
+    return tmp_path
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.name
 )
-def test_python_blocks_run(page, trained_run, monkeypatch):
-    monkeypatch.chdir(trained_run)
+def test_python_blocks_run(page, folder_with_a_run, monkeypatch):
+    monkeypatch.chdir(folder_with_a_run)
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks(page.read_text(), "python")):
         exec(compile(block, f"{page.name}, Python block {number}", "exec"), namespace)
