@@ -281,9 +281,12 @@ def folder_with_a_run(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.name
-)
+def page_with_blocks(page: Path):
+    trains = any(re.search(r"^run = dtf\.train", block, re.MULTILINE) for block in blocks(page.read_text(), "python"))
+    return pytest.param(page, marks=pytest.mark.slow if trains else (), id=page.name)
+
+
+@pytest.mark.parametrize("page", [page_with_blocks(page) for page in PAGES if blocks(page.read_text(), "python")])
 def test_python_blocks_run(page, folder_with_a_run, monkeypatch):
     monkeypatch.chdir(folder_with_a_run)
     namespace: dict[str, object] = {}
