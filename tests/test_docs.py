@@ -169,8 +169,9 @@ def definitions(path: Path) -> set[str]:
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
             names |= {f"{node.name}.{member.name}" for member in node.body if isinstance(member, ast.FunctionDef)}
-        if isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            if isinstance(target, ast.Name):
+                names.add(target.id)
     return names
 
 
