@@ -27,8 +27,8 @@ def classifier_metrics() -> types.ModuleType:
     spec = importlib.util.find_spec("tensorflow_gan")
     if spec is None or spec.origin is None or importlib.util.find_spec("tensorflow_probability") is None:
         raise InputError(
-            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM what the README"
-            " says under `Where it runs`"
+            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM what docs/tpu.md"
+            " says under `Install on a TPU VM`"
         )
     root = os.path.dirname(os.path.dirname(spec.origin))
     for name in _PACKAGES:
