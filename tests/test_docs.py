@@ -274,7 +274,7 @@ def test_pages_are_short_linked_and_begin_with_their_use():
 @pytest.fixture
 def folder_with_a_run(tmp_path) -> Path:
     """A folder with a run in runs/digits: a smaller network and fewer timesteps than the preset's, initial weights."""
-    preset = get_preset("digits", ch_mult=(1,), num_timesteps=100)
+    preset = get_preset("digits", ch_mult=(1,), num_timesteps=50)
     workdir = Workdir(str(tmp_path / "runs/digits"))
     workdir.write_config(preset, None, "")
     state = TrainState(preset, make_strategy("one_device"))
