@@ -1,9 +1,10 @@
 #!/bin/sh
-# On the VM: runs a command in the checkout so that it outlives the connection. The other scripts call it over ssh.
+# Runs a command on the VM, in the checkout, and keeps it running after the connection ends. The other scripts call it
+# over ssh.
 #
 #   sh tpu_scripts/background.sh JOB COMMAND...
 #
-# What it says goes to JOB.log, its process id to JOB.pid; a JOB that still runs is left alone.
+# Output goes to JOB.log, the process id to JOB.pid. A JOB that is still running is not started again.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"

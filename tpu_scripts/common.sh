@@ -1,4 +1,4 @@
-# Shared by the scripts of this folder, which source it.
+# Functions that the scripts of this folder share by sourcing this file.
 # shellcheck shell=sh
 
 die() {
@@ -6,14 +6,14 @@ die() {
   exit 1
 }
 
-# Prints the comment at the top of the script that sources this.
+# Prints the comment at the top of the calling script as its help.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
 name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT:-} dry_run='' pjrt=''
 
-# The flags of every script that calls gcloud.
+# Reads one of the flags that all scripts with gcloud share.
 common_flag() {
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -25,20 +25,20 @@ common_flag() {
   esac
 }
 
-# After the flags are read.
+# Checks the flags, once all are read.
 require_tpu() {
-  [ -n "$name" ] || die "--name is required: what the TPU VM is called"
+  [ -n "$name" ] || die "--name is required: the name of the TPU VM"
   [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
-    die "gcloud is missing: https://cloud.google.com/sdk/docs/install tells how to get it"
+    die "gcloud is missing: install it as https://cloud.google.com/sdk/docs/install describes"
 }
 
-# The arguments as one line, which sh, here or on the VM, reads back as the same arguments.
+# Quotes the arguments as one line that sh, here or on the VM, splits into the same arguments.
 quote() {
   separator=''
   for word in "$@"; do
     case $word in
       '' | *[!A-Za-z0-9_./:=@%,+-]*)
-        # The x holds line ends at the end of the word, which $() would drop.
+        # $() drops trailing newlines; the x protects them.
         word=$(printf '%sx' "$word" | sed "s/'/'\\\\''/g")
         word="'${word%x}'"
         ;;
@@ -48,7 +48,7 @@ quote() {
   done
 }
 
-# Runs a command; with --dry_run prints it.
+# Runs a command, or prints it with --dry_run.
 run() {
   if [ -n "$dry_run" ]; then
     quote "$@" && echo
@@ -57,12 +57,12 @@ run() {
   fi
 }
 
-# gcloud compute tpus, in the zone and the project that were given, else in those of gcloud's own configuration.
+# Calls gcloud compute tpus with --zone and --project if given; gcloud's own configuration is the default.
 tpus() {
   run gcloud compute tpus "$@" ${zone:+"--zone=$zone"} ${project:+"--project=$project"}
 }
 
-# Tells the user a command to run later.
+# Prints a gcloud command for the user to run later, after a line of text.
 suggest() {
   [ -n "$dry_run" ] || {
     printf '%s\n  ' "$1"
@@ -73,13 +73,14 @@ suggest() {
   }
 }
 
-# Starts a command in the VM's checkout that outlives the connection: start_job JOB WORD... (see background.sh).
+# start_job JOB WORD...: starts a command in the VM's checkout that keeps running after the connection ends (see
+# background.sh).
 start_job() {
   job=$1
   shift
   [ -z "$pjrt" ] ||
     set -- env NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=.venv/libtpu.so "$@"
   tpus tpu-vm ssh "$name" --worker=0 --command="sh diffusion_tf/tpu_scripts/background.sh $(quote "$job" "$@")"
-  suggest "Started. What it says:" tpu-vm ssh "$name" --worker=0 --command="tail -F diffusion_tf/$job.log"
+  suggest "Started. To follow its output:" tpu-vm ssh "$name" --worker=0 --command="tail -F diffusion_tf/$job.log"
   suggest "To stop it:" tpu-vm ssh "$name" --worker=0 --command="kill \$(cat diffusion_tf/$job.pid)"
 }

@@ -3,11 +3,12 @@
 #
 #   sh tpu_scripts/create.sh --name=NAME [--type=v3-8] [--spot] [--queued] [--version=RUNTIME]
 #
-#   --type=TYPE        gcloud's name of one host's chips: v2-8, v3-8 (default), v4-8, v5litepod-8 (v5e), v5p-8, v6e-8
-#   --spot             cheaper, and may be taken away at any time; train.sh goes on from the newest checkpoint
-#   --queued           wait in the queue of a queued resource, which has the VM's name, in place of failing
-#   --version=RUNTIME  the VM's image (default: the plain Ubuntu of the type's generation)
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the command only); TPU_NAME, ZONE and PROJECT stand in for flags
+#   --type=TYPE        gcloud's name for one host's chips: v2-8, v3-8 (default), v4-8, v5litepod-8 (v5e), v5p-8, v6e-8
+#   --spot             a cheaper VM that may be preempted at any time; train.sh continues from the newest checkpoint
+#   --queued           wait in a queue instead of failing; the queued resource has the VM's name
+#   --version=RUNTIME  the VM's image (default: plain Ubuntu for the type's generation)
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)
+#   The variables TPU_NAME, ZONE and PROJECT replace flags.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -38,7 +39,7 @@ require_tpu
 if [ -n "$queued" ]; then
   tpus queued-resources create "$name" --node-id="$name" --accelerator-type="$type" --runtime-version="$version" \
     ${spot:+"$spot"}
-  suggest "Queued. The VM is ready when this says ACTIVE:" \
+  suggest "Queued. The VM is ready when this prints ACTIVE:" \
     queued-resources describe "$name" --format='value(state.state)'
 else
   tpus tpu-vm create "$name" --accelerator-type="$type" --version="$version" ${spot:+"$spot"}

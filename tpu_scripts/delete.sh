@@ -1,11 +1,11 @@
 #!/bin/sh
-# Deletes a TPU VM with its disk, and asks nothing. What lies in gs:// stays.
+# Deletes a TPU VM and its disk without asking. Files in gs:// stay.
 #
 #   sh tpu_scripts/delete.sh --name=NAME [--queued]
 #
-#   --queued  it was created with --queued: deletes the queued resource and its VM
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the command only); ZONE and PROJECT stand in for flags, and
-#   TPU_NAME does not: what is deleted is named
+#   --queued  for a VM created with --queued: deletes the queued resource too
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)
+#   The variables ZONE and PROJECT replace flags. TPU_NAME does not: a deletion names its VM.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -25,4 +25,4 @@ if [ -n "$queued" ]; then
 else
   tpus tpu-vm delete "$name" --quiet
 fi
-[ -n "$dry_run" ] || echo "$name is deleted. What lies in gs:// stays, and costs, until you remove it."
+[ -n "$dry_run" ] || echo "$name is deleted. Files in gs:// stay, and cost money, until you delete them."

@@ -1,15 +1,16 @@
 #!/bin/sh
-# Scores each checkpoint while training goes on: runs experiments.evaluate --follow, in the background, with what
-# follows --.
+# Scores each checkpoint while training continues: runs experiments.evaluate --follow on the VM, in the background, with
+# the arguments after --.
 #
 #   sh tpu_scripts/evaluate.sh --name=NAME [--tpu] -- --workdir=gs://BUCKET/RUN --eval_every=20000 --num_samples=1000
 #
-# One process at a time holds a VM's chips. So beside the training this runs on the VM's CPU, which does for few
-# samples; for 50,000 create a second VM, where --tpu takes the chips.
+# One process at a time can use a VM's chips, so beside a training this runs on the VM's CPU. That suffices for a few
+# samples; for 50,000 create a second VM and use its chips with --tpu.
 #
-#   --tpu   on the VM's chips, which are free
-#   --pjrt  with --tpu on a v5e, v5p or v6e: TensorFlow takes it by PJRT
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the command only); TPU_NAME, ZONE and PROJECT stand in for flags
+#   --tpu   run on the VM's chips, which no other process may use
+#   --pjrt  with --tpu on a v5e, v5p or v6e: TensorFlow uses the chips through PJRT
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)
+#   The variables TPU_NAME, ZONE and PROJECT replace flags.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -31,7 +32,7 @@ shift
 if [ -n "$tpu" ]; then
   start_job evaluate .venv/bin/python -m experiments.evaluate --follow --tpu=local "$@"
 else
-  # TensorFlow takes the chips on import where TPU_LOAD_LIBRARY does not keep it from them. mirrored, over one CPU, does
-  # without XLA, which tensorflow-tpu has for TPUs alone.
+  # On import TensorFlow claims the chips unless TPU_LOAD_LIBRARY=0. The strategy mirrored, on one CPU, needs no XLA,
+  # which tensorflow-tpu has for TPUs only.
   start_job evaluate env TPU_LOAD_LIBRARY=0 .venv/bin/python -m experiments.evaluate --follow --strategy=mirrored "$@"
 fi

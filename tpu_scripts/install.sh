@@ -1,12 +1,13 @@
 #!/bin/sh
-# Installs this checkout for a TPU: on the TPU VM itself (setup.sh runs it there), or anywhere to try the installation.
+# Installs this checkout for a TPU: on the TPU VM (setup.sh calls this script there), or anywhere to try it out.
 #
 #   sh tpu_scripts/install.sh [--venv=DIR] [--python=PYTHON]
 #
-#   --venv=DIR       the virtual environment, made where it is missing (default: .venv of the checkout)
-#   --python=PYTHON  a Python 3.11 or 3.12 (default: the first on the PATH; where there is none, uv fetches 3.11)
+#   --venv=DIR       the virtual environment, created if missing (default: .venv of the checkout)
+#   --python=PYTHON  a Python 3.11 or 3.12 (default: the first on the PATH; if there is none, uv downloads 3.11)
 #
-# tensorflow-tpu and tensorflow overwrite each other's files: what would bring tensorflow comes without dependencies.
+# tensorflow-tpu and tensorflow overwrite each other's files, so packages that depend on tensorflow are installed
+# without their dependencies.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Ubuntu's python3.11 may come without ensurepip, and then makes no environment.
+# Whether a Python has the right version, and ensurepip: Ubuntu's python3.11 may lack it, and venv then fails.
 fits() {
   "$1" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
@@ -44,7 +45,7 @@ elif [ -n "$python" ]; then
   "$python" -m venv "$venv"
 else
   python3 -m pip install --quiet --user uv ||
-    die "no Python 3.11 or 3.12 on the PATH, and pip cannot install uv, which would fetch one"
+    die "no Python 3.11 or 3.12 on the PATH, and pip cannot install uv to download one"
   python3 -m uv venv --quiet --python=3.11 --seed "$venv"
 fi
 
@@ -53,10 +54,10 @@ pip() {
 }
 pip "${root}[tpu]"
 pip --no-deps tensorflow-gan==2.1.0 tensorflow-hub==0.16.1 tensorflow-probability==0.25.0 tf-keras==2.20.1
-pip cloudpickle decorator dm-tree lmdb # of TensorFlow Probability; of LSUN's own files
+pip cloudpickle decorator dm-tree lmdb # for TensorFlow Probability, and lmdb for LSUN's own files
 ln -sf "$("$venv/bin/python" -c 'import libtpu; print(libtpu.get_library_path())')" "$venv/libtpu.so" # for --pjrt
 
-# TPU_LOAD_LIBRARY=0: the TPU may be in use, and where there is none TensorFlow would look for it for minutes.
+# TPU_LOAD_LIBRARY=0: another process may use the TPU, and without a TPU TensorFlow searches for one for minutes.
 TPU_LOAD_LIBRARY=0 TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/python" - <<'END'
 import importlib.metadata
 import sys
@@ -66,7 +67,7 @@ owners = sorted({name.lower().replace("_", "-") for name in names})
 if owners != ["tensorflow-tpu"]:
     sys.exit(
         f"install: tensorflow is from {' and '.join(owners)}, which overwrite each other's files:"
-        " remove the environment and install again"
+        " delete the environment and install again"
     )
 import tensorflow as tf
 

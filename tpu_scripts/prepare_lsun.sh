@@ -1,13 +1,14 @@
 #!/bin/sh
-# Prepares LSUN on a TPU VM, in the background: runs experiments.prepare_lsun there with what follows --.
+# Prepares LSUN on a TPU VM, in the background: runs experiments.prepare_lsun there with the arguments after --.
 #
 #   sh tpu_scripts/prepare_lsun.sh --name=NAME \
 #     --download=http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip -- --name=church --out=gs://BUCKET/lsun
 #
-#   --download=URL  first fetches this zip to ~/diffusion_tf of the VM and unpacks it, and takes its folder as --source
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the command only); TPU_NAME, ZONE and PROJECT stand in for flags
+#   --download=URL  download this zip to ~/diffusion_tf of the VM, unpack it, and pass its folder as --source
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)
+#   The variables TPU_NAME, ZONE and PROJECT replace flags.
 #
-# The same command again goes on with the download and writes the files that are missing.
+# The same command again continues the download and writes the missing files.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -24,7 +25,7 @@ require_tpu
 [ $# -gt 1 ] || die "what to prepare is missing: ... -- --source=FOLDER --name=church --out=gs://BUCKET/lsun"
 shift
 
-# It writes by TensorFlow, which must not take the chips from a training.
+# prepare_lsun writes files with TensorFlow, which must not claim the chips of a training.
 if [ -n "$url" ]; then
   zip=${url##*/}
   steps="wget --continue $(quote "$url") && .venv/bin/python -m zipfile -e $(quote "$zip") . && exec env \

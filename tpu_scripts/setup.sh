@@ -1,11 +1,12 @@
 #!/bin/sh
-# Copies the last commit of this checkout to ~/diffusion_tf of a TPU VM and installs it there (install.sh).
+# Copies the last commit of this checkout to ~/diffusion_tf of a TPU VM and installs it there with install.sh.
 #
 #   sh tpu_scripts/setup.sh --name=NAME
 #
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the commands only); TPU_NAME, ZONE and PROJECT stand in for flags
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the commands)
+#   The variables TPU_NAME, ZONE and PROJECT replace flags.
 #
-# The same command again brings the VM to the checkout's new commit; runs and logs there stay.
+# The same command again updates the VM to the checkout's new commit; runs and logs there stay.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -22,7 +23,7 @@ if [ -z "$dry_run" ]; then
   trap 'rm -rf "$folder"' EXIT
   cd "$folder"
 fi
-# A file, not a pipe: gcloud gives each worker the same standard input.
+# A file, not a pipe: all workers of gcloud would share one standard input.
 run git --git-dir="$root/.git" archive --format=tar.gz --output=diffusion_tf.tar.gz HEAD
 tpus tpu-vm scp diffusion_tf.tar.gz "$name:" --worker=all
 tpus tpu-vm ssh "$name" --worker=all --command="mkdir -p diffusion_tf && tar -xzf diffusion_tf.tar.gz -C diffusion_tf \

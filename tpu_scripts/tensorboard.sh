@@ -4,8 +4,9 @@
 #   sh tpu_scripts/tensorboard.sh --logdir=gs://BUCKET/RUN            TensorBoard here, reading the bucket
 #   sh tpu_scripts/tensorboard.sh --name=NAME --logdir=runs/cifar10   TensorBoard on the VM, through ssh
 #
-#   --port=PORT  in place of 6006
-#   --zone=ZONE, --project=PROJECT, --dry_run (print the command only); TPU_NAME, ZONE and PROJECT stand in for flags
+#   --port=PORT  the port to use instead of 6006
+#   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)
+#   The variables TPU_NAME, ZONE and PROJECT replace flags.
 set -eu
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$0")/common.sh"
@@ -19,7 +20,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-[ -n "$logdir" ] || die "--logdir is required: gs://BUCKET/RUN, or a folder of the VM"
+[ -n "$logdir" ] || die "--logdir is required: gs://BUCKET/RUN, or a folder on the VM"
 
 case $logdir in
   gs://*)
@@ -28,7 +29,7 @@ case $logdir in
     ;;
   *)
     require_tpu
-    # -t: Ctrl-C ends TensorBoard too. It imports TensorFlow, which must not take the chips from the training.
+    # -t: Ctrl-C ends TensorBoard too. TensorBoard imports TensorFlow, which must not claim the chips of a training.
     tpus tpu-vm ssh "$name" --worker=0 --ssh-flag="-t -L $port:localhost:$port" --command="cd diffusion_tf && \
 $(quote env TPU_LOAD_LIBRARY=0 .venv/bin/tensorboard --logdir="$logdir" --port="$port")"
     ;;

@@ -1,4 +1,4 @@
-"""The scripts for Cloud TPU VMs, with a gcloud that writes down how it was called, or that stands in for the VM."""
+"""The scripts for Cloud TPU VMs, run with a gcloud that records its calls or simulates the VM."""
 
 import json
 import os
@@ -19,10 +19,10 @@ START = "--command=sh diffusion_tf/tpu_scripts/background.sh"
 PYTHON = ".venv/bin/python -m experiments"
 PJRT = "env NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=.venv/libtpu.so"
 ZIP = "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip"
-# What a shell would change, were it not quoted.
+# Arguments that a shell changes unless they are quoted.
 ODD = ["--a=two words", "--b=it's", '--c="$HOME" `id` \\ *', "--d=line\nends\n", "", "~", "#", "--e=&;|<>()"]
 
-# (script and flags but for --name, the calls of gcloud and the like)
+# (script and flags except --name, the expected calls of gcloud, git and tensorboard)
 CALLS = [
     ("create", [[*CREATE, "--accelerator-type=v3-8", "--version=tpu-ubuntu2204-base"]]),
     (
@@ -124,11 +124,11 @@ def write_program(path, text):
 
 
 class Machine:
-    """The user's: gcloud, git and TensorBoard write down their arguments, and gcloud exits as it is told."""
+    """The user's machine: gcloud, git and tensorboard record their arguments; gcloud exits with GCLOUD_EXIT."""
 
     def __init__(self, folder):
         self.record, self.bin = folder / "calls", folder / "bin"
-        unset = ("TPU_NAME", "ZONE", "PROJECT", "TPU_LOAD_LIBRARY")  # the last by our package, in the tests' process
+        unset = ("TPU_NAME", "ZONE", "PROJECT", "TPU_LOAD_LIBRARY")  # importing diffusion_tf sets the last
         self.env = {key: value for key, value in os.environ.items() if key not in unset}
         self.env |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "GCLOUD_EXIT": "0"}
         recorder = f"""#!{sys.executable} -S
@@ -154,7 +154,7 @@ sys.exit(int(os.environ["GCLOUD_EXIT"]) if call[0] == "gcloud" else 0)
         )
 
     def calls(self):
-        """What was called since the last time."""
+        """The calls since the last time."""
         if not self.record.exists():
             return []
         calls = [json.loads(line) for line in self.record.read_text().splitlines()]
@@ -168,7 +168,7 @@ def machine(tmp_path):
 
 
 def only_line(result):
-    """What a script that failed told, once it is sure that it is a line."""
+    """The one line on stderr of a script that failed."""
     (line,) = result.stderr.splitlines()
     assert result.returncode != 0
     return line
@@ -189,11 +189,11 @@ def test_gcloud_is_called_as_the_dry_run_prints(machine, line, calls):
 
 
 @pytest.mark.parametrize("line", [line for line, calls in CALLS if calls[-1][0] == "gcloud"])
-def test_gcloud_s_failure_is_the_script_s(machine, line):
+def test_a_script_fails_as_gcloud_does(machine, line):
     script, *args = line.split()
     result = machine.run(script, "--name=tpu", *args, GCLOUD_EXIT="7")
     assert (result.returncode, result.stdout) == (7, "")
-    # Nothing follows the first that fails.
+    # The script stops at the first call that fails.
     assert [call[0] for call in machine.calls()].count("gcloud") == 1
 
 
@@ -207,7 +207,7 @@ def test_odd_names_and_arguments_survive_the_dry_run(machine):
         assert calls[0][5] == args[0].removeprefix("--name=")
 
 
-def test_the_environment_stands_in_for_flags(machine):
+def test_environment_variables_replace_flags(machine):
     machine.run("create", TPU_NAME="tpu", ZONE="z", PROJECT="p")
     assert machine.calls() == [[*CALLS[0][1][0], "--zone=z", "--project=p"]]
     machine.run("create", "--name=tpu", "--zone=z", TPU_NAME="other", ZONE="other")
@@ -289,7 +289,7 @@ def test_setup_copies_the_last_commit(machine, tmp_path):
 
 @pytest.fixture
 def vm(machine, tmp_path):
-    """A folder as the VM's home, where gcloud runs its --command; its Python prints what it was told."""
+    """A folder as the VM's home, where gcloud runs its --command; its Python prints its arguments."""
     home = tmp_path / "vm"
     shutil.copytree(SCRIPTS, home / "diffusion_tf/tpu_scripts")
     write_program(machine.bin / "gcloud", f'#!/bin/sh\ncd {home} && sh -c "${{7#--command=}}"\n')
@@ -304,7 +304,7 @@ print(json.dumps([os.getcwd(), os.environ.get("TPU_LOAD_LIBRARY"), *sys.argv[1:]
 
 
 def read_log(path, count):
-    """The first `count` JSON lines of a log that a process in the background writes."""
+    """The first `count` JSON lines of a log that a background process writes."""
     for _ in range(1000):
         lines = path.read_text().splitlines() if path.exists() else []
         if len(lines) >= count:
@@ -351,7 +351,7 @@ def test_a_job_outlives_the_connection_and_is_started_once(machine, vm):
 
 @pytest.fixture
 def fake_venv(tmp_path):
-    """An environment whose pip prints its arguments, and a folder for what else it shall hold."""
+    """An environment whose pip prints its arguments, beside a folder with fake packages."""
     write_program(
         tmp_path / "venv/bin/python",
         f"""#!/bin/sh
@@ -362,8 +362,7 @@ cd {tmp_path}/site && PYTHONPATH={tmp_path}/site exec {sys.executable} -S "$@"
     for file, text in {
         "tensorflow/__init__.py": "__version__ = '2.20.0'",
         "libtpu/__init__.py": "get_library_path = lambda: '/site/libtpu.so'",
-        "diffusion_tf/__init__.py": "",
-        "diffusion_tf/tfgan_eval.py": "classifier_metrics = int",
+        "diffusion_tf/evaluation/tfgan_eval.py": "classifier_metrics = int",
         "tensorflow_tpu-2.20.0.dist-info/METADATA": "Name: tensorflow_tpu\nVersion: 2.20.0",
         "tensorflow_tpu-2.20.0.dist-info/top_level.txt": "tensorflow",
         "libtpu-0.0.21.dist-info/METADATA": "Name: libtpu\nVersion: 0.0.21",
@@ -377,13 +376,13 @@ cd {tmp_path}/site && PYTHONPATH={tmp_path}/site exec {sys.executable} -S "$@"
 def test_install_keeps_tensorflow_away_from_tensorflow_tpu(machine, fake_venv, tmp_path):
     result = machine.run("install", f"--venv={fake_venv}")
     assert result.returncode == 0, result.stderr
-    *pips, told = result.stdout.splitlines()
+    *pips, summary = result.stdout.splitlines()
     pip = "-m pip install --quiet --disable-pip-version-check"
     scores = "tensorflow-gan==2.1.0 tensorflow-hub==0.16.1 tensorflow-probability==0.25.0 tf-keras==2.20.1"
     assert pips == [f"{pip} {ROOT}[tpu]", f"{pip} --no-deps {scores}", f"{pip} cloudpickle decorator dm-tree lmdb"]
     assert set(scores.split()) <= set((ROOT / "requirements.lock").read_text().split())
     wanted = "install: import tensorflow gives 2.20.0, of tensorflow-tpu 2.20.0 with libtpu 0.0.21, and no other"
-    assert told.startswith(wanted)
+    assert summary.startswith(wanted)
     assert os.readlink(fake_venv / "libtpu.so") == "/site/libtpu.so"
     shutil.copytree(tmp_path / "site/tensorflow_tpu-2.20.0.dist-info", tmp_path / "site/tensorflow-2.20.0.dist-info")
     (tmp_path / "site/tensorflow-2.20.0.dist-info/METADATA").write_text("Name: tensorflow\nVersion: 2.20.0")
@@ -391,8 +390,8 @@ def test_install_keeps_tensorflow_away_from_tensorflow_tpu(machine, fake_venv, t
     assert only_line(both).startswith("install: tensorflow is from tensorflow and tensorflow-tpu, which overwrite")
 
 
-def test_install_takes_a_python_that_fits_else_uv_s(machine, fake_venv, tmp_path):
-    # Like Ubuntu 22.04's: 3.10, as far as can be told. `-m venv DIR`, or `-m uv venv DIR`, links the other environment.
+def test_install_uses_a_suitable_python_or_downloads_one_with_uv(machine, fake_venv, tmp_path):
+    # Each Python suits only if FITS names it, and links the fake environment for `-m venv DIR` and `-m uv venv DIR`.
     for name in ("python3.11", "python3.12", "python3"):
         program = f"""#!/bin/sh
 [ "$1" != -c ] || [ "$FITS" = {name} ] || exit 1
