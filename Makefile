@@ -39,7 +39,7 @@ format: $(VENV)/.installed  ## rewrite the code in the project's style
 lock: $(VENV)/.installed  ## choose new locked versions within setup.py's ranges
 	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version=3.11 --upgrade --no-header --no-emit-index-url \
-	  --no-emit-find-links --extra=cpu --extra=dev --extra=inception setup.py --output-file=requirements.lock
+	  --no-emit-find-links --extra=cpu --extra=dev setup.py --output-file=requirements.lock
 
 clean:  ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) build/bench .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,8 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).parent
+# For scores of samples. tf-keras depends on tensorflow: docs/tpu.md says how to install this group on a TPU VM.
+EVALUATION = ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"]
 
 setup(
     name="diffusion_tf",
@@ -36,12 +38,10 @@ setup(
         "tqdm>=4.66,<5",  # progress bars
     ],
     extras_require={
-        "cpu": ["tensorflow==2.20.*"],
-        "gpu": ["tensorflow[and-cuda]==2.20.*"],
+        "cpu": ["tensorflow==2.20.*", *EVALUATION],
+        "gpu": ["tensorflow[and-cuda]==2.20.*", *EVALUATION],
         # tensorflow-tpu also admits newer versions of libtpu, which lack functions that it calls.
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
-        # tf-keras depends on tensorflow: docs/tpu.md says how to install this group on a TPU VM.
-        "inception": ["tensorflow-gan==2.1.0", "tensorflow-hub==0.16.*", "tf-keras==2.20.*"],
         "lsun": ["lmdb>=1.6,<4"],  # LSUN's own format
         # The compiler for TPUs, on any machine but a TPU VM. Exact versions: JAX has no public function for this.
         "tpu_report": ["jax==0.10.2", "libtpu==0.0.52"],

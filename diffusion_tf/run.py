@@ -19,7 +19,7 @@ from diffusion_tf.data.source import ImageSource
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop.diffusers import read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
-from diffusion_tf.likelihood import BoundEvaluator
+from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import draw_samples
@@ -142,7 +142,7 @@ class Run:
         num_timesteps_estimate: int | None = None,
         batch_size: int | None = None,
     ) -> np.ndarray:
-        """Measures the variational bound (Eq. 5) of each image.
+        """Measures the variational bound (Eq. 5) of each image; shows progress.
 
         Costs T network evaluations per image, or `num_timesteps_estimate` + 1. The result of image i is a function of
         the weights, the image, `seed` and i.
@@ -163,20 +163,13 @@ class Run:
         check_images(images, self.preset.image_shape)
         if num_timesteps_estimate is not None and num_timesteps_estimate < 1:
             raise ConfigError("num_timesteps_estimate", f"={num_timesteps_estimate} must be greater than 0")
-        batch_size = self._batch_size(batch_size, len(images))
-        evaluator = BoundEvaluator(
+        return bound_of_images(
             self._trained,
-            batch_size=batch_size,
+            images,
+            batch_size=self._batch_size(batch_size, len(images)),
             seed=_check_seed(seed),
             num_timesteps_estimate=num_timesteps_estimate,
-        )
-        weight = 1.0 if num_timesteps_estimate is None else (self.preset.num_timesteps - 1) / num_timesteps_estimate
-        totals = []
-        for first in range(0, len(images), batch_size):
-            bound = evaluator(first, images[first : first + batch_size])
-            terms = np.asarray(bound.terms_bpd, np.float64)
-            totals.append(np.asarray(bound.prior_bpd, np.float64) + weight * terms[:, 1:].sum(axis=1) + terms[:, 0])
-        return np.concatenate(totals)
+        ).total_bpd
 
     def encode(
         self,

@@ -27,7 +27,7 @@ def classifier_metrics() -> types.ModuleType:
     spec = importlib.util.find_spec("tensorflow_gan")
     if spec is None or spec.origin is None or importlib.util.find_spec("tensorflow_probability") is None:
         raise InputError(
-            "scores need TF-GAN and TensorFlow Probability: pip install '.[inception]', or on a TPU VM run"
+            "scores need TF-GAN and TensorFlow Probability: install the extra `cpu` or `gpu`, or on a TPU VM run"
             " tpu_scripts/install.sh"
         )
     root = os.path.dirname(os.path.dirname(spec.origin))
