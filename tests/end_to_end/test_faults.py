@@ -196,11 +196,7 @@ RUN = [
 SAMPLES = [
     ("no samples", sound, "cannot read run/x.npz"),
     ("a text", text("x.npz", "no archive"), "x.npz is not an .npz file, or is damaged"),
-    (
-        "cut off",
-        several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])),
-        "x.npz is not an .npz",
-    ),
+    ("cut off", several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])), "x.npz is not an"),
     ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is not an .npz file, or is damaged"),
     ("a bomb", bomb("x.npz"), "x.npz is not an .npz file, or is damaged (samples.npy claims to be uint8"),
     ("another name", npz("x.npz", images=load_digits()), "x.npz holds no `samples`, not samples uint8"),
