@@ -119,7 +119,7 @@ def test_files_of_samples_are_checked(tmp_path):
     with pytest.raises(InputError, match="cannot read .*samples.npz"):
         file_images(path, (8, 8, 1))
     for arrays, message in (
-        ({"images": load_digits()}, "samples.npz holds no `samples`"),
+        ({"images": load_digits()}, "samples.npz holds no array named samples"),
         ({"samples": load_digits() / 255.0}, r"holds float64 \(1797, 8, 8, 1\), not samples uint8 \(N, 8, 8, 1\)"),
         ({"samples": load_digits()[:, :4]}, r"holds uint8 \(1797, 4, 8, 1\)"),
     ):
