@@ -17,6 +17,7 @@ from diffusion_tf.compression.bitstream import Steps
 from diffusion_tf.compression.channel import SharedRandomness, candidate, kl_bits, select
 from diffusion_tf.compression.tables import Table, predictor
 from diffusion_tf.diffusion_utils import images_to_x
+from diffusion_tf.schedules import posterior
 from diffusion_tf.trained_model import TrainedModel
 
 
@@ -51,12 +52,9 @@ class Codec:
         self._predict_xstart = predictor(trained, table.batch_size)
         schedule = trained.diffusion.schedule
         t, s = np.array(table.timesteps[:-1]), np.array(table.timesteps[1:])
-        # q(x_s | x_t, x_0): Eqs. 6-7 for a step of any length.
         abar_t, abar_s = schedule.alphas_cumprod[t], schedule.alphas_cumprod[s]
-        alpha = abar_t / abar_s
-        self._xstart_coef = np.sqrt(abar_s) * (1 - alpha) / (1 - abar_t)
-        self._x_t_coef = np.sqrt(alpha) * (1 - abar_s) / (1 - abar_t)
-        self._sigma = np.sqrt((1 - abar_s) * (1 - alpha) / (1 - abar_t))
+        q = posterior(abar_t / abar_s, 1 - abar_t / abar_s, abar_t, abar_s)  # q(x_s | x_t, x_0)
+        self._xstart_coef, self._x_t_coef, self._sigma = q.mean_coef1, q.mean_coef2, np.sqrt(q.variance)
 
     def encode(self, images: np.ndarray, streams: Sequence[int]) -> Encoded:
         """Encodes images uint8 [N, H, W, C] up to the last step, each with its own stream of random numbers."""

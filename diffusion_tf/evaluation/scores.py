@@ -94,7 +94,7 @@ class RunSamples:
       settings: the sampler; default: ancestral sampling over all steps.
 
     Attributes:
-      sampling: seed and sampler, as JSON values.
+      sampling: seed, precision and sampler, as JSON values.
 
     Raises:
       InputError: the batch size is not divisible by the replicas, or the settings do not fit the preset.
@@ -112,7 +112,7 @@ class RunSamples:
     ):
         self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
-        self.sampling = {"seed": seed, **(settings or SamplerSettings()).describe(preset)}
+        self.sampling = {"seed": seed, "precision": preset.precision, **(settings or SamplerSettings()).describe(preset)}
         self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
 
     def of_checkpoint(self, path: str) -> Images:

@@ -154,10 +154,16 @@ class Workdir:
         return [self.complete(line) for line in _read_lines(self._evaluations)]
 
     def complete(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """Returns an evaluation with its sampler: older versions recorded none and used ancestral sampling."""
-        if "sampler" in evaluation:
+        """Returns an evaluation with its sampler and precision, which older versions did not record.
+
+        They used ancestral sampling at first. Their precision is taken to be the run's.
+        """
+        if {"precision", "sampler"} <= evaluation.keys():
             return evaluation
-        return {**evaluation, "sampler": "ancestral", "sampler_steps": self.read_preset().num_timesteps}
+        preset = self.read_preset()
+        if "sampler" not in evaluation:
+            evaluation = {**evaluation, "sampler": "ancestral", "sampler_steps": preset.num_timesteps}
+        return {"precision": preset.precision, **evaluation}
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Appends one line to `evaluations.jsonl`."""

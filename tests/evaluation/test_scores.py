@@ -1,5 +1,6 @@
 """Scores of images are named after their features, can be resumed, and do not depend on the number of replicas."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -187,8 +188,8 @@ def test_an_interrupted_extraction_resumes_to_the_same_features(tmp_path):
     assert whole["pixels"].min() >= 0.0 and whole["pixels"].max() <= 255.0
 
 
-def test_results_of_different_samplers_are_not_mixed(tmp_path):
-    """A line without a sampler, from an earlier version, means ancestral sampling over all steps."""
+def test_results_of_different_samplers_and_precisions_are_not_mixed(tmp_path):
+    """A line of an earlier version without them means ancestral sampling over all steps, in the run's precision."""
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), 1437, "")
     workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "fid": 1.0})
@@ -201,15 +202,17 @@ def test_results_of_different_samplers_are_not_mixed(tmp_path):
         )
     }  # fmt: skip
     assert [is_alike(line, result) for result in described.values()] == [True, False, False, False, False]
+    assert [is_alike(line, {"precision": precision}) for precision in ("float32", "bfloat16")] == [True, False]
     strategy, preset = make_strategy("one_device"), get_preset("digits", ch_mult=(1,))
     checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
     keys = set()
     for result in described.values():
         assert [other for other in described.values() if is_alike({"step": 1, **other}, result)] == [result]
-    for settings in (None, SamplerSettings("ddim", 50)):
-        samples = RunSamples(strategy, preset, num_samples=8, batch_size=4, seed=0, settings=settings)
+    for precision, settings in (("float32", None), ("float32", SamplerSettings("ddim", 50)), ("bfloat16", None)):
+        other = dataclasses.replace(preset, precision=precision)
+        samples = RunSamples(strategy, other, num_samples=8, batch_size=4, seed=0, settings=settings)
         keys.add(json.dumps(samples.of_checkpoint(checkpoint).description))
-    assert len(keys) == 2  # the samples of one are not taken for the other's
+    assert len(keys) == 3  # the samples of one are not taken for another's
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, capsys):
