@@ -141,11 +141,27 @@ class LayerBuilder:
         self._policy = "mixed_bfloat16" if precision == "bfloat16" and trainable else precision
 
     def conv(self, in_channels: int, channels: int, path: str, kind: type = Conv2D, **kwargs: Any) -> Any:
-        """A 3x3 convolution; `path` seeds it, and ends in its name."""
+        """A 3x3 convolution.
+
+        Args:
+          in_channels: C of its input.
+          channels: C of its result.
+          path: seeds it, and ends in its name.
+          kind: the layer's class.
+          **kwargs: `scale` of the initial weights, and arguments of the layer.
+        """
         return _built(kind(channels, 3, padding="same", **self._arguments(path, **kwargs)), in_channels)
 
     def dense(self, in_channels: int, channels: int, path: str, kind: type = keras.layers.Dense, **kwargs: Any) -> Any:
-        """A dense layer; `path` seeds it, and ends in its name."""
+        """A dense layer along the channels.
+
+        Args:
+          in_channels: C of its input.
+          channels: C of its result.
+          path: seeds it, and ends in its name.
+          kind: the layer's class.
+          **kwargs: `scale` of the initial weights, and arguments of the layer.
+        """
         return _built(kind(channels, **self._arguments(path, **kwargs)), in_channels)
 
     def _arguments(self, path: str, scale: float = 1.0, **kwargs: Any) -> dict[str, Any]:

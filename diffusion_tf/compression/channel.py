@@ -89,7 +89,18 @@ class SharedRandomness:
         return _quantiles().take(words.view("<u2"), mode="clip").reshape(count, _BLOCK)
 
     def row(self, step: int, chunk: int, segment: int, row: int, width: int) -> np.ndarray:
-        """One row of a segment with `width` dimensions, float32 [width]; arguments as in `blocks`."""
+        """One row of a segment.
+
+        Args:
+          step: the step of the coarse reverse process.
+          chunk: the chunk of the step.
+          segment: the segment of the chunk.
+          row: the row of the segment, which is its first block.
+          width: the number of dimensions.
+
+        Returns:
+          float32 [width].
+        """
         return self.blocks(step, chunk, segment, row, -(-width // _BLOCK)).reshape(-1)[:width]
 
     def prior_sample(self, shape: Sequence[int]) -> np.ndarray:

@@ -62,7 +62,14 @@ class Images:
 
 
 def source_images(source: ImageSource, dataset: str, split: str, count: int) -> Images:
-    """The first `count` images of a source."""
+    """The first images of a source.
+
+    Args:
+      source: the images.
+      dataset: the name of their preset.
+      split: train or test.
+      count: number of images.
+    """
     description = {"dataset": dataset, "split": split, "num_images": count, **identity(source)}
     return Images(description, count, ImageReader(source))
 

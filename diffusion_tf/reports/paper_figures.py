@@ -1,8 +1,6 @@
 """The paper's figures for a trained model: each as a picture, and as numbers that say what it shows.
 
-Times are the paper's t: x_t has t steps of noise, x_0 is an image, x_T is noise. In every function `trained` is the
-model, `batch_size` the number of images computed at once over all replicas, and `seed` the seed of the noise; the same
-seed gives the same picture.
+Times are the paper's t: x_t has t steps of noise, x_0 is an image, x_T is noise. The same seed gives the same picture.
 """
 
 import dataclasses
@@ -69,14 +67,30 @@ def _in_batches(
 
 
 def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, caption: str) -> PaperFigure:
-    """The first `count` samples, not selected, under a caption (Figs. 11, 13, 16-19)."""
+    """Samples 0, 1, ..., not selected, under a caption (Figs. 11, 13, 16-19).
+
+    Args:
+      trained: the model.
+      count: number of samples.
+      batch_size: images computed at once, over all replicas.
+      seed: seed of the noise.
+      caption: text above the grid.
+    """
     images = draw_samples(trained, num_samples=count, batch_size=batch_size, seed=seed)
     picture = figures.captioned_grids({caption: figures.square_grid(images)})
     return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Uncurated samples.")
 
 
 def animation(trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int) -> PaperFigure:
-    """Sampling as a GIF: x_t of `count` samples at `frames` + 1 times."""
+    """Sampling as a GIF: x_t of some samples over the reverse process.
+
+    Args:
+      trained: the model.
+      count: number of samples.
+      frames: number of frames after x_T.
+      batch_size: images computed at once, over all replicas.
+      seed: seed of the noise.
+    """
     num_timesteps = trained.diffusion.num_timesteps
     process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
     times = np.unique(np.linspace(num_timesteps, 0, frames + 1).astype(int))[::-1].tolist()
@@ -99,7 +113,14 @@ def _progressive_sampler(trained: TrainedModel, batch_size: int, seed: int) -> t
 
 
 def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: int) -> PaperFigure:
-    """The x_0 predicted at ten times of the reverse process, for `chains` samples (Figs. 6, 14)."""
+    """The x_0 predicted at ten times of the reverse process (Figs. 6, 14).
+
+    Args:
+      trained: the model.
+      chains: number of samples, one row each.
+      batch_size: images computed at once, over all replicas.
+      seed: seed of the noise.
+    """
     sampler, times = _progressive_sampler(trained, batch_size, seed)
     batches = [sampler(first) for first in range(0, chains, batch_size)]
     final, predictions = (np.concatenate([batch[i].numpy() for batch in batches])[:chains] for i in range(2))
@@ -251,7 +272,16 @@ def interpolation(
     batch_size: int,
     seed: int,
 ) -> PaperFigure:
-    """`interpolate` as a picture with a row for each t (Fig. 8; with many values of t, Fig. 9)."""
+    """`interpolate` as a picture with a row for each t (Fig. 8; with many values of t, Fig. 9).
+
+    Args:
+      trained: the model.
+      source_a: uint8 [H, W, C].
+      source_b: uint8 [H, W, C].
+      times: steps of noise before mixing, each in [0, T].
+      batch_size: images computed at once, over all replicas.
+      seed: seed of the noise.
+    """
     decoded = interpolate(trained, source_a, source_b, times=times, batch_size=batch_size, seed=seed)
     x_a, x_b = (images_to_x(source).numpy() for source in (source_a, source_b))
     numbers = {
