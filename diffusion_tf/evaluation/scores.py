@@ -119,7 +119,11 @@ class RunSamples:
     ):
         self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
-        self.sampling = {"seed": seed, "precision": preset.precision, **(settings or SamplerSettings()).describe(preset)}
+        self.sampling = {
+            "seed": seed,
+            "precision": preset.precision,
+            **(settings or SamplerSettings()).describe(preset),
+        }
         self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
 
     def of_checkpoint(self, path: str) -> Images:
