@@ -5,7 +5,7 @@ class InputError(ValueError):
     """A setting, file or record that the user gave is wrong.
 
     The message is one line that names the culprit and says what to do. It quotes settings in backticks, as in
-    "use `loss_type=kl`"; a program prints those as its flags.
+    "use `loss_type=kl`"; programs print them as flags.
     """
 
     exit_code = 1
@@ -15,8 +15,8 @@ class ConfigError(InputError):
     """A setting has a value that cannot be used.
 
     Args:
-      field: the setting: a field of `Preset`, or an argument such as `batch_size`.
-      message: the rest of the sentence that begins with the field: "=13 must be even", ": give one", or "is required".
+      field: the setting, either a field of `Preset` or an argument such as `batch_size`.
+      message: the rest of a sentence that starts with the field: "=13 must be even", ": give one", or "is required".
     """
 
     def __init__(self, field: str, message: str):
@@ -25,11 +25,11 @@ class ConfigError(InputError):
 
 
 class DamagedFileError(InputError):
-    """A file exists, but does not hold what was written to it."""
+    """A file exists, but its contents are not what was written to it."""
 
 
 class DivergedError(InputError):
-    """Training produced values that are not finite, also after it went back to a checkpoint once."""
+    """Training produced values that are not finite, and did so again after it went back to a checkpoint."""
 
     exit_code = 3
 

@@ -75,7 +75,7 @@ def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
     """
     images = read_npz(path).get("samples")
     if images is None or images.dtype != np.uint8 or images.shape[1:] != image_shape:
-        found = "no `samples`" if images is None else f"{images.dtype} {images.shape}"
+        found = "no array named samples" if images is None else f"{images.dtype} {images.shape}"
         raise InputError(f"{path} holds {found}, not samples uint8 {('N', *image_shape)}".replace("'", ""))
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     description = {"file": os.path.basename(path), "file_sha256": digest, "num_images": len(images)}

@@ -199,7 +199,7 @@ SAMPLES = [
     ("cut off", several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])), "x.npz is no .npz of"),
     ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is no .npz of arrays, or is damaged"),
     ("a bomb", bomb("x.npz"), "x.npz is no .npz of arrays, or is damaged (samples.npy claims to be uint8"),
-    ("another name", npz("x.npz", images=load_digits()), "x.npz holds no `samples`, not samples uint8"),
+    ("another name", npz("x.npz", images=load_digits()), "x.npz holds no array named samples, not samples uint8"),
     ("another dtype", npz("x.npz", samples=np.zeros((9, 8, 8, 1))), "x.npz holds float64 (9, 8, 8, 1), not samples"),
     ("another shape", npz("x.npz", samples=np.zeros((9, 4, 4, 1), np.uint8)), "x.npz holds uint8 (9, 4, 4, 1), not"),
 ]

@@ -1,4 +1,4 @@
-"""Scores of images: named after their features, resumable, the same on any number of replicas."""
+"""Scores of images are named after their features, can be resumed, and do not depend on the number of replicas."""
 
 import json
 
@@ -9,7 +9,7 @@ from support import inception_files
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.evaluation import metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
 from diffusion_tf.evaluation.scores import (
@@ -18,6 +18,8 @@ from diffusion_tf.evaluation.scores import (
     Images,
     RunSamples,
     check_metrics,
+    choose_best_by,
+    choose_metrics,
     compute_scores,
     file_images,
     is_alike,
@@ -65,7 +67,7 @@ def test_scores_are_named_after_their_features(tmp_path):
         colour = network is inception
         images = [colour_images(seed) for seed in (0, 1)] if colour else [load_digits("train"), load_digits("test")]
         extractor = FeatureExtractor(network, strategy, 40, str(tmp_path / "partial"))
-        real, generated = (extractor(array_images(part), "images") for part in images)
+        real, generated = (extractor(array_images(array), "images") for array in images)
         names = METRICS if network.name != "pixels" else ("fid", "kid", "precision_recall")
         scores = compute_scores(names, network.name, real, generated)
         keys[network.name] = set(scores)
@@ -80,18 +82,29 @@ def test_scores_are_named_after_their_features(tmp_path):
     assert not any("fid" in key or "inception" in key for key in keys["pixels"] | keys["digits"])
 
 
-def test_what_gives_no_score_is_refused():
+def test_too_few_images_and_missing_logits_are_refused():
     check_metrics(METRICS, "digits", 10, 4)
     for names, network, counts, message in (
-        (["inception_score"], "pixels", (100, 100), "--metrics=inception_score needs a classifier"),
-        (["fid"], "inception", (1, 100), "--metrics=fid needs at least 2 samples, and there are 1"),
+        (["inception_score"], "pixels", (100, 100), "metrics=inception_score needs a classifier"),
+        (["fid"], "inception", (1, 100), "metrics=fid needs at least 2 samples, and there are 1"),
         (["fid", "precision_recall"], "digits", (100, 3), "needs at least 4 real images, and there are 3"),
-        (["kid"], "inception", (64, 50_000), "--metrics=kid needs at least 98 samples, and there are 64"),
+        (["kid"], "inception", (64, 50_000), "metrics=kid needs at least 98 samples, and there are 64"),
     ):
         with pytest.raises(InputError, match=message):
             check_metrics(names, network, *counts)
     few, many = np.random.RandomState(0).standard_normal((98, 8)), np.random.RandomState(1).standard_normal((50_000, 8))
     assert np.isfinite(metrics.kernel_distance(many, few)).all()
+
+
+def test_metrics_and_the_deciding_score_have_defaults_and_known_names():
+    assert choose_metrics(None, "pixels") == ["fid", "kid", "precision_recall"]
+    assert choose_metrics(None, "digits") == list(METRICS) and choose_metrics(["kid"], "digits") == ["kid"]
+    assert choose_best_by(None, ["kid", "fid"], "digits") == "kernel_digits"
+    assert choose_best_by("frechet_digits", ["kid", "fid"], "digits") == "frechet_digits"
+    with pytest.raises(ConfigError, match="metrics=is: choose from fid, inception_score"):
+        choose_metrics(["is"], "digits")
+    with pytest.raises(ConfigError, match="best_by=fid: choose from frechet_digits"):
+        choose_best_by("fid", ["fid"], "digits")
 
 
 def test_nan_in_features_is_refused(tmp_path):
@@ -106,7 +119,7 @@ def test_files_of_samples_are_checked(tmp_path):
     with pytest.raises(InputError, match="cannot read .*samples.npz"):
         file_images(path, (8, 8, 1))
     for arrays, message in (
-        ({"images": load_digits()}, "samples.npz holds no `samples`"),
+        ({"images": load_digits()}, "samples.npz holds no array named samples"),
         ({"samples": load_digits() / 255.0}, r"holds float64 \(1797, 8, 8, 1\), not samples uint8 \(N, 8, 8, 1\)"),
         ({"samples": load_digits()[:, :4]}, r"holds uint8 \(1797, 4, 8, 1\)"),
     ):
@@ -120,7 +133,7 @@ def test_files_of_samples_are_checked(tmp_path):
     assert file_images(path, (8, 8, 1)).count == 5
 
 
-def test_references_are_computed_once_and_checked(tmp_path):
+def test_reference_features_are_computed_once_and_checked(tmp_path):
     strategy, preset = make_strategy("one_device"), get_preset("digits")
     path = str(tmp_path / "reference.npz")
     applied = []
@@ -143,7 +156,7 @@ def test_references_are_computed_once_and_checked(tmp_path):
         reference_features(FeatureExtractor(other, strategy, 100, str(tmp_path / "p")), test, path)
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
+def test_an_interrupted_extraction_resumes_to_the_same_features(tmp_path):
     preset = get_preset("digits", num_timesteps=4, ch_mult=(1,))
     strategy, network = make_strategy("one_device"), digits_network()
     checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
@@ -170,12 +183,12 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(tmp_path):
     assert drawn == [0, 20, 40]
     for name, array in whole.items():
         np.testing.assert_array_equal(resumed[name], array)
-    assert not np.array_equal(whole["pixels"], np.round(whole["pixels"]))  # clipped, and not rounded to levels
+    assert not np.array_equal(whole["pixels"], np.round(whole["pixels"]))  # clipped, but not rounded
     assert whole["pixels"].min() >= 0.0 and whole["pixels"].max() <= 255.0
 
 
-def test_samplers_are_measured_apart(tmp_path):
-    """And a line from before there was a choice is one of ancestral sampling over all steps."""
+def test_results_of_different_samplers_are_not_mixed(tmp_path):
+    """A line without a sampler, from an earlier version, means ancestral sampling over all steps."""
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), 1437, "")
     workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "fid": 1.0})
@@ -196,7 +209,7 @@ def test_samplers_are_measured_apart(tmp_path):
     for settings in (None, SamplerSettings("ddim", 50)):
         samples = RunSamples(strategy, preset, num_samples=8, batch_size=4, seed=0, settings=settings)
         keys.add(json.dumps(samples.of_checkpoint(checkpoint).description))
-    assert len(keys) == 2  # nothing that one has drawn is taken for another's
+    assert len(keys) == 2  # the samples of one are not taken for the other's
 
 
 def test_the_best_checkpoint_is_kept(tmp_path, capsys):
@@ -219,12 +232,12 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     assert step == 20 and checkpoints.load(path)["x"] == 20
     assert checkpoints.find(workdir.checkpoints)[0] == 30
     assert [line["step"] for line in workdir.read_evaluations()] == [10, 20, 30]
-    # What another measurement chose is not thrown away.
+    # A checkpoint that another measurement chose is kept.
     record(40, 1.0, num_samples=200)
     record(50, 9.0, best_by="inception_score")
     assert checkpoints.all_steps(best) == [20]
     assert "keeps step 20, which another measurement chose" in capsys.readouterr().out
     tf.io.gfile.rmtree(best)
-    for step, score in ((60, 7.0), (70, 8.0), (80, 6.0)):  # of the inception score the highest is best
+    for step, score in ((60, 7.0), (70, 8.0), (80, 6.0)):  # a higher inception score is better
         record(step, score, best_by="inception_score")
     assert checkpoints.all_steps(best) == [70]
