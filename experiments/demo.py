@@ -11,7 +11,6 @@ from absl import flags
 from diffusion_tf import figures
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
-from diffusion_tf.evaluation import tfgan_eval
 from diffusion_tf.evaluation.feature_networks import digits_network
 from diffusion_tf.evaluation.metrics import classifier_score
 from diffusion_tf.evaluation.scores import check_metrics, compute_scores
@@ -31,12 +30,14 @@ FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 flags.DEFINE_integer("num_samples", 256, "Number of samples, at least 100.", lower_bound=100)
 
+_METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
 Results
   {parameters:,} parameters, trained for {step:,} steps of {batch_size} images from {num_examples:,} scanned digits.
   {precision_pixels:.0%} of {num_samples} samples look like real digits (precision), and the samples cover
   {recall_pixels:.0%} of the real digits (recall; k = 3 in pixel space, against all 1,797 digits).
-{classifier_scores}
+  With the features of a small digit classifier: Fréchet distance {frechet_digits:.2f}, classifier score
+  {classifier_score_digits:.2f} of at most 10; the real digits have {real_score:.2f}.
 
 Files
   {picture}   samples beside real digits: look here first
@@ -49,18 +50,12 @@ Next
   python -m experiments.sample --workdir={workdir} --out=more.npz --png=more.png --seed=1   more samples
   python -m experiments.likelihood --workdir={workdir} --num_timesteps_estimate=20   bits/dim of held-out digits
 """
-_CLASSIFIER_SCORES = """\
-  With the features of a small digit classifier: Fréchet distance {frechet_digits:.2f}, classifier score
-  {classifier_score_digits:.2f} of at most 10; the real digits have {real_score:.2f}."""
-_NO_CLASSIFIER_SCORES = "  Fréchet distance and classifier score need TF-GAN: pip install '.[inception]'"
 
 
 def main() -> None:
     _flags.require_flags("workdir")
     network = digits_network()
-    has_tfgan = tfgan_eval.is_installed()
-    metrics = ("precision_recall", *(("fid", "inception_score") if has_tfgan else ()))
-    check_metrics(metrics, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
+    check_metrics(_METRICS, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
     preset = get_preset("digits", sample_every=0)  # samples are drawn below
     workdir = Workdir(FLAGS.workdir)
     strategy = make_strategy("auto")
@@ -83,15 +78,11 @@ def main() -> None:
         {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
         for images in (real, samples)
     )
-    scores = compute_scores(metrics, network.name, real_features, features)
-    classifier_scores = _NO_CLASSIFIER_SCORES
-    if has_tfgan:
-        real_score = classifier_score(real_features["logits"])
-        classifier_scores = _CLASSIFIER_SCORES.format(**scores, real_score=real_score)
+    scores = compute_scores(_METRICS, network.name, real_features, features)
     print(
         _program.command_lines(_SUMMARY).format(
             **scores,
-            classifier_scores=classifier_scores,
+            real_score=classifier_score(real_features["logits"]),
             parameters=trained.model.count_params(),
             step=step,
             batch_size=preset.batch_size,

@@ -258,10 +258,9 @@ def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real
 
     Raises:
       ConfigError: there are too few images for a metric, or the network is not a classifier.
-      InputError: a metric needs TF-GAN, and it is not installed.
+      InputError: TF-GAN is not installed.
     """
-    if set(names) != {"precision_recall"}:
-        classifier_metrics()
+    classifier_metrics()
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
     # TF-GAN splits both sets into the same number of blocks, each of which needs two images of either set.

@@ -17,11 +17,6 @@ from diffusion_tf.errors import InputError
 _PACKAGES = ("tensorflow_gan", "tensorflow_gan.python", "tensorflow_gan.python.eval")
 
 
-def is_installed() -> bool:
-    """Whether TF-GAN and TensorFlow Probability are installed."""
-    return all(importlib.util.find_spec(name) for name in ("tensorflow_gan", "tensorflow_probability"))
-
-
 @functools.cache
 def classifier_metrics() -> types.ModuleType:
     """The module `tensorflow_gan.python.eval.classifier_metrics`.
@@ -30,7 +25,7 @@ def classifier_metrics() -> types.ModuleType:
       InputError: TF-GAN or TensorFlow Probability, which it needs, is not installed.
     """
     spec = importlib.util.find_spec("tensorflow_gan")
-    if spec is None or spec.origin is None or not is_installed():
+    if spec is None or spec.origin is None or importlib.util.find_spec("tensorflow_probability") is None:
         raise InputError(
             "scores need TF-GAN and TensorFlow Probability: install the extra `cpu` or `gpu`, or on a TPU VM run"
             " tpu_scripts/install.sh"
