@@ -239,19 +239,17 @@ STD = 0.2
 @pytest.fixture(scope="module")
 def gaussian_codec():
     """A codec of the best possible network for pixels that are N(MEAN, STD^2), its table, and such images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gaussian_data, "STD", STD)
-        preset = get_preset("digits", num_timesteps=60, beta_start=0.01, beta_end=0.2, model_var_type="fixedlarge")
-        diffusion = GaussianDiffusion.from_preset(preset)
-        denoise_fn = gaussian_data.denoise_fn(diffusion)
-        strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-        trained = golden.KnownModel(preset, strategy, diffusion, denoise_fn)
-        pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
-        images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
-        table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
-        codec = Codec(trained, table)
-        encoded = codec.encode(images[32:], range(8))
-        yield trained, codec, table, images[32:], encoded
+    preset = get_preset("digits", num_timesteps=60, beta_start=0.01, beta_end=0.2, model_var_type="fixedlarge")
+    diffusion = GaussianDiffusion.from_preset(preset)
+    denoise_fn = gaussian_data.denoise_fn(diffusion, STD)
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    trained = golden.KnownModel(preset, strategy, diffusion, denoise_fn)
+    pixels = np.random.default_rng(0).normal(gaussian_data.MEAN, STD, (40, 8, 8, 1))
+    images = np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+    table = make_table(trained, "digest", images[:32], num_predicted=32, chunk_bits=12, batch_size=8, seed=0)
+    codec = Codec(trained, table)
+    encoded = codec.encode(images[32:], range(8))
+    return trained, codec, table, images[32:], encoded
 
 
 def test_rate_and_distortion_are_those_of_theory(gaussian_codec):

@@ -13,7 +13,7 @@ MEAN, STD = 0.3, 0.5
 
 
 class OptimalDenoiser(NamedTuple):
-    """The optimal network for pixels N(MEAN, STD^2), which is linear; all arrays are float64 [T].
+    """The optimal network for pixels N(MEAN, std^2), which is linear; all arrays are float64 [T].
 
     Attributes:
       output: (a, b): the network's output is a x_t + b.
@@ -26,10 +26,10 @@ class OptimalDenoiser(NamedTuple):
     log_variance: np.ndarray
 
 
-def optimal_denoiser(diffusion: GaussianDiffusion) -> OptimalDenoiser:
+def optimal_denoiser(diffusion: GaussianDiffusion, std: float = STD) -> OptimalDenoiser:
     """The optimal network of a diffusion's mean type."""
     s = diffusion.schedule
-    abar, variance = s.alphas_cumprod, STD**2
+    abar, variance = s.alphas_cumprod, std**2
     gain = variance * np.sqrt(abar) / (abar * variance + 1 - abar)  # E[x_0 | x_t] = MEAN + gain (x_t - sqrt(abar) MEAN)
     offset = MEAN * (1 - gain * np.sqrt(abar))
     xprev = (s.posterior_mean_coef1 * gain + s.posterior_mean_coef2, s.posterior_mean_coef1 * offset)
@@ -40,9 +40,9 @@ def optimal_denoiser(diffusion: GaussianDiffusion) -> OptimalDenoiser:
     return OptimalDenoiser(output, xprev, log_variance)
 
 
-def denoise_fn(diffusion: GaussianDiffusion) -> DenoiseFn:
+def denoise_fn(diffusion: GaussianDiffusion, std: float = STD) -> DenoiseFn:
     """`optimal_denoiser` as a network."""
-    (a, b), _, log_variance = optimal_denoiser(diffusion)
+    (a, b), _, log_variance = optimal_denoiser(diffusion, std)
 
     def call(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
         at = lambda table: tf.reshape(tf.gather(tf.constant(table, tf.float32), t), [-1, 1, 1, 1])
