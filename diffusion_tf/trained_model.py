@@ -49,7 +49,7 @@ class TrainedModel:
         """The network with the EMA weights of the checkpoint at `path`, frozen.
 
         Raises:
-          InputError: the file is damaged, or is of another network.
+          InputError: the file is damaged, or holds another network.
         """
         with strategy.scope():
             model = UNet.from_preset(preset, weights="frozen")
@@ -82,7 +82,7 @@ def load_ema(model: UNet, path: str) -> None:
     """Loads the EMA weights of the checkpoint at `path` into `model`.
 
     Raises:
-      InputError: the file is damaged, or is of another network.
+      InputError: the file is damaged, or holds another network.
       RuntimeError: the network is frozen.
     """
     variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}

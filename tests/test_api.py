@@ -289,7 +289,7 @@ def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ({"prediction_type": "v_prediction"}, "'v_prediction' is not one of epsilon, sample"),
         ({"beta_end": 2.0}, "no preset describes .*beta_end"),
-        ({"layers_per_block": 2}, "is of another network"),
+        ({"layers_per_block": 2}, "holds another network"),
     ],
 )
 def test_other_diffusers_networks_are_refused(changes, message, tmp_path):

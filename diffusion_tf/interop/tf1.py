@@ -36,7 +36,7 @@ def read_tf1(prefix: str, model: UNet) -> Arrays:
       model: the network that the checkpoint must fit.
 
     Raises:
-      InputError: the checkpoint cannot be read, is of another network, or has no EMA weights.
+      InputError: the checkpoint cannot be read, holds another network, or has no EMA weights.
     """
     try:
         reader = tf.train.load_checkpoint(prefix)

@@ -73,7 +73,7 @@ def load(path: str, max_bytes: int | None = None) -> Arrays:
     manifest, header = _read_header(path)
     if max_bytes is not None and header.array_bytes > max_bytes:
         raise InputError(
-            f"{path} is of another network: its arrays take {header.array_bytes:,} bytes, not {max_bytes:,}"
+            f"{path} holds another network: its arrays take {header.array_bytes:,} bytes, not {max_bytes:,}"
         )
     try:
         arrays = read_arrays(path, header, "checkpoint")
@@ -245,12 +245,12 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
     """
     if mismatched := sorted(wanted.keys() ^ found.keys()):
         what = "missing" if mismatched[0] in wanted else "unknown"
-        raise InputError(f"{path} is of another network: {mismatched[0]} is {what}")
+        raise InputError(f"{path} holds another network: {mismatched[0]} is {what}")
     for name, (dtype, shape) in wanted.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]
             raise InputError(
-                f"{path} is of another network: {name} is {found_dtype} {found_shape}, not {dtype} {shape}"
+                f"{path} holds another network: {name} is {found_dtype} {found_shape}, not {dtype} {shape}"
             )
 
 

@@ -249,7 +249,7 @@ def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
     if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
         logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
     if manifest.get("config_sha256", recipe) != recipe:
-        logging.warning("%s is of another recipe than config.json, or of another version", path)
+        logging.warning("%s has another recipe than config.json, or comes from another version", path)
     return Progress.of_checkpoint(path)
 
 

@@ -220,7 +220,7 @@ def _summary(answers: list[dict]) -> dict:
 
 
 def table_line(row: dict) -> str:
-    """A row of the table; `!` marks numbers of a machine that was never quiet, of which no ratio is made."""
+    """A row of the table. `!` marks a measurement that was never quiet; it has no ratio."""
 
     def cells(summary):
         values = [summary[key] for key in ("median", "min", "max")]

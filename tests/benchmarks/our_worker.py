@@ -100,7 +100,7 @@ def _gradients(preset: Preset):
 
 
 def train(preset: Preset, steps: int):
-    """A call that takes so many steps, and how many: a loop, as in training."""
+    """A function that takes `steps` training steps in one call, as the training loop does; and `steps`."""
     trainer = Trainer(preset, make_strategy())
     images = np.random.RandomState(0).randint(256, size=(preset.batch_size, *preset.image_shape)).astype(np.uint8)
     batches = iter(tf.data.Dataset.from_tensors(images).repeat())

@@ -65,19 +65,19 @@ def levels_at(image_size: int) -> int:
 
 
 def sampling(sampler: Sampler, images: int) -> float:
-    """Seconds of so many images, 64 at a time."""
+    """Seconds to sample `images` images, 64 at a time."""
     return seconds(lambda: [sampler(first).numpy() for first in range(0, images, 64)])
 
 
 def likelihood(num_timesteps: int) -> float:
-    """Seconds of the bound of 64 images."""
+    """Seconds to measure the bound of 64 images."""
     trained = TrainedModel(get_preset("digits", num_timesteps=num_timesteps), make_strategy())
     evaluator = BoundEvaluator(trained, batch_size=64, seed=0)
     return seconds(lambda: evaluator(0, np.zeros((64, 8, 8, 1), np.uint8)))
 
 
 def evaluation(num_samples: int) -> float:
-    """Seconds of the Frechet distance between so many features and as many others."""
+    """Seconds to compute the Frechet distance between two sets of `num_samples` features."""
     random = np.random.RandomState(0)
     real, generated = (random.standard_normal((num_samples, _FEATURES)).astype(np.float32) for _ in range(2))
     return seconds(lambda: frechet_distance(real, generated))

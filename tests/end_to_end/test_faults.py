@@ -183,7 +183,7 @@ CHECKPOINTS = [
     (
         "another network",
         checkpoint_of(get_preset("digits", ch_mult=(1, 1))),
-        f"{NEWEST} is of another network: its arr",
+        f"{NEWEST} holds another network: its arr",
     ),
 ]
 RUN = [

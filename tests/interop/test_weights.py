@@ -110,12 +110,12 @@ def test_a_tf1_checkpoint_without_moments_starts_from_step_0(model, tmp_path):
         (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no global_step"),
         (
             lambda v: {n: a for n, a in v.items() if n != "model/conv_out/b/ExponentialMovingAverage"},
-            "is of another network: model/conv_out/b/ExponentialMovingAverage is missing",
+            "holds another network: model/conv_out/b/ExponentialMovingAverage is missing",
         ),
-        (lambda v: {**v, "model/class_emb/W": np.float32(1)}, "is of another network: model/class_emb/W is unknown"),
+        (lambda v: {**v, "model/class_emb/W": np.float32(1)}, "holds another network: model/class_emb/W is unknown"),
         (
             lambda v: {**v, "model/conv_in/W": np.zeros((3, 3, 3, 64), np.float32)},
-            r"is of another network: model/conv_in/W is float32 \(3, 3, 3, 64\), not float32 \(3, 3, 3, 32\)",
+            r"holds another network: model/conv_in/W is float32 \(3, 3, 3, 64\), not float32 \(3, 3, 3, 32\)",
         ),
         (lambda v: {**v, "global_step": np.int64(-1)}, "global_step is -1"),
         (
@@ -306,7 +306,7 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
         ((tmp_path / "model.zip").read_bytes(), "it is a pickle, which may run code"),
         (pickle.dumps(missing, protocol=4), "it is a pickle, which may run code"),
         (safetensors.numpy.save(half), r"is float16 .*, not float32"),
-        (safetensors.numpy.save(missing), "is of another network: conv_in.bias is missing"),
+        (safetensors.numpy.save(missing), "holds another network: conv_in.bias is missing"),
         (safetensors.numpy.save(both), "holds layers of attention under both old and new names"),
     ):
         path.write_bytes(content)

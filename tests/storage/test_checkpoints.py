@@ -159,7 +159,7 @@ def test_a_full_disk_leaves_older_checkpoints_intact(tmp_path):
 
 def test_a_larger_checkpoint_is_refused_before_it_is_read(tmp_path):
     path = checkpoints.save(str(tmp_path), 7, ARRAYS)
-    with pytest.raises(InputError, match="is of another network: its arrays take 32 bytes, not 31"):
+    with pytest.raises(InputError, match="holds another network: its arrays take 32 bytes, not 31"):
         checkpoints.load(path, 31)
 
 

@@ -67,7 +67,7 @@ def test_other_files_are_refused(tmp_path, content, reason):
 def test_arrays_of_another_network_are_named(change, message):
     check_specs(SPECS, SPECS, "file")
     found = {name: spec for name, spec in {**SPECS, **change}.items() if spec}
-    with pytest.raises(InputError, match=f"file is of another network: {message}"):
+    with pytest.raises(InputError, match=f"file holds another network: {message}"):
         check_specs(found, SPECS, "file")
 
 

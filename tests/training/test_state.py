@@ -22,7 +22,7 @@ def test_a_checkpoint_restores_every_variable(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"ch": 64}, "is of another network: .* is float32"), ({"num_res_blocks": 2}, "another network: .* is missing")],
+    [({"ch": 64}, "holds another network: .* is float32"), ({"num_res_blocks": 2}, "another network: .* is missing")],
 )
 def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(tmp_path, change, message):
     strategy = make_strategy("one_device")
