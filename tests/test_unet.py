@@ -258,6 +258,11 @@ def test_saved_weights_load_into_another_network(tmp_path):
     same_network(other, model)
 
 
+def test_unknown_weights_are_refused():
+    with pytest.raises(InputError, match="weights=thawed: choose one of trainable, inference, frozen"):
+        UNet.from_preset(get_preset("digits"), weights="thawed")
+
+
 def test_a_frozen_network_refuses_every_assignment(tmp_path):
     model = UNet.from_preset(get_preset("digits"), weights="frozen")
     golden.assign_random_weights(model, np.random.RandomState(0))  # allowed until it freezes
