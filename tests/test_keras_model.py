@@ -14,7 +14,7 @@ import tensorflow as tf
 import diffusion_tf as dtf
 
 TINY = dtf.get_preset(
-    "digits", num_timesteps=8, ch_mult=(1, 2), attn_resolutions=(4,), batch_size=8, num_steps=2, steps_per_loop=2,
+    "digits", num_timesteps=8, ch_mult=(1,), batch_size=8, num_steps=2, steps_per_loop=2,
     checkpoint_every=2, sample_every=0, ema_decay=0.5,
 )  # fmt: skip
 X_T = np.random.RandomState(0).standard_normal((2, 8, 8, 1)).astype(np.float32)
