@@ -20,7 +20,7 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import read_json, read_npz
 from diffusion_tf.storage.workdir import Workdir
-from diffusion_tf.training.loop import Progress
+from diffusion_tf.training.progress import Progress
 
 RECORDS = (pathlib.Path(__file__).parent.parent / "fixtures/stylegan2_4x4.tfrecords").read_bytes()
 PICTURES = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
