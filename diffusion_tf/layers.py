@@ -6,13 +6,16 @@ The layers call `ops` for what they compute.
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import keras
 import tensorflow as tf
 
 from diffusion_tf import ops
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.rng import CounterRng
+
+WeightsMode = Literal["trainable", "inference", "frozen"]
 
 NUM_GROUPS = 32
 _EPSILON = 1e-6  # Keras' own is 1e-3
@@ -163,13 +166,18 @@ class Network(keras.Model):
     Args:
       name: the first part of the variables' paths.
       config: the arguments of the subclass.
-      frozen: whether `freeze` will be called before a program reads the weights.
+      weights: `frozen` allows `freeze`.
+
+    Raises:
+      ConfigError: `weights` is unknown.
     """
 
-    def __init__(self, name: str, config: dict[str, Any], *, frozen: bool):
+    def __init__(self, name: str, config: dict[str, Any], weights: WeightsMode):
         super().__init__(name=name, autocast=False)
+        if weights not in get_args(WeightsMode):
+            raise ConfigError("weights", f"={weights}: choose one of {', '.join(get_args(WeightsMode))}")
         self._config = config
-        self.frozen = frozen
+        self.frozen = weights == "frozen"
         self._refuses_weights = False
 
     def get_config(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class TrainedModel:
       weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
     """
 
-    frozen = False
+    frozen = False  # whether programs may keep reordered copies of the weights
 
     def __init__(
         self,

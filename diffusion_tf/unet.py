@@ -8,18 +8,15 @@ upsampling and convolutions up; every feature map of the way down concatenated o
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import keras
 import tensorflow as tf
 
 from diffusion_tf import layers, ops
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.layers import NEAR_ZERO, NUM_GROUPS, GroupNorm, LayerBuilder
+from diffusion_tf.layers import NEAR_ZERO, NUM_GROUPS, GroupNorm, LayerBuilder, WeightsMode
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
-
-WeightsMode = Literal["trainable", "inference", "frozen"]
 
 
 def timestep_embedding(t: tf.Tensor, dim: int) -> tf.Tensor:
@@ -50,6 +47,7 @@ class ResnetBlock(keras.layers.Layer):
 
     def call(self, x: Sequence[tf.Tensor], temb: tf.Tensor, rng: CounterRng | None = None) -> tf.Tensor:
         """Maps x [B, H, W, C_i], side by side, and temb [B, 4 ch], swish applied; dropout acts if `rng` is given."""
+        x = ops.side_by_side(x)
         h, bias = self.conv1(self.norm1(x))
         keep = rng.keep(f"dropout/{self.name}", h.shape, self.dropout) if rng and self.dropout else None
         h = self.norm2([h], offset=self.temb_proj(temb) + bias, keep=keep, rate=self.dropout)
@@ -114,7 +112,7 @@ class UNet(layers.Network):
         weights: WeightsMode = "trainable",
     ):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__("unet", config, frozen=weights == "frozen")
+        super().__init__("unet", config, weights)
         image_size, num_levels = image_shape[0], len(ch_mult)
         if image_size % 2 ** (num_levels - 1):
             raise ConfigError(
@@ -130,14 +128,12 @@ class UNet(layers.Network):
         self.ch = ch
         levels = [(ch * mult, size in attn_resolutions) for mult, size in zip(ch_mult, resolutions, strict=True)]
         build = LayerBuilder(seed, precision, trainable=weights == "trainable")
-        with keras.name_scope(self.name):
-            # float32 costs nothing here.
+        with keras.name_scope(self.name):  # float32 costs nothing for temb, and the model's output stays float32
             self.temb_dense0 = build.dense(ch, 4 * ch, "temb/dense0", name="temb_dense0", dtype="float32")
             self.temb_dense1 = build.dense(4 * ch, 4 * ch, "temb/dense1", name="temb_dense1", dtype="float32")
             self.conv_in = build.conv(image_shape[-1], ch, "conv_in")
             self._make_blocks(build, levels, num_res_blocks, dropout)
             self.norm_out = GroupNorm(levels[0][0], "norm_out", swish=True)
-            # float32, like all that the model's output goes into.
             self.conv_out = build.conv(levels[0][0], out_channels, "conv_out", scale=NEAR_ZERO, dtype="float32")
         self.built = True
 
@@ -183,7 +179,6 @@ class UNet(layers.Network):
         """Maps x_t [B, H, W, C] and t int32 [B]; dropout acts if `rng` is given."""
         temb = self.temb_dense1(tf.nn.silu(self.temb_dense0(timestep_embedding(t, self.ch))))
         temb = tf.nn.silu(temb)  # here, not in every block
-
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
@@ -196,6 +191,6 @@ class UNet(layers.Network):
         h = self.mid_block_2([self.mid_attn_1(h)], temb, rng=rng)
 
         for layer in self.up:
-            h = layer(ops.side_by_side([h, skips.pop()]), temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
+            h = layer([h, skips.pop()], temb, rng=rng) if isinstance(layer, ResnetBlock) else layer(h)
 
         return self.conv_out(self.norm_out([h]))

@@ -40,7 +40,7 @@ def test_uniform_is_philox_at_the_examples_counter():
 
 
 def test_same_numbers_in_eager_graph_and_xla():
-    def draw(step, first):  # of tensors: constants would be folded before XLA sees them
+    def draw(step, first):  # tensors, because TensorFlow would fold constants before XLA sees them
         rng = CounterRng(1, step, first)
         return rng.uniform("t", (8, 5)), rng.normal("noise", (8, 4, 4, 3))
 
@@ -74,7 +74,7 @@ def test_normal_is_standard_normal():
         assert abs(np.mean(rows * other)) < 5 / np.sqrt(rows.size)
 
 
-def test_streams_steps_and_seeds_are_independent():
+def test_streams_steps_and_seeds_give_independent_numbers():
     base = CounterRng(0, 0, 0).normal("noise", (100, 64)).numpy()
     others = [
         CounterRng(0, 0, 0).normal("flip", (100, 64)),
@@ -86,7 +86,7 @@ def test_streams_steps_and_seeds_are_independent():
         assert abs(np.mean(base * other.numpy())) < 5 / np.sqrt(base.size)
 
 
-def test_odd_sizes():
+def test_odd_sizes_have_the_shapes_asked_for():
     assert CounterRng(0, 0, 0).normal("noise", (2, 3, 3, 1)).shape == (2, 3, 3, 1)
     assert CounterRng(0, 0, 0).uniform("t", (7,)).shape == (7,)
 
@@ -99,7 +99,7 @@ def murmur_mix(words):
     return words
 
 
-def test_dropouts_mask_is_a_hash_of_the_position_under_the_examples_key():
+def test_the_dropout_mask_is_a_hash_of_the_position_under_the_examples_key():
     ours = CounterRng(7, 3, 2**33).keep("dropout", (2, 4, 5, 6), 0.25).numpy()
     for row in range(2):
         counter = ((2**33 + row) & 0xFFFFFFFF, (2**33 + row) >> 32, 3, 0)
@@ -108,7 +108,7 @@ def test_dropouts_mask_is_a_hash_of_the_position_under_the_examples_key():
         np.testing.assert_array_equal(ours[row].ravel(), words >= 2**30)
 
 
-def test_dropouts_mask_is_random_and_the_same_everywhere():
+def test_the_dropout_mask_is_random_and_the_same_everywhere():
     def draw(step, first):
         return CounterRng(3, step, first).keep("dropout", (16, 16, 16, 32), 0.1)
 

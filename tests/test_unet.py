@@ -1,19 +1,21 @@
 """The network against the authors': outputs, gradients, sizes, initial values."""
 
-import contextlib
 import dataclasses
 import zlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from support import golden
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.ops.cpu.regions import cpu_graph
+from diffusion_tf.ops.backend import Backend, entered
 from diffusion_tf.presets import PRESETS, get_preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.unet import UNet, group_norm, timestep_embedding, upsampled_conv
+from diffusion_tf.unet import UNet, timestep_embedding
+
+CPU_GRAPH = Backend(cpu_graph=True)
 
 
 def relative_error(ours, expected):
@@ -64,7 +66,7 @@ def test_output_and_gradients_are_the_authors(how):
 
     @tf.function(jit_compile=how == "xla")
     def output_and_gradients(x):
-        with tf.GradientTape() as tape, cpu_graph() if how == "regions" else contextlib.nullcontext():
+        with tf.GradientTape() as tape, entered(Backend(cpu_graph=how == "regions")):
             tape.watch(x)
             output = model(x, fixture["t"])
             loss = tf.reduce_sum(output * fixture["cotangent"])
@@ -103,7 +105,7 @@ def test_full_cifar10_network_is_the_authors():
 
     @tf.function
     def in_regions(x, t):
-        with cpu_graph():
+        with entered(CPU_GRAPH):
             return model(x, t)
 
     for t in (37, 911):
@@ -115,44 +117,13 @@ def test_groups_of_several_channels_against_a_second_implementation():
     """The golden network has 32 channels, one a group at its first level: a wrong grouping would not show there."""
     model = UNet.from_preset(get_preset("digits", ch=64, ch_mult=(1,), attn_resolutions=(), image_size=8))
     golden.assign_random_weights(model, np.random.RandomState(1))
-    block = model.down[0][0]
+    block = model.down[0]
     h = np.random.RandomState(2).standard_normal((2, 8, 8, 64)).astype(np.float32)
     grouped = h.astype(np.float64).reshape(2, 64, 32, 2)
     mean, variance = grouped.mean(axis=(1, 3), keepdims=True), grouped.var(axis=(1, 3), keepdims=True)
     expected = ((grouped - mean) / np.sqrt(variance + 1e-6)).reshape(h.shape)
     expected = expected * block.norm1.gamma.numpy() + block.norm1.beta.numpy()
     np.testing.assert_allclose(block.norm1([h]), expected / (1 + np.exp(-expected)), atol=1e-5)  # swish follows
-
-
-def test_gradient_of_group_norm_on_a_cpu_against_the_definitions():
-    """Numbers of both signs, from tiny to where exp overflows: swish has a gradient of its own there."""
-    random = np.random.RandomState(0)
-    x, gamma, beta = random.standard_normal((2, 4, 4, 64)), random.uniform(0, 100, 64), random.uniform(-100, 100, 64)
-
-    def definition(x, gamma, beta):
-        groups = tf.reshape(x, [2, 16, 32, 2])
-        mean, variance = tf.nn.moments(groups, axes=[1, 3], keepdims=True)
-        z = tf.reshape((groups - mean) / tf.sqrt(variance + 1e-6), x.shape) * gamma + beta
-        return z * tf.sigmoid(z), z
-
-    def gradients(function, arrays):
-        with tf.GradientTape() as tape:
-            tape.watch(arrays)
-            y = function(*arrays)
-        return tape.gradient(y, arrays, output_gradients=tf.cast(weights, y.dtype))
-
-    @tf.function
-    def on_a_cpu(arrays):
-        with cpu_graph():
-            return gradients(lambda x, *affine: group_norm([x], *affine, swish=True, rate=0.0), arrays)
-
-    weights = random.standard_normal(x.shape)
-    z = definition(*(tf.constant(a) for a in (x, gamma, beta)))[1]
-    assert tf.reduce_min(z) < -150 and tf.reduce_max(z) > 150 and tf.reduce_min(tf.abs(z)) < 0.1
-    expected = gradients(lambda *arrays: definition(*arrays)[0], [tf.constant(a) for a in (x, gamma, beta)])
-    found = on_a_cpu([tf.constant(a, tf.float32) for a in (x, gamma, beta)])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert relative_error(ours.numpy(), theirs.numpy()) < 1e-5
 
 
 def test_initial_values():
@@ -183,7 +154,7 @@ def test_initial_values_follow_the_seed():
 def test_dropout_acts_only_with_a_generator_and_at_its_rate():
     model = UNet.from_preset(get_preset("digits", dropout=0.3))
     golden.assign_random_weights(model, np.random.RandomState(0))
-    block = model.mid[0]
+    block = model.mid_block_1
     x = np.random.RandomState(0).standard_normal((16, 4, 4, 64)).astype(np.float32)
     temb = tf.zeros([16, 128])
     seen = []
@@ -203,9 +174,9 @@ def test_dropout_acts_only_with_a_generator_and_at_its_rate():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attn_resolutions": (5,)}, r"--attn_resolutions=5 never occurs: the network's are \[8, 4\]"),
-        ({"ch": 20}, "--ch=20: every level needs a multiple of 32 channels"),
-        ({"ch_mult": (1, 1, 1, 1, 1)}, "--ch_mult has 5 levels, but 8 pixels cannot be halved 4 times"),
+        ({"attn_resolutions": (5,)}, r"attn_resolutions=5 never occurs: the network's are \[8, 4\]"),
+        ({"ch": 20}, "ch=20: every level needs a multiple of 32 channels"),
+        ({"ch_mult": (1, 1, 1, 1, 1)}, "ch_mult has 5 levels, but 8 pixels cannot be halved 4 times"),
     ],
 )
 def test_impossible_networks_are_refused(change, message):
@@ -214,7 +185,7 @@ def test_impossible_networks_are_refused(change, message):
 
 
 def test_bfloat16_multiplies_only():
-    """Products are in bfloat16; weights, normalisation, softmax, the timestep's layers and the output in float32."""
+    """Products are bfloat16; weights, normalisation, softmax, the timestep's layers and the output in float32."""
     preset = get_preset("digits", attn_resolutions=(8,))
     exact, rounded = UNet.from_preset(preset), UNet.from_preset(dataclasses.replace(preset, precision="bfloat16"))
     for model in (exact, rounded):
@@ -246,26 +217,69 @@ def test_denoise_fn_multiplies_in_bfloat16():
     graph = tf.function(denoise).get_concrete_function(x, t).graph
     sizes = {w.shape.num_elements() for w in params if len(w.shape) == 4}
     casts = [op for op in graph.get_operations() if op.type == "Cast" and op.inputs[0].shape.num_elements() in sizes]
-    assert not casts  # they were cast before
+    assert not casts  # denoise_fn cast them before
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
-def test_gradients_of_the_upsampled_convolution_are_those_of_its_definition(jit_compile):
-    stream = np.random.RandomState(0)
-    x, kernel, bias, cotangent = (
-        tf.constant(stream.standard_normal(shape).astype(np.float32))
-        for shape in ((2, 3, 5, 4), (3, 3, 4, 6), (6,), (2, 6, 10, 6))
-    )
+def same_network(model, other):
+    x, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
+    assert model.weight_names == other.weight_names
+    np.testing.assert_array_equal(model(x, t), other(x, t))
 
-    def gradients(function):
-        with tf.GradientTape() as tape:
-            tape.watch([x, kernel, bias])
-            y = function(x, kernel, bias)
-        return [y, *tape.gradient(y, [x, kernel, bias], cotangent)]
 
-    def definition(x, kernel, bias):
-        return tf.nn.conv2d(tf.repeat(tf.repeat(x, 2, axis=1), 2, axis=2), kernel, 1, "SAME") + bias
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["trainable", "inference", "frozen"])
+def test_a_saved_keras_model_gives_the_same_outputs(tmp_path, precision, weights):
+    preset = get_preset("digits", attn_resolutions=(4,), precision=precision, seed=7, dropout=0.1)
+    model = UNet.from_preset(preset, weights=weights)
+    golden.assign_random_weights(model, np.random.RandomState(0))
+    if weights == "frozen":
+        model.freeze()
+    path = str(tmp_path / "unet.keras")
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert type(loaded) is UNet and loaded.get_config() == model.get_config()
+    assert [v.dtype for v in loaded.variables] == [v.dtype for v in model.variables]
+    same_network(loaded, model)
 
-    ours = tf.function(lambda: gradients(upsampled_conv), jit_compile=jit_compile)()
-    for value, expected in zip(ours, gradients(definition), strict=True):
-        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+
+def test_from_config_makes_the_network_with_its_initial_weights():
+    model = UNet.from_preset(get_preset("digits", seed=3))
+    again = UNet.from_config(model.get_config())
+    for ours, theirs in zip(again.trainable_variables, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    assert again.count_params() == model.count_params()
+
+
+def test_saved_weights_load_into_another_network(tmp_path):
+    model, other = (UNet.from_preset(get_preset("digits", attn_resolutions=(4,), seed=seed)) for seed in (0, 1))
+    golden.assign_random_weights(model, np.random.RandomState(0))
+    model.save_weights(str(tmp_path / "unet.weights.h5"))
+    other.load_weights(str(tmp_path / "unet.weights.h5"))
+    same_network(other, model)
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(InputError, match="weights=thawed: choose one of trainable, inference, frozen"):
+        UNet.from_preset(get_preset("digits"), weights="thawed")
+
+
+def test_a_frozen_network_refuses_every_assignment(tmp_path):
+    model = UNet.from_preset(get_preset("digits"), weights="frozen")
+    golden.assign_random_weights(model, np.random.RandomState(0))  # allowed until it freezes
+    path = str(tmp_path / "unet.weights.h5")
+    model.save_weights(path)
+    before = [v.numpy() for v in model.variables]
+    model.freeze()
+    kernel = model.conv_in.kernel
+    for assign in (
+        lambda: kernel.assign(kernel.numpy() + 1),
+        lambda: kernel.assign_add(kernel.numpy()),
+        lambda: kernel.value.assign(kernel.numpy() + 1),
+        lambda: kernel.value.assign_sub(kernel.numpy()),
+        lambda: model.set_weights([w + 1 for w in before]),
+        lambda: model.load_weights(path),
+    ):
+        with pytest.raises(RuntimeError, match="this network's weights are frozen"):
+            assign()
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)

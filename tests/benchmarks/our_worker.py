@@ -14,15 +14,15 @@ import timing
 from diffusion_tf.data import open_source
 from diffusion_tf.data.prepare_tfrecords import find_images, prepare
 from diffusion_tf.data.source import training_batches
-from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import PRESETS, Preset, get_preset
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.runtime.replicas import replica_function
+from diffusion_tf.runtime.replicas import cpu_backend, replica_function
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import ReverseProcess
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.step import loss_and_gradients
 from diffusion_tf.training.trainer import Trainer
+from diffusion_tf.unet import UNet
 
 _TRAIN_STEPS = {"digits": 50, "cifar10": 2}  # of one call
 _SAMPLE_STEPS = 10
@@ -72,8 +72,13 @@ def _constant_convolution(preset: Preset):
     return _convolution(preset, make_kernel=lambda kernel: kernel.numpy())
 
 
+def _trained(preset: Preset) -> TrainedModel:
+    """As from a checkpoint."""
+    return TrainedModel(preset, make_strategy(), UNet.from_preset(preset, weights="frozen"))
+
+
 def _forward(preset: Preset):
-    trained = TrainedModel(preset, make_strategy(), weights_stay=True)  # as from a checkpoint
+    trained = _trained(preset)
     call = lambda _, x, t: trained.denoise_fn()(x, t)
     denoise = trained.over_replicas(call, preset.batch_size)
     x, t = tf.random.normal((preset.batch_size, *preset.image_shape)), tf.range(preset.batch_size)
@@ -88,7 +93,7 @@ def _gradients(preset: Preset):
         params = [tf.convert_to_tensor(w) for w in trainer.state.params]
         return loss_and_gradients(trainer.state.model, preset, params, images, CounterRng(preset.seed, 0, 0))
 
-    run = tf.function(replica_function(gradients, trainer.strategy, regions.suit(preset.image_size)))
+    run = tf.function(replica_function(gradients, trainer.strategy, cpu_backend(preset.image_size)))
     images = tf.zeros((preset.batch_size, *preset.image_shape), tf.uint8)
     return lambda: run(images)[0].numpy(), 1
 
@@ -107,7 +112,7 @@ def _train(preset: Preset):
 
 def _sample(preset: Preset):
     """The first steps of what `Sampler` runs: its own calls to the device are of 50 of the 1000 steps."""
-    trained = TrainedModel(preset, make_strategy(), weights_stay=True)
+    trained = _trained(preset)
     process = ReverseProcess(trained, batch_size=preset.batch_size, seed=0)
     x_t = process.noise(preset.batch_size)
     start = preset.num_timesteps

@@ -25,8 +25,8 @@ import our_worker
 
 from diffusion_tf.evaluation.metrics import frechet_distance
 from diffusion_tf.likelihood import BoundEvaluator
-from diffusion_tf.ops.cpu import regions
 from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.replicas import cpu_backend
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.trained_model import TrainedModel
@@ -103,7 +103,7 @@ def curves() -> Iterable[Curve]:
         "pixels",
         [size**2 for size in sizes],
         lambda pixels: training_at(round(pixels**0.5)),
-        [levels_at(size) if regions.suit(size) else 0 for size in sizes],
+        [levels_at(size) if cpu_backend(size).cpu_graph else 0 for size in sizes],
     )
     yield Curve("sampling, T = 100", "images", [64, 128, 256, 512], lambda images: sampling(sampler, images))
     yield Curve("likelihood of 64 images", "T", [50, 100, 200, 400, 800], likelihood)
