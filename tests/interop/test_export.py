@@ -169,8 +169,8 @@ def test_the_program_exports_the_ema_weights_of_a_run(tmp_path):
     ("args", "message"),
     [
         (["--out=x"], "--what is required"),
-        (["--what=sampler", "--out=x", "--batch_size=4"], "--batch_size is of a whole run"),
-        (["--what=sampler", "--out=x", "--workdir=w", "--dataset=cifar10"], "--dataset is for a network without a run"),
+        (["--what=sampler", "--out=x", "--batch_size=4"], "--batch_size is for all replicas"),
+        (["--what=sampler", "--out=x", "--workdir=w", "--dataset=cifar10"], "--dataset does not go with --workdir"),
         (["--what=sampler", "--out=x", "--checkpoint=4"], "--checkpoint goes with --workdir"),
         (["--what=sampler", "--out=/proc/x"], "cannot write /proc/x/manifest.json"),
     ],
