@@ -92,13 +92,11 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
     Raises:
       InputError: a file is missing, damaged or a pickle, or belongs to another network or diffusion.
     """
-    unet = os.path.join(folder, "unet") if tf.io.gfile.isdir(os.path.join(folder, "unet")) else folder
-    diffusers_config.check_unet(os.path.join(unet, "config.json"), preset, attention_head_dim)
-    for path in (os.path.join(folder, "scheduler", _SCHEDULER), os.path.join(folder, _SCHEDULER)):
-        if tf.io.gfile.exists(path):
-            diffusers_config.check_scheduler(path, preset)
-            break
-    path = os.path.join(unet, _WEIGHTS)
+    unet_config, scheduler_config = diffusers_config.config_paths(folder)
+    diffusers_config.check_unet(unet_config, preset, attention_head_dim)
+    if scheduler_config:
+        diffusers_config.check_scheduler(scheduler_config, preset)
+    path = os.path.join(os.path.dirname(unet_config), _WEIGHTS)
     pickled = path.replace(".safetensors", ".bin")
     if tf.io.gfile.exists(pickled) and not tf.io.gfile.exists(path):
         raise InputError(f"{pickled} is a pickle, which may run code, and is not read: save the weights as {_WEIGHTS}")
