@@ -24,12 +24,12 @@ class CounterRng:
     """The random numbers of the consecutive examples `first_example, first_example + 1, ...` at one step.
 
     Args:
-      seed: int in [0, 2^32).
+      seed: int in [0, 2^32), or an integer scalar tensor.
       step: training step or diffusion timestep, int or integer scalar tensor.
       first_example: index of the first example in the global batch (training) or of the first image (sampling).
     """
 
-    def __init__(self, seed: int, step: int | tf.Tensor, first_example: int | tf.Tensor):
+    def __init__(self, seed: int | tf.Tensor, step: int | tf.Tensor, first_example: int | tf.Tensor):
         self.seed = seed
         self.step = tf.cast(step, tf.uint64)
         self.first_example = tf.cast(first_example, tf.uint64)
@@ -58,9 +58,16 @@ class CounterRng:
     def _words(self, stream: str, rows: int, size: int) -> tf.Tensor:
         """Philox' uint32 words [rows, size]; row j belongs to example first_example + j."""
         blocks = -(-size // _WORDS_PER_BLOCK)
-        key = tf.constant([(self.seed << 32) | zlib.crc32(stream.encode())], tf.uint64)
+        key = self._key(zlib.crc32(stream.encode()))
         counter = tf.stack([self.first_example * tf.constant(blocks, tf.uint64), self.step])
         words = tf.raw_ops.StatelessRandomUniformFullIntV2(
             shape=[rows, blocks * _WORDS_PER_BLOCK], key=key, counter=counter, alg=_PHILOX, dtype=tf.uint32
         )
         return words[:, :size]
+
+    def _key(self, stream: int) -> tf.Tensor:
+        """The Philox key uint64 [1]: the seed in the upper half, the stream in the lower."""
+        if not tf.is_tensor(self.seed):
+            return tf.constant([(self.seed << 32) | stream], tf.uint64)
+        seed = tf.bitwise.left_shift(tf.cast(self.seed, tf.uint64), tf.constant(32, tf.uint64))
+        return tf.reshape(seed | tf.constant(stream, tf.uint64), [1])

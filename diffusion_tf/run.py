@@ -22,7 +22,7 @@ from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_fr
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.samplers import draw_samples
+from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
@@ -37,8 +37,9 @@ _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwi
 class Run:
     """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
 
-    Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images. Every call of another method
-    compiles: seconds for `digits`, up to a minute for the larger networks. So make few calls with many images.
+    Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images, `sample` once for each batch size,
+    sampler and number of steps. Every call of another method compiles: seconds for `digits`, up to a minute for the
+    larger networks. So make few calls with many images.
 
     Attributes:
       preset: the configuration of network, diffusion and training.
@@ -53,6 +54,7 @@ class Run:
         self._trained = trained
         self._weights_digest = weights_digest
         self._denoise_calls: dict[int, Callable] = {}
+        self._samplers: dict[tuple[int, str, int | None], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -98,13 +100,13 @@ class Run:
         """
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
-        return draw_samples(
-            self._trained,
-            num_samples=num_samples,
-            batch_size=self._batch_size(batch_size, num_samples),
-            seed=_check_seed(seed),
-            settings=SamplerSettings(sampler, steps),
-        )
+        seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
+        compiled = batch_size, sampler, steps
+        if compiled not in self._samplers:
+            settings = SamplerSettings(sampler, steps)
+            self._samplers[compiled] = Sampler(self._trained, batch_size=batch_size, seed=seed, settings=settings)
+        self._samplers[compiled].seed = seed
+        return self._samplers[compiled].draw(num_samples)
 
     def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike) -> np.ndarray:
         """Evaluates the network once per image.

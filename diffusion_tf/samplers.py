@@ -172,7 +172,7 @@ def p_sample_loop_progressive(
     return x_start, xstartpreds
 
 
-def sample_noise(seed: int, first_image: tf.Tensor, shape: Sequence[int]) -> NoiseFn:
+def sample_noise(seed: int | tf.Tensor, first_image: tf.Tensor, shape: Sequence[int]) -> NoiseFn:
     """The noise with which every sampler draws images first_image, first_image + 1, ...; `shape` is [B, H, W, C]."""
     return lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
 
@@ -192,6 +192,10 @@ class Sampler:
       seed: int in [0, 2^32).
       settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
 
+    Attributes:
+      seed: as given; another value takes effect at the next call, which does not compile again.
+      num_steps: network evaluations of a call.
+
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
@@ -201,15 +205,21 @@ class Sampler:
         table = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
         self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
+        self.seed = seed
         self._batch_size = batch_size
 
-        def noise(first_image: tf.Tensor) -> tf.Tensor:
-            return sample_noise(seed, first_image, shape)(tf.constant(diffusion.num_timesteps))
+        def noise(first_image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+            return sample_noise(seed[0], first_image, shape)(tf.constant(diffusion.num_timesteps))
 
         def steps(
-            first_image: tf.Tensor, x_t: tf.Tensor, pred_xstart: tf.Tensor, start: tf.Tensor, stop: tf.Tensor
+            first_image: tf.Tensor,
+            x_t: tf.Tensor,
+            pred_xstart: tf.Tensor,
+            seed: tf.Tensor,
+            start: tf.Tensor,
+            stop: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor]:
-            noise_fn, denoise_fn = sample_noise(seed, first_image, shape), trained.denoise_fn()
+            noise_fn, denoise_fn = sample_noise(seed[0], first_image, shape), trained.denoise_fn()
             if table is None:
                 start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
                 return reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop), pred_xstart
@@ -223,17 +233,27 @@ class Sampler:
 
         `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
         """
-        x_t = self._noise(first_image)
+        seed = tf.fill([self._batch_size], tf.constant(self.seed, tf.int64))
+        x_t = self._noise(first_image, seed)
         pred_xstart = tf.zeros_like(x_t)
         stride = -(-self.num_steps // _CALLS)
         with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_BAR_DELAY) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
-                x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, *steps)
+                x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, seed, *steps)
                 x_t[:1].numpy()  # waits for the device, so that the bar shows finished steps
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
+
+    def draw(self, num_samples: int) -> np.ndarray:
+        """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar."""
+        batches = []
+        with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
+            for first in range(0, num_samples, self._batch_size):
+                batches.append(x_to_images(self(first)[: num_samples - first]).numpy())
+                bar.update(len(batches[-1]))
+        return np.concatenate(batches)
 
 
 class ProgressiveSampler:
@@ -339,13 +359,7 @@ def draw_samples(
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
-    sampler = Sampler(trained, batch_size=batch_size, seed=seed, settings=settings)
-    batches = []
-    with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
-        for first in range(0, num_samples, batch_size):
-            batches.append(x_to_images(sampler(first)[: num_samples - first]).numpy())
-            bar.update(len(batches[-1]))
-    return np.concatenate(batches)
+    return Sampler(trained, batch_size=batch_size, seed=seed, settings=settings).draw(num_samples)
 
 
 def ddim_inversion(
