@@ -73,6 +73,7 @@ def test_training_writes_a_run_and_calls_back(run, workdir, calls):
     assert [line["loss"] for line in lines] == [metrics["loss"] for _, metrics in calls]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_on_the_presets_own_images_has_the_bits_of_one_on_their_array(run, tmp_path):
     workdir = str(tmp_path / "run")
     assert dtf.train(dataclasses.replace(TINY, num_steps=2), workdir).step == 2
