@@ -101,7 +101,7 @@ class RunSamples:
       settings: the sampler; default: ancestral sampling over all steps.
 
     Attributes:
-      sampling: seed, precision and sampler, as JSON values.
+      sampling: seed, compute dtype and sampler, as JSON values. Its keys are not names of scores.
 
     Raises:
       InputError: the batch size is not divisible by the replicas, or the settings do not fit the preset.
@@ -121,7 +121,7 @@ class RunSamples:
         self.num_samples = num_samples
         self.sampling = {
             "seed": seed,
-            "precision": preset.precision,
+            "compute_dtype": preset.precision,
             **(settings or SamplerSettings()).describe(preset),
         }
         self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
@@ -341,7 +341,7 @@ def record_evaluation(
 
     folder = os.path.join(workdir.checkpoints, "best")
     record = os.path.join(folder, "evaluation.json")
-    best = workdir.complete(read_json(record)) if tf.io.gfile.exists(record) else None
+    best = workdir.complete([read_json(record)])[0] if tf.io.gfile.exists(record) else None
     if best and not (is_alike(best, result) and best["best_by"] == best_by):
         print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
         return

@@ -151,19 +151,22 @@ class Workdir:
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the lines of `evaluations.jsonl`."""
-        return [self.complete(line) for line in _read_lines(self._evaluations)]
+        return self.complete(_read_lines(self._evaluations))
 
-    def complete(self, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """Returns an evaluation with its sampler and precision, which older versions did not record.
+    def complete(self, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns evaluations with their sampler and compute dtype, which older versions did not record.
 
-        They used ancestral sampling at first. Their precision is taken to be the run's.
+        They used ancestral sampling at first. Their compute dtype is taken to be the run's.
         """
-        if {"precision", "sampler"} <= evaluation.keys():
-            return evaluation
+        if all({"compute_dtype", "sampler"} <= evaluation.keys() for evaluation in evaluations):
+            return evaluations
         preset = self.read_preset()
-        if "sampler" not in evaluation:
-            evaluation = {**evaluation, "sampler": "ancestral", "sampler_steps": preset.num_timesteps}
-        return {"precision": preset.precision, **evaluation}
+        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps}
+        return [
+            {**evaluation, **({} if "sampler" in evaluation else ancestral)}
+            | {"compute_dtype": evaluation.get("compute_dtype", preset.precision)}
+            for evaluation in evaluations
+        ]
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Appends one line to `evaluations.jsonl`."""

@@ -26,6 +26,7 @@ from diffusion_tf.evaluation.scores import (
     is_alike,
     record_evaluation,
     reference_features,
+    score_names,
     source_images,
 )
 from diffusion_tf.presets import get_preset
@@ -202,7 +203,7 @@ def test_results_of_different_samplers_and_precisions_are_not_mixed(tmp_path):
         )
     }  # fmt: skip
     assert [is_alike(line, result) for result in described.values()] == [True, False, False, False, False]
-    assert [is_alike(line, {"precision": precision}) for precision in ("float32", "bfloat16")] == [True, False]
+    assert [is_alike(line, {"compute_dtype": dtype}) for dtype in ("float32", "bfloat16")] == [True, False]
     strategy, preset = make_strategy("one_device"), get_preset("digits", ch_mult=(1,))
     checkpoint = checkpoints.save(str(tmp_path), 0, TrainState(preset, strategy).to_arrays())
     keys = set()
@@ -212,6 +213,8 @@ def test_results_of_different_samplers_and_precisions_are_not_mixed(tmp_path):
         other = dataclasses.replace(preset, precision=precision)
         samples = RunSamples(strategy, other, num_samples=8, batch_size=4, seed=0, settings=settings)
         keys.add(json.dumps(samples.of_checkpoint(checkpoint).description))
+        scores = {name for metric in METRICS for name in score_names(metric, "inception")}
+        assert not scores & samples.sampling.keys()  # a score would replace what describes the samples
     assert len(keys) == 3  # the samples of one are not taken for another's
 
 
