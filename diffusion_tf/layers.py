@@ -230,7 +230,7 @@ class Network(keras.Model):
         return denoise
 
     def freeze(self) -> None:
-        """Makes every later assignment to a weight raise RuntimeError, by whichever way it comes.
+        """Makes every later assignment to a weight raise RuntimeError.
 
         A program on a CPU may read reordered copies of frozen weights, and would miss the assignment.
         """

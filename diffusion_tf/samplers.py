@@ -341,27 +341,6 @@ class ReverseProcess:
         return np.concatenate(results)
 
 
-def draw_samples(
-    trained: TrainedModel, *, num_samples: int, batch_size: int, seed: int, settings: SamplerSettings | None = None
-) -> np.ndarray:
-    """Draws samples 0, ..., num_samples - 1 of a `Sampler`, with a progress bar.
-
-    Args:
-      trained: the network, its weights, and where to run.
-      num_samples: N.
-      batch_size: images of one call, over all replicas.
-      seed: int in [0, 2^32).
-      settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
-
-    Returns:
-      uint8 [N, H, W, C].
-
-    Raises:
-      ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
-    """
-    return Sampler(trained, batch_size=batch_size, seed=seed, settings=settings).draw(num_samples)
-
-
 def ddim_inversion(
     trained: TrainedModel, images: np.ndarray, *, steps: int, spacing: str, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ class TrainedModel:
     def denoise_fn(self, microbatch_pixels: int = MICROBATCH_PIXELS) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops.
 
-        A CPU takes as many images at a time as have `microbatch_pixels` in all, at most.
+        On a CPU, a microbatch has at most `microbatch_pixels` pixels.
         """
         if self.frozen:
             self.model.freeze()

@@ -77,7 +77,7 @@ class MeasuredRun:
         return source_images(source, self.preset.dataset, split, min(at_most, source.num_examples))
 
     def feature_network(self, name: str) -> FeatureNetwork:
-        """The network `inception` (--inception), `digits` or `pixels`, by whose features images are compared.
+        """The network whose features compare images: `inception` (--inception), `digits` or `pixels`.
 
         Raises:
           InputError: it cannot be loaded, or does not take images of this shape.

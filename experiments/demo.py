@@ -16,7 +16,7 @@ from diffusion_tf.evaluation.metrics import classifier_score
 from diffusion_tf.evaluation.scores import check_metrics, compute_scores
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.samplers import draw_samples
+from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
@@ -65,7 +65,7 @@ def main() -> None:
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
-    samples = draw_samples(trained, num_samples=num_samples, batch_size=num_samples, seed=0)
+    samples = Sampler(trained, batch_size=num_samples, seed=0).draw(num_samples)
     samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
     write_npz(samples_path, samples=samples)
     report_samples(workdir, tf.summary.create_file_writer(workdir.tensorboard), step, samples[:100])

@@ -17,7 +17,7 @@ from absl import flags
 from diffusion_tf import figures
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation.scores import file_images
-from diffusion_tf.samplers import ddim_inversion, draw_samples
+from diffusion_tf.samplers import Sampler, ddim_inversion
 from diffusion_tf.storage.files import check_writable, write_file, write_npz
 from diffusion_tf.trained_model import TrainedModel
 
@@ -64,10 +64,8 @@ def main() -> None:
         assert settings.steps
         arrays = _encode(trained, settings.steps)
     else:
-        samples = draw_samples(
-            trained, num_samples=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings
-        )
-        arrays = {"samples": samples}
+        sampler = Sampler(trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings)
+        arrays = {"samples": sampler.draw(FLAGS.num_samples)}
     write_npz(FLAGS.out, **arrays)
     samples = arrays["samples"]
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")

@@ -19,7 +19,7 @@ from diffusion_tf.evaluation.neighbors import nearest_neighbors
 from diffusion_tf.evaluation.scores import compute_scores, score_names
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import over_replicas
-from diffusion_tf.samplers import ProgressiveSampler, ReverseProcess, draw_samples
+from diffusion_tf.samplers import ProgressiveSampler, ReverseProcess, Sampler
 from diffusion_tf.storage.files import Arrays
 from diffusion_tf.trained_model import TrainedModel
 
@@ -76,7 +76,7 @@ def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, ca
       seed: seed of the noise.
       caption: text above the grid.
     """
-    images = draw_samples(trained, num_samples=count, batch_size=batch_size, seed=seed)
+    images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
     picture = figures.captioned_grids({caption: figures.square_grid(images)})
     return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Uncurated samples.")
 
@@ -323,7 +323,7 @@ def neighbors(
       batch_size: images computed at once.
       seed: seed of the noise.
     """
-    images = draw_samples(trained, num_samples=count, batch_size=batch_size, seed=seed)
+    images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
     columns, labels = [images[:, None]], ["sample"]
     numbers: dict[str, Any] = {"num_samples": count, "crop": crop}
     reader = ImageReader(source)

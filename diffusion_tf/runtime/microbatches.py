@@ -1,4 +1,4 @@
-"""A batch on a CPU, a few images at a time: it is no faster with more, and their feature maps take memory."""
+"""Splits a batch on a CPU into microbatches: larger ones are no faster, and their feature maps take memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def map_microbatches(
     Args:
       function: its results are a structure of tensors; float32 [B, ...] if they are concatenated.
       arrays: [B, ...] each, B static.
-      max_size: examples of a microbatch, at most.
-      zeros: None concatenates the results of equal microbatches, the last one padded with zeros. Otherwise the
-        results are added up, onto what this makes: a structure of zeros like the result. No microbatch is padded then,
-        so a batch without a divisor in (max_size / 2, max_size] stays whole.
+      max_size: the most examples of a microbatch.
+      zeros: None concatenates the results of equal microbatches, the last one padded with zeros. Otherwise it makes a
+        structure of zeros like the result, to which the results are added. Then no microbatch is padded, so a batch
+        without a divisor in (max_size / 2, max_size] stays whole.
     """
     batch = arrays[0].shape[0]
     current = backend.current()

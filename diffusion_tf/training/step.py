@@ -70,7 +70,7 @@ def reduced_gradients(
       rng: at the training step and this replica's first example.
       all_reduce: sums a structure of tensors over the replicas.
       loss_and_gradients: computes a microbatch's share of both.
-      microbatch_bytes: where a batch is taken in microbatches, the bytes of one channel of such, at most.
+      microbatch_bytes: largest size of one channel of a microbatch, in bytes; unused where the batch is not split.
     """
 
     def share(first: int | tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:

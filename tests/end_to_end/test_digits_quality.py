@@ -7,7 +7,7 @@ from diffusion_tf.data.digits import load_digits
 from diffusion_tf.evaluation.metrics import precision_recall
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.samplers import draw_samples
+from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
@@ -27,7 +27,7 @@ def test_digits_reach_precision_and_recall(tmp_path, precision):
     train(trainer, workdir, open_source(preset))
     _, checkpoint = checkpoints.find(workdir.checkpoints)
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
-    samples = draw_samples(trained, num_samples=1000, batch_size=250, seed=0)
+    samples = Sampler(trained, batch_size=250, seed=0).draw(1000)
     real, generated = (images.reshape(len(images), -1).astype(float) for images in (load_digits(), samples))
     found, covered = precision_recall(real, generated)
     print(f"{precision}: precision {found:.3f}, recall {covered:.3f}")

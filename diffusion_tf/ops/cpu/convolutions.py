@@ -18,7 +18,7 @@ _gradient_of_taps = region_without_gradient(taps.gradient_of_taps)
 
 
 def side_by_side(maps: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """One concatenated map: XLA on a CPU would ask of every channel in every loop which map it belongs to."""
+    """One concatenated map: on a CPU, XLA would check in every loop which map each channel belongs to."""
     return [tf.concat(maps, axis=-1)]
 
 

@@ -68,7 +68,7 @@ def _group_norm(
 
 
 def _over_groups(moments: tf.Tensor, num_groups: int) -> tf.Tensor:
-    """Averages moments [B, C] of the channels over each group, as products: XLA would divide anew for every pixel."""
+    """Averages moments [B, C] of the channels over each group, as products: XLA would divide again for every pixel."""
     size = moments.shape[-1] // num_groups
     members = np.repeat(np.eye(num_groups, dtype=np.float32), size, axis=1)
     return tf.matmul(tf.matmul(moments, members / size, transpose_b=True), members)

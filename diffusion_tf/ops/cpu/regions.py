@@ -3,7 +3,7 @@
 On a CPU the fastest products in bfloat16 are oneDNN's, which TensorFlow's graph calls and XLA does not. The fastest
 work between them is XLA's, which writes one array where TensorFlow writes one for each operation. So a program for a
 CPU is a graph in which every function marked by `region` is compiled, once for all calls of the same shapes.
-To start a region takes as long as some work does: for small images the whole network is one program (`runtime`).
+Starting a region costs time, so for small images `runtime` compiles the whole network as one program.
 """
 
 import functools
@@ -35,7 +35,7 @@ def region_without_gradient(function: Callable) -> Callable:
 def region(function: Callable) -> Callable:
     """Compiles `function(*tensors, **static)` as `region_without_gradient` does, and its gradient as a second program.
 
-    The gradient computes the region again: to read the arguments twice costs less than to keep what is in between.
+    The gradient computes the region again: reading the arguments twice costs less than keeping intermediate results.
     """
 
     def gradient(grad_ys: Any, arguments: Any, **static: Any) -> list[tf.Tensor]:
