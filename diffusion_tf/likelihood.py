@@ -14,7 +14,6 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
-from diffusion_tf.errors import InputError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
@@ -90,6 +89,7 @@ class BoundEvaluator:
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None):
         last, stretches = trained.diffusion.num_timesteps - 1, num_timesteps_estimate
+        self._trained, self._terms_are_timesteps = trained, stretches is None
         per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
         def evaluate(first_image: tf.Tensor, images: tf.Tensor) -> BoundTerms:
@@ -111,8 +111,18 @@ class BoundEvaluator:
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
-        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0]."""
-        return BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0].
+
+        Raises:
+          NotFiniteError: a term or an error of an image is not finite.
+        """
+        bound = BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+        finite = np.isfinite(bound.terms_bpd) & np.isfinite(bound.mse)
+        if not finite.all():
+            t = np.flatnonzero(~finite.all(axis=0)).max()  # where sampling would meet it first
+            what = f"at t = {t}, the bounds of images" if self._terms_are_timesteps else "the bounds of images"
+            self._trained.check_finite(finite.all(axis=1), what, first=first_image)
+        return bound
 
 
 # --- The bound of a set of images ------------------------------------------------------------------------------
@@ -168,7 +178,7 @@ def bound_of_images(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
-      InputError: the bound of an image is not finite.
+      NotFiniteError: the bound of an image is not finite.
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     firsts = tqdm.trange(0, len(images), batch_size, unit="batch", desc="bits/dim")
@@ -204,7 +214,7 @@ def measure_bound(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
-      InputError: the bound of an image is not finite.
+      NotFiniteError: the bound of an image is not finite.
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     description = {
@@ -223,8 +233,6 @@ def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray) -> A
     """What `_combine` needs of a batch: values [n] of each image, and sums [K] over the images."""
     bound = evaluator(first, images)
     terms = bound.terms_bpd.astype(np.float64)
-    if not (np.isfinite(terms).all() and np.isfinite(bound.mse).all()):
-        raise InputError(f"the bound of images {first} to {first + len(images) - 1} is not finite")
     return {
         "prior_bpd": bound.prior_bpd.astype(np.float64),
         "middle_bpd": terms[:, 1:].sum(axis=1),
