@@ -120,7 +120,7 @@ def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_s
 
 
 def _limited(x: tf.Tensor, limit: float) -> tf.Tensor:
-    """x within [-limit, limit], with gradient 0 beyond; NaN stays NaN, which a clip by XLA on a CPU does not promise."""
+    """Limits x to [-limit, limit], with gradient 0 beyond. NaN stays NaN, unlike in a clip by XLA on a CPU."""
     return tf.where(tf.abs(x) > limit, limit * tf.sign(x), x)
 
 
