@@ -15,9 +15,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class PreemptionNotice:
     """Listens for a notice while it is entered: `reason` is None until one arrives, and then names it.
 
-    The first SIGTERM, SIGINT or SIGHUP is a notice; the next one acts as it did before. Signals that the process ignores
-    stay ignored. A thread asks Compute Engine's metadata server (or the one that the environment variable
-    GCE_METADATA_HOST names), and stops if there is none.
+    The first SIGTERM, SIGINT or SIGHUP is a notice; the next one acts as it did before. An ignored signal stays
+    ignored. A thread asks Compute Engine's metadata server (or the one that the environment variable GCE_METADATA_HOST
+    names), and stops if there is none.
 
     Args:
       poll_seconds: between two requests to the metadata server, and the timeout of each.
