@@ -21,6 +21,8 @@ from diffusion_tf.storage.files import Arrays
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
+_IMAGES_READ = 256  # at once, to count levels
+
 # --- Terms of a batch ------------------------------------------------------------------------------------------
 
 
@@ -260,6 +262,22 @@ def _combine(batches: Sequence[Arrays], num_timesteps: int, num_timesteps_estima
 
 
 # --- What follows from the bound and the schedule --------------------------------------------------------------
+
+
+def count_levels(read_images: Callable[[int, int], np.ndarray], num_images: int) -> int:
+    """How many of the 256 levels occur in images 0, ..., num_images - 1; `read_images` as for `measure_bound`."""
+    found = np.zeros(256, bool)
+    for first in range(0, num_images, _IMAGES_READ):
+        found[np.unique(read_images(first, min(_IMAGES_READ, num_images - first)))] = True
+    return int(found.sum())
+
+
+def describe_levels(levels: int) -> str:
+    """What to know about the bound of images in which `levels` of the 256 levels occur."""
+    return (
+        f"the images have {levels} of the 256 levels: a code of equal length for each of these takes log2({levels}) ="
+        f" {math.log2(levels):.2f} bits/dim, while the model's decoder spends probability on all 256"
+    )
 
 
 def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,8 @@ def nearest_neighbors(
         distances = np.concatenate([distances, np.sqrt(squared)], axis=1)
         indices = np.concatenate([indices, first + near], axis=1)
         order = np.argsort(distances, axis=1, kind="stable")[:, :num_neighbors]
-        indices, distances = (np.take_along_axis(array, order, axis=1) for array in (indices, distances))
+        indices = np.take_along_axis(indices, order, axis=1)
+        distances = np.take_along_axis(distances, order, axis=1)
         first += len(chunk)
     if first < num_neighbors:
         raise ConfigError("num_neighbors", f"={num_neighbors} is more than the {first} candidates")
