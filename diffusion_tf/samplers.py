@@ -252,7 +252,7 @@ class Sampler:
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
                 x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, *steps)
                 # Reading it waits for the device, so that the bar shows finished steps.
-                self._trained.check_finite(finite, f"at t = {self._timesteps[stop - 1]}, samples", first=first_image)
+                self._trained.check_finite(finite, "samples", first=first_image, t=self._timesteps[stop - 1])
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
