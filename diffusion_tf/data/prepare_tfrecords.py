@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -103,8 +103,8 @@ def _check(*, out: str, name: str, resolution: int, num_shards: int, count: int)
         raise ConfigError("num_shards", f"={num_shards} is more than the {count} images")
     if not re.fullmatch(r"[\w.-]+", name):
         raise ConfigError("name", f"={name}: letters, digits, '.', '_' and '-' only, since files are named after it")
-    if re.search(r"[*?\[\]\\]", out):
-        raise ConfigError("out", f"={out}: without * ? [ ] \\, since it becomes part of a glob")
+    if re.search(r"[*?\[\]\\\udc80-\udcff]", out):  # os.fsdecode makes U+DC80 ... U+DCFF of bytes that are not UTF-8
+        raise ConfigError("out", f"={out}: in UTF-8, without * ? [ ] \\, since it becomes part of a glob")
 
 
 def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pattern: str) -> dict[str, Any]:
@@ -125,20 +125,41 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
         known = {shard.path for shard in shards}
         try:
             manifest = read_json(path)
-            there = {key: manifest[key] for key in (*settings, "shards")}
-        except (DamagedFileError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`") from error
-        differences = [f"{key}: {value} != {there[key]}" for key, value in settings.items() if value != there[key]]
+        except DamagedFileError:
+            manifest = None
+        if not _is_manifest(manifest, settings):
+            raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`")
+        differences = [
+            f"{key}: {value} != {manifest[key]}" for key, value in settings.items() if value != manifest[key]
+        ]
         if differences:
             raise InputError(
                 f"{path} was begun with other settings ({'; '.join(differences)}, asked != there): repeat its flags,"
                 " or choose another `out` or `name`"
             )
+    unknown = sorted(set(manifest["shards"]) - {os.path.basename(shard.path) for shard in shards})
+    if unknown:
+        raise InputError(f"{path} lists {unknown[0]}, which is not of this program: choose another `out` or `name`")
     foreign = sorted(set(tf.io.gfile.glob(pattern)) - known)
     if foreign:  # training would read it too
         raise InputError(f"{foreign[0]} exists but is not in {path}: remove it, or choose another `out`")
     write_json(path, manifest)
     return manifest
+
+
+def _is_manifest(value: Any, settings: dict[str, Any]) -> bool:
+    """Whether a JSON value has the fields of a manifest, and each of them the type that this program writes."""
+    fields = {**{key: type(setting) for key, setting in settings.items()}, "shards": dict}
+    return _has_types(value, fields) and all(
+        _has_types(entry, {"records": int, "bytes": int, "sha256": str, "skipped": dict})
+        and _has_types(entry["skipped"], dict.fromkeys(entry["skipped"], str))
+        for entry in value["shards"].values()
+    )
+
+
+def _has_types(value: Any, types: Mapping[str, type]) -> bool:
+    """Whether a JSON value is an object with these keys and values of these types."""
+    return isinstance(value, dict) and {key: type(item) for key, item in value.items()} == types
 
 
 def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, Any], executor: Executor) -> None:
@@ -175,8 +196,8 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                 worker.terminate()  # the executor would wait minutes for the shards in progress
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
-                    "a worker died (short of memory, or the disk of `source` lost?): repeat the command to continue; a"
-                    " smaller `num_workers` needs less memory"
+                    "a worker died (short of memory, a damaged LMDB, or the disk of `source` lost?): repeat the command"
+                    " to continue; a smaller `num_workers` needs less memory"
                 ) from error
             raise
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import PIL
 import tensorflow as tf
 
 from diffusion_tf.data.image_folders import EncodedImages, decode_square
@@ -89,12 +88,12 @@ def _write_records(shard: Shard, serialize: Callable[[np.ndarray], bytes]) -> tu
     """Writes the shard; returns the number of records, the SHA-256 of all pixels, and the skipped {key: reason}."""
     pixels, num_records = hashlib.sha256(), 0
     skipped: dict[str, str] = {}
-    with tf.io.TFRecordWriter(shard.temporary) as writer:
-        for key, encoded in shard.images.read():
+    with tf.io.TFRecordWriter(shard.temporary) as writer, shard.images.reader() as read:
+        for key in shard.images.keys:
             try:
-                image = decode_square(encoded, shard.resolution)
-            except Exception as error:
-                skipped[key] = "no image" if isinstance(error, PIL.UnidentifiedImageError) else first_line(error)
+                image = decode_square(read(key), shard.resolution)
+            except InputError as error:
+                skipped[key] = str(error)
                 check_skipped(skipped, shard)
                 continue
             writer.write(serialize(image))
