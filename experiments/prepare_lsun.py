@@ -12,7 +12,7 @@ import shlex
 
 from absl import flags
 
-from diffusion_tf.presets import PRESETS
+from diffusion_tf.presets import PRESETS, resized
 
 from . import _flags, _program
 
@@ -33,13 +33,14 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.image_folders import counts, find_images
 from diffusion_tf.data.prepare_tfrecords import prepare
 
 
 def main() -> None:
+    images = find_images(FLAGS.source, FLAGS.limit)
     pattern, manifest = prepare(
-        find_images(FLAGS.source, FLAGS.limit),
+        images,
         FLAGS.out,
         name=FLAGS.name,
         resolution=FLAGS.resolution,
@@ -51,11 +52,13 @@ def main() -> None:
     records, skipped = sum(shard["records"] for shard in shards), sum(len(shard["skipped"]) for shard in shards)
     size = sum(shard["bytes"] for shard in shards)
     print(f"{pattern}: {records:,} images ({skipped:,} skipped), {size:,} bytes, {len(shards)} files")
-    dataset = f"lsun_{FLAGS.name}" if f"lsun_{FLAGS.name}" in PRESETS else "lsun_church"
-    command = f"python -m experiments.train --workdir=runs/{FLAGS.name} --dataset={dataset}"
-    if FLAGS.resolution != PRESETS[dataset].image_size:
-        command += f" --image_size={FLAGS.resolution}"
-    print(_program.command_lines(f"train: {command} --tfrecord={shlex.quote(pattern)}"))
+    if images.left_out:
+        print(f"left out, since they are not pictures: {counts(images.left_out)}")
+    preset = PRESETS.get(f"lsun_{FLAGS.name}", PRESETS["lsun_church"])
+    differences = _flags.preset_arguments(resized(preset, FLAGS.resolution), preset)
+    arguments = [f"--workdir=runs/{FLAGS.name}", f"--dataset={preset.dataset}", *differences]
+    command = f"python -m experiments.train {' '.join(arguments)} --tfrecord={shlex.quote(pattern)}"
+    print(_program.command_lines(f"train: {command}"))
 
 
 if __name__ == "__main__":

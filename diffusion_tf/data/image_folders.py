@@ -34,11 +34,11 @@ class EncodedImages:
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[str], bytes]]:
-        """Opens the images: reader(key) is the encoded image of a key.
+        """Opens the images; calling the result with a key reads its encoded image.
 
         Raises:
-          InputError: the LMDB cannot be opened; or, from the reader, the image cannot be read. That message is the
-            reason alone.
+          InputError: the LMDB cannot be opened; or, when called, the image cannot be read (the message is the reason
+            alone).
         """
         if not self.is_lmdb:
             yield lambda key: read_bytes(os.path.join(self.path, key))

@@ -34,7 +34,7 @@ _MODES_16_BITS = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
 @functools.cache
 def extensions() -> tuple[str, ...]:
     """The extensions of picture files, lower-case with their dots, sorted."""
-    return tuple(sorted(key for key, format in PIL.Image.registered_extensions().items() if format in _FORMATS))
+    return tuple(sorted(key for key, name in PIL.Image.registered_extensions().items() if name in _FORMATS))
 
 
 def read_picture(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -134,7 +134,7 @@ def _decode(encoded: bytes, mode: str, size: tuple[int, int] | None) -> PIL.Imag
 def _open_formats() -> list[str]:
     """The formats that this build of Pillow reads."""
     PIL.Image.init()
-    return [format for format in _FORMATS if format in PIL.Image.OPEN]
+    return [name for name in _FORMATS if name in PIL.Image.OPEN]
 
 
 def _check_size(picture: PIL.Image.Image, size: tuple[int, int] | None) -> None:

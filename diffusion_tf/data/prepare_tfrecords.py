@@ -123,23 +123,7 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
     manifest, known = {**settings, "shards": {}}, set()
     if tf.io.gfile.exists(path):
         known = {shard.path for shard in shards}
-        try:
-            manifest = read_json(path)
-        except DamagedFileError:
-            manifest = None
-        if not _is_manifest(manifest, settings):
-            raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`")
-        differences = [
-            f"{key}: {value} != {manifest[key]}" for key, value in settings.items() if value != manifest[key]
-        ]
-        if differences:
-            raise InputError(
-                f"{path} was begun with other settings ({'; '.join(differences)}, asked != there): repeat its flags,"
-                " or choose another `out` or `name`"
-            )
-    unknown = sorted(set(manifest["shards"]) - {os.path.basename(shard.path) for shard in shards})
-    if unknown:
-        raise InputError(f"{path} lists {unknown[0]}, which is not of this program: choose another `out` or `name`")
+        manifest = _read_manifest(path, settings, {os.path.basename(shard) for shard in known})
     foreign = sorted(set(tf.io.gfile.glob(pattern)) - known)
     if foreign:  # training would read it too
         raise InputError(f"{foreign[0]} exists but is not in {path}: remove it, or choose another `out`")
@@ -147,10 +131,36 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
     return manifest
 
 
+def _read_manifest(path: str, settings: dict[str, Any], shards: set[str]) -> dict[str, Any]:
+    """Reads the manifest of an earlier run with these settings and shards.
+
+    Raises:
+      InputError: it is damaged, or of other settings or shards.
+    """
+    try:
+        manifest = read_json(path)
+        if not _is_manifest(manifest, settings):
+            raise DamagedFileError("another structure")
+    except DamagedFileError as error:
+        raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`") from error
+    differences = [f"{key}: {value} != {manifest[key]}" for key, value in settings.items() if value != manifest[key]]
+    if differences:
+        raise InputError(
+            f"{path} was begun with other settings ({'; '.join(differences)}, asked != there): repeat its flags,"
+            " or choose another `out` or `name`"
+        )
+    unknown = sorted(set(manifest["shards"]) - shards)
+    if unknown:
+        raise InputError(
+            f"{path} lists {unknown[0]}, which this program does not write: choose another `out` or `name`"
+        )
+    return manifest
+
+
 def _is_manifest(value: Any, settings: dict[str, Any]) -> bool:
     """Whether a JSON value has the fields of a manifest, and each of them the type that this program writes."""
-    fields = {**{key: type(setting) for key, setting in settings.items()}, "shards": dict}
-    return _has_types(value, fields) and all(
+    fields: dict[str, type] = {key: type(setting) for key, setting in settings.items()}
+    return _has_types(value, {**fields, "shards": dict}) and all(
         _has_types(entry, {"records": int, "bytes": int, "sha256": str, "skipped": dict})
         and _has_types(entry["skipped"], dict.fromkeys(entry["skipped"], str))
         for entry in value["shards"].values()
