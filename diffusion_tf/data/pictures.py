@@ -11,6 +11,7 @@ A mode without a defined white (LAB, floating point, integers that are not 8 or 
 of more than MAX_PIXELS pixels, before its pixels take memory.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -124,7 +125,9 @@ def _decode(encoded: bytes, mode: str, size: tuple[int, int] | None) -> PIL.Imag
             with PIL.Image.open(io.BytesIO(encoded), formats=["PNG"]) as file:
                 file.verify()  # the checksums, which decoding skips
             _scale_transparency(picture, encoded[24])
-        PIL.ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
+        with contextlib.suppress(Exception):  # unreadable EXIF data does not say how to turn the picture
+            PIL.ImageOps.exif_transpose(picture, in_place=True)
         if size and picture.size != size:
             raise InputError(_other_size(picture, size))
         return _convert(picture, mode)

@@ -103,8 +103,10 @@ def _check(*, out: str, name: str, resolution: int, num_shards: int, count: int)
         raise ConfigError("num_shards", f"={num_shards} is more than the {count} images")
     if not re.fullmatch(r"[\w.-]+", name):
         raise ConfigError("name", f"={name}: letters, digits, '.', '_' and '-' only, since files are named after it")
-    if re.search(r"[*?\[\]\\\udc80-\udcff]", out):  # os.fsdecode makes U+DC80 ... U+DCFF of bytes that are not UTF-8
-        raise ConfigError("out", f"={out}: in UTF-8, without * ? [ ] \\, since it becomes part of a glob")
+    if re.search(r"[*?\[\]\\]", out):
+        raise ConfigError("out", f"={out}: without * ? [ ] \\, since it becomes part of a glob")
+    if re.search(r"[\udc80-\udcff]", out):  # Python's stand-ins for other bytes
+        raise ConfigError("out", f"={out}: must be UTF-8, since TensorFlow opens no other names")
 
 
 def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pattern: str) -> dict[str, Any]:
@@ -151,9 +153,7 @@ def _read_manifest(path: str, settings: dict[str, Any], shards: set[str]) -> dic
         )
     unknown = sorted(set(manifest["shards"]) - shards)
     if unknown:
-        raise InputError(
-            f"{path} lists {unknown[0]}, which this program does not write: choose another `out` or `name`"
-        )
+        raise InputError(f"{path} lists {unknown[0]}, which is not of this run: choose another `out` or `name`")
     return manifest
 
 
