@@ -115,7 +115,8 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
 def _decode(run: MeasuredRun, tables: TableStore) -> None:
     paths = [FLAGS.source]
     if tf.io.gfile.isdir(FLAGS.source):
-        paths = sorted(tf.io.gfile.glob(os.path.join(FLAGS.source, f"*{EXTENSION}")))
+        names = sorted(name for name in tf.io.gfile.listdir(FLAGS.source) if name.endswith(EXTENSION))
+        paths = [os.path.join(FLAGS.source, name) for name in names]
         if not paths:
             raise InputError(f"--source={FLAGS.source} holds no {EXTENSION} files")
     files = {path: read_image_file(path, run.preset.image_shape) for path in paths}
