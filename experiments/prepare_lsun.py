@@ -3,8 +3,9 @@
   python -m experiments.prepare_lsun --source=church_outdoor_train_lmdb --out=data
   python -m experiments.train --workdir=runs/church --dataset=lsun_church --tfrecord='data/church-r08-*.tfrecords'
 
-Each image is cropped to its central square and scaled with a Lanczos filter, as StyleGAN's dataset_tool does. Every
-shard is read back and checked. The same command writes only the missing shards; NAME.json lists those that exist.
+Each image is turned upright, cropped to its central square and scaled with a Lanczos filter, as StyleGAN's dataset_tool
+does; transparent parts become white. The program says which files it leaves out. Every shard is read back and checked.
+The same command writes only the missing shards; NAME.json lists those that exist.
 """
 
 import os
@@ -50,8 +51,8 @@ def main() -> None:
     )
     shards = manifest["shards"].values()
     records, skipped = sum(shard["records"] for shard in shards), sum(len(shard["skipped"]) for shard in shards)
-    size = sum(shard["bytes"] for shard in shards)
-    print(f"{pattern}: {records:,} images ({skipped:,} skipped), {size:,} bytes, {len(shards)} files")
+    size, files = sum(shard["bytes"] for shard in shards), sum(shard["records"] > 0 for shard in shards)
+    print(f"{pattern}: {records:,} images ({skipped:,} skipped), {size:,} bytes, {files} files")
     if images.left_out:
         print(f"left out, since they are not pictures: {counts(images.left_out)}")
     preset = PRESETS.get(f"lsun_{FLAGS.name}", PRESETS["lsun_church"])

@@ -93,6 +93,8 @@ def prepare(
     manifest_path = os.path.join(os.path.expanduser(out), f"{name}.json")
     manifest = _open_manifest(manifest_path, settings, shards, f"{prefix}*.tfrecords")
     _write_missing(shards, manifest_path, manifest, make_executor(num_workers))
+    if not any(entry["records"] for entry in manifest["shards"].values()):
+        raise ConfigError("source", f"={images.path}: none of its {count:,} images can be read")
     return f"{prefix}*.tfrecords", manifest
 
 
@@ -198,7 +200,8 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                     bar.write(f"skipped {key}: {reason}", file=sys.stderr)
                 entries[os.path.basename(shard.path)] = entry
                 check_skipped({key: why for e in entries.values() for key, why in e["skipped"].items()}, shard)
-                _publish(shard)
+                if entry["records"]:
+                    _publish(shard)
                 write_json(manifest_path, {**manifest, "shards": dict(sorted(entries.items()))})
                 bar.update(len(shard.images.keys))
         except BaseException as error:
@@ -213,8 +216,10 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
 
 
 def _is_whole(path: str, entry: dict[str, Any] | None) -> bool:
-    """Whether a shard is in the manifest, and its file has the size stated there."""
-    return entry is not None and tf.io.gfile.exists(path) and tf.io.gfile.stat(path).length == entry["bytes"]
+    """Whether a shard is in the manifest, and its file has the size stated there; one without records has no file."""
+    if entry is None or not tf.io.gfile.exists(path):
+        return entry is not None and entry["records"] == 0
+    return tf.io.gfile.stat(path).length == entry["bytes"]
 
 
 def _publish(shard: Shard) -> None:

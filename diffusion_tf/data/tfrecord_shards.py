@@ -43,6 +43,8 @@ class Shard:
 def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = serialize) -> dict[str, Any]:
     """Writes `shard.temporary`, then reads it back as training would and compares all pixels.
 
+    No file stays if none of the images can be read.
+
     Args:
       shard: the shard.
       serialize: maps a uint8 [C, H, W] image to a record.
@@ -56,7 +58,8 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
     try:
         num_records, pixels_sha256, skipped = _write_records(shard, serialize)
         if not num_records:
-            raise InputError(f"{shard.path}: none of its {len(skipped)} images can be read: use a smaller `num_shards`")
+            tf.io.gfile.remove(shard.temporary)  # a file without records could not be read
+            return {"records": 0, "bytes": 0, "sha256": "", "skipped": skipped}
         if _read_back_sha256(shard, num_records) != pixels_sha256:
             raise InputError(f"{shard.path} does not read back as it was written: is its disk sound?")
         with tf.io.gfile.GFile(shard.temporary, "rb") as file:

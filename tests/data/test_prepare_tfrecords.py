@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import pathlib
+import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecord_shards import Shard, write_shard
 from diffusion_tf.data.tfrecords import serialize
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -219,6 +221,29 @@ def test_a_killed_run_continues(folder, tmp_path):
     assert "left out, since they are not pictures: 1 .txt\n" in again.stdout
 
 
+@pytest.mark.slow
+def test_the_programs_last_line_trains(folder, tmp_path):
+    (folder / "e.png").touch()
+    args = [f"--source={folder}", f"--out={tmp_path}/out", "--resolution=16", "--num_workers=1"]
+    refused = subprocess.run(run(*args), cwd=ROOT, capture_output=True, text=True, check=False)
+    last = refused.stderr.splitlines()[-1]
+    assert refused.returncode == 1 and f"--source={folder}: e.png cannot be read (it is empty), and --skip_bad" in last
+    ended = subprocess.run(run(*args, "--skip_bad_images=1"), cwd=ROOT, capture_output=True, text=True, check=True)
+    summary, left_out, command = ended.stdout.splitlines()
+    assert ": 7 images (1 skipped), " in summary and left_out == "left out, since they are not pictures: 1 .txt"
+    program, *flags = shlex.split(command.removeprefix("train: "))
+    trained = subprocess.run(
+        [sys.executable if program == "python" else program, *flags, "--dry_run"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "parameters: 17,587,715" in trained.stdout
+
+
+def test_errors_of_workers_arrive_whole():
+    error = pickle.loads(pickle.dumps(ConfigError("source", "=a: b.jpg cannot be read")))
+    assert (type(error), error.field, str(error)) == (ConfigError, "source", "source=a: b.jpg cannot be read")
+
+
 def test_lost_and_truncated_shards_are_written_again(folder, tmp_path):
     _, manifest = write(folder, tmp_path / "out")
     lost, cut, kept = ((tmp_path / "out" / name) for name in manifest["shards"])
@@ -290,8 +315,14 @@ def test_unreadable_images_are_skipped_only_on_request(folder, tmp_path, capsys)
     assert "skipped b5.jpg: it is none of AVIF, BMP" in capsys.readouterr().err
     assert len(read(pattern)) == 5 and [entry["records"] for entry in manifest["shards"].values()] == [2, 1, 2]
     assert [list(entry["skipped"]) for entry in manifest["shards"].values()] == [[], ["b1.jpg"], ["b5.jpg"]]
-    with pytest.raises(InputError, match="none of its 1 images can be read: use a smaller `num_shards`"):
-        write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
+    for _ in range(2):  # shards without a readable image have no file
+        pattern, manifest = write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
+        assert len(read(pattern)) == len(tf.io.gfile.glob(pattern)) == 5
+        assert [entry["records"] for entry in manifest["shards"].values()] == [1, 1, 0, 1, 1, 1, 0]
+    for key in find_images(str(folder)).keys:
+        (folder / key).write_bytes(b"")
+    with pytest.raises(InputError, match=r"source=.*images: none of its 7 images can be read"):
+        write(folder, tmp_path / "none", skip_bad_images=7)
 
 
 def test_a_failing_disk_is_reported(folder, tmp_path):
