@@ -168,6 +168,20 @@ PRESETS = {
 }  # fmt: skip
 
 
+def resized(preset: Preset, image_size: int) -> Preset:
+    """`preset` for images of another size, a power of two of at least 4 pixels.
+
+    The network loses its lowest levels if they would be smaller than 4x4, and attends at the sizes nearest to those of
+    `preset` that it has.
+    """
+    ch_mult = preset.ch_mult[: image_size.bit_length() - 2]
+    lowest = image_size >> (len(ch_mult) - 1)
+    attends = {min(max(size, lowest), image_size) for size in preset.attn_resolutions}
+    return dataclasses.replace(
+        preset, image_size=image_size, ch_mult=ch_mult, attn_resolutions=tuple(sorted(attends, reverse=True))
+    )
+
+
 def get_preset(dataset: str, **overrides: Any) -> Preset:
     """The preset named `dataset`, with `overrides` for some of its fields.
 

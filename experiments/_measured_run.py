@@ -1,13 +1,10 @@
 """A trained run as the flags of a measurement name it."""
 
 import dataclasses
-import os
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from absl import flags
-from PIL import Image
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
@@ -24,7 +21,6 @@ from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import first_line
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
@@ -100,20 +96,3 @@ class MeasuredRun:
         )
         subject = {"dataset": self.preset.dataset, "images": source.name, "split": FLAGS.split}
         return bound, {**subject, "num_images": num_images, "step": step, "seed": FLAGS.seed}
-
-
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file, uint8 of `shape`.
-
-    Raises:
-      InputError: the file cannot be read, or its image has another shape.
-    """
-    try:
-        with Image.open(os.path.expanduser(path)) as picture:
-            image = np.asarray(picture)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
-    image = image[..., None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.shape != shape:
-        raise InputError(f"{path} is {image.dtype} {image.shape}, but the run has uint8 {shape} (height, width, C)")
-    return image

@@ -31,18 +31,21 @@ flags.DEFINE_integer("crop", None, "neighbors: compare only the central CROP x C
 flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 2.")
 flags.DEFINE_integer("index_a", 0, "Index of the first source image in the test split.", lower_bound=0)
 flags.DEFINE_integer("index_b", 1, "Index of the second source image.", lower_bound=0)
-_flags.define_path("source_a", None, "The first source image as a file, instead of --index_a.")
-_flags.define_path("source_b", None, "The second source image as a file, instead of --index_b.")
+_flags.define_path("source_a", None, "A picture of the run's size as the first source image, instead of --index_a.")
+_flags.define_path("source_b", None, "A picture of the run's size as the second source image, instead of --index_b.")
 _flags.define_path("inception", None, "Inception, as experiments.evaluate takes it; digits need none.")
 
 
 def _check() -> None:
     _flags.check_measured_run()
     _flags.require_flags("figure", "out")
+    if FLAGS.figure != "all":
+        _flags.check_extension("out", ".gif" if FLAGS.figure == "animation" else ".png")
 
 
 _program.parse_flags(__name__, _check)
 
+from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
 from diffusion_tf.evaluation.scores import (
@@ -62,13 +65,13 @@ from diffusion_tf.reports.paper_figures import PaperFigure
 from diffusion_tf.storage.files import check_writable, write_file
 from diffusion_tf.trained_model import TrainedModel
 
-from ._measured_run import MeasuredRun, read_image
+from ._measured_run import MeasuredRun
 
 
 def _source_image(run: MeasuredRun, path: str | None, index: int) -> np.ndarray:
     """A source image, uint8 [H, W, C]."""
     if path is not None:
-        return read_image(path, run.preset.image_shape)
+        return read_picture(path, run.preset.image_shape)
     source = run.open_source("test")
     if index >= source.num_examples:
         raise InputError(f"there is no image {index} in {source.name}: it has {source.num_examples}")

@@ -35,6 +35,8 @@ _flags.define_path("png", None, "PNG to write a grid of the samples to.")
 def _check() -> None:
     _flags.check_measured_run()
     _flags.require_flags("out")
+    _flags.check_extension("out", ".npz")
+    _flags.check_extension("png", ".png")
     if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
         raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
 

@@ -3,7 +3,7 @@
 import pytest
 
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.presets import PRESETS, get_preset, resized
 
 
 def test_recipes_are_those_of_appendix_b():
@@ -64,3 +64,14 @@ def test_longer_run_has_the_same_recipe():
         "dropout: 0.0 != 0.5",
         "seed: 0 != 3",
     ]
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"digits"}))
+@pytest.mark.parametrize("size", [2**power for power in range(2, 12)])
+def test_a_resized_preset_has_levels_that_its_images_fill(name, size):
+    preset = resized(PRESETS[name], size)
+    levels = [size // 2**level for level in range(len(preset.ch_mult))]
+    assert preset.image_size == levels[0] == size and levels[-1] >= 4 and size % levels[-1] == 0
+    assert preset.attn_resolutions and set(preset.attn_resolutions) <= set(levels)
+    assert preset.ch_mult == PRESETS[name].ch_mult[: len(levels)]
+    assert resized(PRESETS[name], PRESETS[name].image_size) == PRESETS[name]
