@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -13,15 +14,17 @@ import tensorflow as tf
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.files import (
+    UNSUPPORTED,
     append_line,
-    first_line,
     is_local,
     read_file,
     read_json,
     sync,
     to_json,
+    warn_once,
     write_file,
     write_json,
+    writing,
 )
 
 
@@ -57,25 +60,30 @@ class Workdir:
             yield
             return
         path = os.path.join(self.path, "lock")
-        try:
+        with writing(path):
             os.makedirs(self.path, exist_ok=True)
-            file = open(path, "a+")  # noqa: SIM115 (closed below, with the lock)
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({first_line(error)})") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise ConfigError(
-                    "workdir",
-                    f"={self.path} is in use by process {file.read(20).strip() or '?'}: wait for its end, or"
-                    " choose another workdir",
-                ) from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "rb+", buffering=0) as file:
+            with writing(path):
+                self._take(file)
             yield
+
+    def _take(self, file: io.FileIO) -> None:
+        """Locks the open lock file and writes the number of this process into it."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                "workdir",
+                f"={self.path} is in use by process {file.read(20).decode(errors='replace').strip() or '?'}: wait for"
+                " its end, or choose another workdir",
+            ) from error
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            warn_once(f"{self.path} cannot be locked ({error.strerror}): train there in one process at a time")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
 
     def refuse_other_run(self, preset: Preset, num_examples: int | None) -> None:
         """Checks that the folder is new, or holds a run of the same recipe and number of training images.
@@ -137,7 +145,8 @@ class Workdir:
     def sync_metrics(self) -> None:
         """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint."""
         if tf.io.gfile.exists(self._metrics):
-            sync(self._metrics)
+            with writing(self._metrics):
+                sync(self._metrics)
 
     def write_divergence(self, step: int, evidence: dict[str, Any]) -> str:
         """Writes the evidence of a divergence before `step` to `divergence_*.json`, and returns its path."""
