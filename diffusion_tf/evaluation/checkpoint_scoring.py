@@ -21,6 +21,7 @@ from diffusion_tf.evaluation.scores import (
     reference_features,
 )
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import remove
 from diffusion_tf.storage.workdir import Workdir
 
 _POLL_SECONDS = 10
@@ -129,5 +130,5 @@ class CheckpointScorer:
         result = {"step": step, "checkpoint_sha256": images.description["checkpoint"], **self._description}
         record_evaluation(self.workdir, held, result, scores, self.best_by)
         self.scorer.forget(images)
-        tf.io.gfile.remove(held)
+        remove(held)
         return {**result, **scores}

@@ -104,8 +104,8 @@ def replacing(path: str) -> Iterator[str]:
 
 
 def remove(path: str) -> None:
-    """Removes a file or a folder; one that another process has removed is no error."""
-    with contextlib.suppress(tf.errors.NotFoundError):
+    """Removes a file or a folder; what another process removes or adds at the same time is no error."""
+    with contextlib.suppress(tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
         if tf.io.gfile.isdir(path) and not os.path.islink(path):
             tf.io.gfile.rmtree(path)
         else:
