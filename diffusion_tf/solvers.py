@@ -11,15 +11,17 @@ _SOLVERS.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import Preset
 from diffusion_tf.schedules import NoiseSchedule, posterior
+
+if TYPE_CHECKING:
+    from diffusion_tf.diffusion_utils import GaussianDiffusion
 
 SPACINGS = ("trailing", "leading", "linspace", "logsnr", "early_end")
 _EARLY_END = 0.08  # as a fraction of T
@@ -129,7 +131,7 @@ def dpm_solver_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
 class _Solver(NamedTuple):
     """How to make a sampler's table, and in how many steps by default (None: all T)."""
 
-    table: Callable[[GaussianDiffusion, np.ndarray, float], SamplerTable]  # of (diffusion, timesteps, eta)
+    table: Callable[["GaussianDiffusion", np.ndarray, float], SamplerTable]  # of (diffusion, timesteps, eta)
     default_steps: int | None
 
 
@@ -203,7 +205,7 @@ def default_spacing(name: str, dataset: str) -> str:
     return "early_end" if dataset == "digits" and name != "ancestral" else "trailing"
 
 
-def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: GaussianDiffusion) -> SamplerTable | None:
+def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: "GaussianDiffusion") -> SamplerTable | None:
     """The table of a sampler, or None for Algorithm 2 over all steps, which needs no table.
 
     Raises:

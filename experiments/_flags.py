@@ -1,6 +1,7 @@
 """Groups of flags that several programs have, and what their values mean to the library."""
 
 import dataclasses
+import os
 import re
 from typing import Any
 
@@ -8,18 +9,36 @@ from absl import flags
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
-from diffusion_tf.runtime.strategies import STRATEGIES
+from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
-from diffusion_tf.storage.files import check_writable
 
 FLAGS = flags.FLAGS
 # Flags defined by these functions belong to the program that calls them, and appear in its --help.
 flags.disclaim_key_flags()
 
 
+class _PathParser(flags.ArgumentParser):
+    """Parses a path: `~` is the home folder."""
+
+    syntactic_help = "a path"
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError("the path is empty")
+        return os.path.expanduser(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, doc: str) -> None:
+    """Defines a flag whose value is a path."""
+    flags.DEFINE(_PathParser(), name, default, doc, serializer=flags.ArgumentSerializer())
+
+
 def define_workdir_flag() -> None:
     """Defines --workdir."""
-    flags.DEFINE_string("workdir", None, "Folder of the run (may be gs://).")
+    define_path("workdir", None, "Folder of the run (may be gs://).")
 
 
 def define_strategy_flags() -> None:
@@ -42,8 +61,8 @@ def define_precision_flag() -> None:
 
 def define_data_flags() -> None:
     """Defines --data_dir and --tfrecord."""
-    flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
-    flags.DEFINE_string("tfrecord", None, "StyleGAN TFRecords to read the images from: a file, or a glob of shards.")
+    define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
+    define_path("tfrecord", None, "StyleGAN TFRecords to read the images from: a file, or a glob of shards.")
 
 
 def define_measurement_flags(
@@ -57,7 +76,7 @@ def define_measurement_flags(
     flags.DEFINE_integer("batch_size", batch_size, "Images computed at once, over all replicas.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
     define_precision_flag()
-    flags.DEFINE_string("out", None, out)
+    define_path("out", None, out)
 
 
 def define_sampler_flags() -> None:
@@ -142,11 +161,20 @@ def out_path(default: str, extension: str) -> str:
     Raises:
       InputError: the path has another extension, or cannot be written.
     """
+    from diffusion_tf.storage.files import check_writable  # imports TensorFlow
+
     path = FLAGS.out or default
     if not path.endswith(extension):
         raise InputError(f"--out={path} must end in {extension}")
     check_writable(path)
     return path
+
+
+def check_measured_run() -> None:
+    """Raises InputError for flags of a measurement that no run fits."""
+    require_flags("workdir")
+    if FLAGS.strategy == "multi_worker":
+        raise InputError("--strategy=multi_worker is for training; this program runs in one process")
 
 
 def require_flags(*names: str) -> None:

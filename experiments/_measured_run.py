@@ -28,8 +28,6 @@ from diffusion_tf.storage.files import first_line
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
-from ._flags import require_flags
-
 FLAGS = flags.FLAGS
 
 
@@ -46,11 +44,8 @@ class MeasuredRun:
         """Reads --workdir, --precision, --strategy and --tpu.
 
         Raises:
-          InputError: the folder holds no run, or the strategy needs several processes.
+          InputError: the folder holds no run.
         """
-        require_flags("workdir")
-        if FLAGS.strategy == "multi_worker":
-            raise InputError("--strategy=multi_worker is for training; this program runs in one process")
         workdir = Workdir(FLAGS.workdir)
         preset = workdir.read_preset()
         if FLAGS.precision:

@@ -1,48 +1,100 @@
-"""Runs a program: parses its flags, and prints an error as one line. Programs import this module last."""
+"""Runs a program: checks its flags before TensorFlow is imported, and prints an error as one line.
 
+A program defines its flags, calls `parse_flags`, imports what imports TensorFlow, and calls `run` at its end.
+"""
+
+import contextlib
+import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import tensorflow as tf
 from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError
 
+from . import _process
 from ._flags import flag_names
 
 FLAGS = flags.FLAGS
+EXIT_INTERRUPTED = 130  # after Ctrl-C, as shells have it
 
-# All modules are imported. Their objects stay, so that garbage collection need not look at them.
-gc.freeze()
-gc.enable()
+_arguments: list[str] = []  # those that are not flags
 
 
-def run(main: Callable[..., None], commands: Sequence[str] = ()) -> None:
-    """Runs a program. An error that the user can mend is printed as one line, and sets the exit code.
+def parse_flags(module: str, check: Callable[..., object], commands: Sequence[str] = ()) -> None:
+    """Parses the flags, prints --help, and ends the program with one line if a flag is wrong.
 
     Args:
-      main: the program, called after the flags are parsed.
-      commands: if given, the first argument must be one of them, and is passed to `main`.
+      module: `__name__` of the program; nothing happens unless it is the main module.
+      check: raises InputError for mistakes in flags that can be seen without TensorFlow; called as `main` is.
+      commands: if given, the first argument must be one of them, and is passed to `check` and `main`.
     """
+    if module != "__main__":
+        return
     program = sys.modules["__main__"]
     program.__doc__ = command_lines(program.__doc__ or "")  # what --help prints
+    app.define_help_flags()
+    try:
+        rest = FLAGS(sys.argv)[1:]
+    except flags.Error as error:
+        sys.exit(f"{_process.program_name()}: {' '.join(str(error).split())}")
+    except SystemExit:
+        sys.exit(0)  # absl exits with 1 after --help, and nothing else exits here
+    with _one_line_errors():
+        _arguments[:] = _check_arguments(rest, commands)
+        check(*_arguments)
 
-    def guarded_main(argv: list[str]) -> None:
-        if FLAGS["verbosity"].using_default_value:
+
+def run(main: Callable[..., None]) -> None:
+    """Runs a program after `parse_flags`. An error that the user can mend is one line, and sets the exit code."""
+    # All modules are imported. Their objects stay, so that garbage collection need not look at them.
+    gc.freeze()
+    gc.enable()
+    _process.clean_up_at_ctrl_c()
+    _quiet_cpp_logging()
+
+    def guarded_main(_: list[str]) -> None:
+        if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # TFDS logs every dataset that it opens
-        try:
-            main(*_check_arguments(argv[1:], commands))
-        except (InputError, PreemptedError) as error:
-            print(f"{_name()}: {_error_line(error)}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        except tf.errors.ResourceExhaustedError:
-            sys.exit(f"{_name()}: out of memory: a smaller --batch_size, or more replicas, may fit")
-        except KeyboardInterrupt:
-            sys.exit(f"{_name()}: interrupted")
+        with _one_line_errors():
+            main(*_arguments)
 
-    app.run(guarded_main, flags_parser=_parse_flags)
+    app.run(guarded_main, flags_parser=lambda argv: argv)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Ends the program with one line and the error's exit code, where the user can mend the error."""
+    try:
+        yield
+    except (InputError, PreemptedError) as error:
+        print(f"{_process.program_name()}: {_error_line(error)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\n{_process.program_name()}: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.exit(f"{_process.program_name()}: out of memory: a smaller --batch_size, or more replicas, may fit")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    tf = sys.modules.get("tensorflow")
+    return isinstance(error, MemoryError) or (tf is not None and isinstance(error, tf.errors.ResourceExhaustedError))
+
+
+def _quiet_cpp_logging() -> None:
+    """Applies TF_CPP_MIN_LOG_LEVEL to all of TensorFlow's C++ code: parts of it log to Abseil, and do not read it.
+
+    Nothing in Python sets the level of Abseil, so this calls the function of TensorFlow 2.20; elsewhere it does nothing.
+    """
+    path = os.path.join(os.path.dirname(sys.modules["tensorflow"].__file__ or ""), "libtensorflow_cc.so.2")
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        set_level = ctypes.CDLL(path)._ZN4absl12lts_2025012714SetMinLogLevelENS0_18LogSeverityAtLeastE
+        set_level(int(os.environ["TF_CPP_MIN_LOG_LEVEL"]))
 
 
 def command_lines(text: str) -> str:
@@ -60,20 +112,7 @@ def _check_arguments(arguments: list[str], commands: Sequence[str]) -> list[str]
     return arguments
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"{_name()}: {' '.join(str(error).split())}")
-    except SystemExit:
-        sys.exit(0)  # absl exits with 1 after --help, and nothing else exits here
-
-
 def _error_line(error: Exception) -> str:
     """The message of a library error with its settings as flags."""
     prefix = "--" if isinstance(error, ConfigError) and error.field in FLAGS else ""
     return prefix + flag_names(str(error))
-
-
-def _name() -> str:
-    return os.path.splitext(os.path.basename(sys.argv[0]))[0]

@@ -15,26 +15,16 @@ makes. The table fixes --batch_size, because float32 sums differ in their last b
 import os
 
 import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from diffusion_tf.compression.bitstream import HEADER_BYTES
-from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
-from diffusion_tf.compression.measurement import Measurement, encode_picture
-from diffusion_tf.compression.tables import CHUNK_BITS, TableStore
-from diffusion_tf.data.source import ImageReader
+from diffusion_tf.compression import CHUNK_BITS
 from diffusion_tf.errors import InputError
-from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
-from diffusion_tf.trained_model import TrainedModel
 
 from . import _flags, _program
-from ._measured_run import MeasuredRun, read_image
 
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=None, out="Folder to write.")
-flags.DEFINE_string("images", None, "encode: an image file, or an .npz with one array uint8 [N, H, W, C].")
+_flags.define_path("images", None, "encode: an image file, or an .npz with one array uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
 flags.DEFINE_integer(
@@ -48,13 +38,37 @@ flags.DEFINE_integer(
     "num_table_images", None, "Training images from which a new table is made. Default: 256 for digits, 5 for cifar10.",
     lower_bound=1,
 )  # fmt: skip
-flags.DEFINE_string("source", None, "decode: a file, or a folder of files.")
+_flags.define_path("source", None, "decode: a file, or a folder of files.")
+
+
+def _check(command: str) -> None:
+    _flags.check_measured_run()
+    _flags.require_flags("out")
+    if command == "decode":
+        _flags.require_flags("source")
+    elif (FLAGS.images is None) == (FLAGS.split is None):
+        raise InputError("give one of --images and --split")
+
+
+_program.parse_flags(__name__, _check, commands=("encode", "decode"))
+
+import tensorflow as tf
+
+from diffusion_tf.compression.bitstream import HEADER_BYTES
+from diffusion_tf.compression.codec import Codec
+from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
+from diffusion_tf.compression.measurement import Measurement, encode_picture
+from diffusion_tf.compression.tables import TableStore
+from diffusion_tf.data.source import ImageReader
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
+from diffusion_tf.trained_model import TrainedModel
+
+from ._measured_run import MeasuredRun, read_image
 
 
 def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
     """Names for the files, the images uint8 [N, H, W, C], and where they come from."""
-    if (FLAGS.images is None) == (FLAGS.split is None):
-        raise InputError("give one of --images and --split")
     shape = run.preset.image_shape
     if FLAGS.split:
         source = run.open_source(FLAGS.split)
@@ -97,7 +111,6 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
 
 
 def _decode(run: MeasuredRun, tables: TableStore) -> None:
-    _flags.require_flags("source")
     paths = [FLAGS.source]
     if tf.io.gfile.isdir(FLAGS.source):
         paths = sorted(tf.io.gfile.glob(os.path.join(FLAGS.source, f"*{EXTENSION}")))
@@ -111,7 +124,6 @@ def _decode(run: MeasuredRun, tables: TableStore) -> None:
 
 
 def main(command: str) -> None:
-    _flags.require_flags("workdir", "out")
     run = MeasuredRun.from_flags()
     step, checkpoint = run.find_checkpoint()
     tables = TableStore(
@@ -131,4 +143,4 @@ def main(command: str) -> None:
 
 
 if __name__ == "__main__":
-    _program.run(main, commands=("encode", "decode"))
+    _program.run(main)

@@ -5,8 +5,24 @@ python -m experiments.demo --workdir=runs/digits
 
 import os
 
-import tensorflow as tf
 from absl import flags
+
+from diffusion_tf.presets import get_preset
+
+from . import _flags, _program
+
+FLAGS = flags.FLAGS
+_flags.define_workdir_flag()
+flags.DEFINE_integer("num_samples", 256, "Number of samples, at least 100.", lower_bound=100)
+
+
+def _check() -> None:
+    _flags.require_flags("workdir")
+
+
+_program.parse_flags(__name__, _check)
+
+import tensorflow as tf
 
 from diffusion_tf import figures
 from diffusion_tf.data import open_source
@@ -14,7 +30,6 @@ from diffusion_tf.data.digits import load_digits
 from diffusion_tf.evaluation.feature_networks import digits_network
 from diffusion_tf.evaluation.metrics import classifier_score
 from diffusion_tf.evaluation.scores import check_metrics, compute_scores
-from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
@@ -23,12 +38,6 @@ from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import report_samples
-
-from . import _flags, _program
-
-FLAGS = flags.FLAGS
-_flags.define_workdir_flag()
-flags.DEFINE_integer("num_samples", 256, "Number of samples, at least 100.", lower_bound=100)
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
@@ -53,7 +62,6 @@ Next
 
 
 def main() -> None:
-    _flags.require_flags("workdir")
     network = digits_network()
     check_metrics(_METRICS, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
     preset = get_preset("digits", sample_every=0)  # samples are drawn below

@@ -15,16 +15,50 @@ The same command resumes an interrupted evaluation.
 """
 
 import os
-from typing import Any
 
 from absl import flags
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.evaluation import FEATURES, INCEPTION_TFHUB, MAX_REFERENCE, METRICS
+
+from . import _flags, _program
+
+FLAGS = flags.FLAGS
+_flags.define_measurement_flags(batch_size=100)
+_flags.define_sampler_flags()
+flags.DEFINE_list("metrics", None, f"Any of {', '.join(METRICS)}. Default: all that the features allow.")
+flags.DEFINE_integer("num_samples", None, "Number of samples. Default: 50,000; 1,000 for digits.", lower_bound=2)
+_flags.define_path("samples", None, "Score this .npz (`samples`, uint8 [N, H, W, C]) instead of a checkpoint.")
+_flags.define_path("reference", "train", "The real images: train, test, or an .npz like --samples.")
+flags.DEFINE_integer("num_reference", MAX_REFERENCE, "Largest number of real images of a split.", lower_bound=2)
+_flags.define_path("reference_cache", None, "File that keeps their features. Default: in the workdir.")
+flags.DEFINE_enum(
+    "features", None, FEATURES, "Features to compare. Default: inception; digits for digits."
+)  # fmt: skip
+_flags.define_path(
+    "inception", INCEPTION_TFHUB, "A TF-Hub handle, a SavedModel folder, or a frozen graph with pool_3:0 and logits:0."
+)
+flags.DEFINE_string("best_by", None, "The score that chooses the best checkpoint. Default: the first of --metrics.")
+flags.DEFINE_boolean("follow", False, "Score each checkpoint as training writes it, until the last.")
+flags.DEFINE_integer(
+    "eval_every", 1, "With --follow: score the checkpoints at multiples of this step, and the last.", lower_bound=1
+)
+
+
+def _check() -> None:
+    _flags.check_measured_run()
+    if FLAGS.follow and (FLAGS.samples or FLAGS.checkpoint or FLAGS.out):
+        raise InputError("--follow scores every checkpoint into evaluations.jsonl: no --samples, --checkpoint or --out")
+    if FLAGS.eval_every != 1 and not FLAGS.follow:
+        raise InputError("--eval_every goes with --follow")
+
+
+_program.parse_flags(__name__, _check)
+
+from typing import Any
+
 from diffusion_tf.evaluation.checkpoint_scoring import CheckpointScorer, Scorer
-from diffusion_tf.evaluation.feature_networks import INCEPTION_TFHUB
 from diffusion_tf.evaluation.scores import (
-    MAX_REFERENCE,
-    METRICS,
     FeatureExtractor,
     Images,
     RunSamples,
@@ -36,29 +70,7 @@ from diffusion_tf.evaluation.scores import (
 )
 from diffusion_tf.storage.files import write_json
 
-from . import _flags, _program
 from ._measured_run import MeasuredRun
-
-FLAGS = flags.FLAGS
-_flags.define_measurement_flags(batch_size=100)
-_flags.define_sampler_flags()
-flags.DEFINE_list("metrics", None, f"Any of {', '.join(METRICS)}. Default: all that the features allow.")
-flags.DEFINE_integer("num_samples", None, "Number of samples. Default: 50,000; 1,000 for digits.", lower_bound=2)
-flags.DEFINE_string("samples", None, "Score this .npz (`samples`, uint8 [N, H, W, C]) instead of a checkpoint.")
-flags.DEFINE_string("reference", "train", "The real images: train, test, or an .npz like --samples.")
-flags.DEFINE_integer("num_reference", MAX_REFERENCE, "Largest number of real images of a split.", lower_bound=2)
-flags.DEFINE_string("reference_cache", None, "File that keeps their features. Default: in the workdir.")
-flags.DEFINE_enum(
-    "features", None, ("inception", "digits", "pixels"), "Features to compare. Default: inception; digits for digits."
-)  # fmt: skip
-flags.DEFINE_string(
-    "inception", INCEPTION_TFHUB, "A TF-Hub handle, a SavedModel folder, or a frozen graph with pool_3:0 and logits:0."
-)
-flags.DEFINE_string("best_by", None, "The score that chooses the best checkpoint. Default: the first of --metrics.")
-flags.DEFINE_boolean("follow", False, "Score each checkpoint as training writes it, until the last.")
-flags.DEFINE_integer(
-    "eval_every", 1, "With --follow: score the checkpoints at multiples of this step, and the last.", lower_bound=1
-)
 
 
 def _make_scorer(run: MeasuredRun, num_samples: int) -> tuple[Scorer, str]:
@@ -106,10 +118,6 @@ def _print(result: dict[str, Any]) -> None:
 
 def main() -> None:
     run = MeasuredRun.from_flags()
-    if FLAGS.follow and (FLAGS.samples or FLAGS.checkpoint or FLAGS.out):
-        raise InputError("--follow scores every checkpoint into evaluations.jsonl: no --samples, --checkpoint or --out")
-    if FLAGS.eval_every != 1 and not FLAGS.follow:
-        raise InputError("--eval_every goes with --follow")
     if FLAGS.follow:
         for result in _make_checkpoint_scorer(run).follow(FLAGS.eval_every):
             _print(result)

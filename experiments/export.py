@@ -12,11 +12,7 @@ takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
 from absl import flags
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop import export
-from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.workdir import Workdir
-from diffusion_tf.trained_model import load_ema
-from diffusion_tf.unet import UNet
+from diffusion_tf.interop import PROGRAMS
 
 from . import _flags, _program
 
@@ -24,24 +20,38 @@ FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_preset_flags()
 flags.DEFINE_integer("checkpoint", None, "With --workdir: step of the checkpoint. Default: the newest.")
-flags.DEFINE_enum("what", None, export.PROGRAMS, "Program to export.")
+flags.DEFINE_enum("what", None, PROGRAMS, "Program to export.")
 flags.DEFINE_integer("per_replica_batch", 16, "Images that the program computes.", lower_bound=1)
-flags.DEFINE_string("out", None, "Folder to write.")
+_flags.define_path("out", None, "Folder to write.")
 
 
-def main() -> None:
+def _check() -> None:
     _flags.require_flags("what", "out")
     if FLAGS.batch_size is not None:
         raise InputError("--batch_size is for all replicas: give --per_replica_batch instead")
     if FLAGS.checkpoint is not None and FLAGS.workdir is None:
         raise InputError("--checkpoint goes with --workdir")
+    if FLAGS.workdir is None:
+        _flags.preset_from_flags()
+    elif not FLAGS["dataset"].using_default_value:
+        raise InputError("--dataset does not go with --workdir, whose run has its own preset")
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf.interop import export
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import load_ema
+from diffusion_tf.unet import UNet
+
+
+def main() -> None:
     FLAGS.batch_size = FLAGS.per_replica_batch
     if FLAGS.workdir is None:
         preset = _flags.preset_from_flags()
         model = UNet.from_preset(preset)
     else:
-        if not FLAGS["dataset"].using_default_value:
-            raise InputError("--dataset does not go with --workdir, whose run has its own preset")
         workdir = Workdir(FLAGS.workdir)
         preset = _flags.preset_from_flags(workdir.read_preset())
         model = UNet.from_preset(preset)

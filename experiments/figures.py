@@ -13,31 +13,11 @@ import os
 import numpy as np
 from absl import flags
 
-from diffusion_tf.data.source import ImageReader
 from diffusion_tf.errors import InputError
-from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
-from diffusion_tf.evaluation.scores import (
-    MAX_REFERENCE,
-    FeatureExtractor,
-    check_metrics,
-    reference_features,
-    reference_path,
-)
-from diffusion_tf.reports import paper_figures
-from diffusion_tf.reports.figure_files import (
-    FIGURES,
-    SCORED_FIGURES,
-    file_name,
-    samples_caption,
-    to_page,
-    write_figure,
-)
-from diffusion_tf.reports.paper_figures import PaperFigure
-from diffusion_tf.storage.files import check_writable, write_file
-from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.evaluation import MAX_REFERENCE
+from diffusion_tf.reports import FIGURES, SCORED_FIGURES
 
 from . import _flags, _program
-from ._measured_run import MeasuredRun, read_image
 
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=64, out="Picture to write (.png; .gif for animation), or folder for all.")
@@ -51,9 +31,38 @@ flags.DEFINE_integer("crop", None, "neighbors: compare only the central CROP x C
 flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 2.")
 flags.DEFINE_integer("index_a", 0, "Index of the first source image in the test split.", lower_bound=0)
 flags.DEFINE_integer("index_b", 1, "Index of the second source image.", lower_bound=0)
-flags.DEFINE_string("source_a", None, "The first source image as a file, instead of --index_a.")
-flags.DEFINE_string("source_b", None, "The second source image as a file, instead of --index_b.")
-flags.DEFINE_string("inception", None, "Inception, as experiments.evaluate takes it; digits need none.")
+_flags.define_path("source_a", None, "The first source image as a file, instead of --index_a.")
+_flags.define_path("source_b", None, "The second source image as a file, instead of --index_b.")
+_flags.define_path("inception", None, "Inception, as experiments.evaluate takes it; digits need none.")
+
+
+def _check() -> None:
+    _flags.check_measured_run()
+    _flags.require_flags("figure", "out")
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf.data.source import ImageReader
+from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
+from diffusion_tf.evaluation.scores import (
+    FeatureExtractor,
+    check_metrics,
+    reference_features,
+    reference_path,
+)
+from diffusion_tf.reports import paper_figures
+from diffusion_tf.reports.figure_files import (
+    file_name,
+    samples_caption,
+    to_page,
+    write_figure,
+)
+from diffusion_tf.reports.paper_figures import PaperFigure
+from diffusion_tf.storage.files import check_writable, write_file
+from diffusion_tf.trained_model import TrainedModel
+
+from ._measured_run import MeasuredRun, read_image
 
 
 def _source_image(run: MeasuredRun, path: str | None, index: int) -> np.ndarray:
@@ -116,7 +125,6 @@ def _make(figure: str, run: MeasuredRun, step: int, trained: TrainedModel) -> Pa
 
 
 def main() -> None:
-    _flags.require_flags("workdir", "figure", "out")
     run = MeasuredRun.from_flags()
     if FLAGS.t is not None and not 0 <= FLAGS.t <= run.preset.num_timesteps:
         raise InputError(f"--t={FLAGS.t} must be from 0 to the run's {run.preset.num_timesteps} steps")

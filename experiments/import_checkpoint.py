@@ -14,13 +14,7 @@ workdir must not exist; a failed import leaves none behind.
 from absl import flags
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop.diffusers import FORMATS, read_diffusers, write_diffusers
-from diffusion_tf.interop.tf1 import read_tf1
-from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import new_folder
-from diffusion_tf.storage.workdir import Workdir
-from diffusion_tf.trained_model import load_ema
-from diffusion_tf.unet import UNet
+from diffusion_tf.interop import FORMATS
 
 from . import _flags, _program
 
@@ -28,18 +22,37 @@ FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_preset_flags()
 flags.DEFINE_enum("format", None, FORMATS, "Format of --source.")
-flags.DEFINE_string("source", None, "Prefix of the checkpoint's files (tf1), or folder (diffusers).")
+_flags.define_path("source", None, "Prefix of the checkpoint's files (tf1), or folder (diffusers).")
 flags.DEFINE_string(
     "attention_head_dim",
     None,
     "attention_head_dim of a diffusers network whose configuration lacks it: null, since only one head is supported.",
 )
-flags.DEFINE_string("export_diffusers", None, "New folder to write the EMA weights of --workdir to, for diffusers.")
+_flags.define_path("export_diffusers", None, "New folder to write the EMA weights of --workdir to, for diffusers.")
 flags.DEFINE_integer("checkpoint", None, "With --export_diffusers: step of the checkpoint. Default: the newest.")
 
 
+def _check() -> None:
+    _flags.require_flags("workdir")
+    if bool(FLAGS.source) == bool(FLAGS.export_diffusers):
+        raise InputError("give one of --source, to import, and --export_diffusers, to export")
+    if FLAGS.source:
+        _flags.require_flags("format")
+        _flags.preset_from_flags()
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf.interop.diffusers import read_diffusers, write_diffusers
+from diffusion_tf.interop.tf1 import read_tf1
+from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import new_folder
+from diffusion_tf.storage.workdir import Workdir
+from diffusion_tf.trained_model import load_ema
+from diffusion_tf.unet import UNet
+
+
 def _import() -> None:
-    _flags.require_flags("format")
     preset = _flags.preset_from_flags()
     with new_folder(FLAGS.workdir) as temporary:
         model = UNet.from_preset(preset)
@@ -66,9 +79,6 @@ def _export() -> None:
 
 
 def main() -> None:
-    _flags.require_flags("workdir")
-    if bool(FLAGS.source) == bool(FLAGS.export_diffusers):
-        raise InputError("give one of --source, to import, and --export_diffusers, to export")
     (_import if FLAGS.source else _export)()
 
 

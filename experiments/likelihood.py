@@ -9,24 +9,28 @@ PNG of the terms over t; an estimate is likelihood_SPLIT_estimate.json, without 
 """
 
 import os
-from typing import Any
 
 import numpy as np
 from absl import flags
 
-from diffusion_tf import figures
-from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
-from diffusion_tf.storage.files import write_file, write_json
-
 from . import _flags, _program
-from ._measured_run import MeasuredRun
 
 FLAGS = flags.FLAGS
 _flags.define_bound_flags()
 flags.DEFINE_integer(
     "num_timesteps_estimate", None, "Estimate the bound from L_0 and this many random terms per image.", lower_bound=1
 )
+
+_program.parse_flags(__name__, _flags.check_measured_run)
+
+from typing import Any
+
+from diffusion_tf import figures
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
+from diffusion_tf.storage.files import write_file, write_json
+
+from ._measured_run import MeasuredRun
 
 _TABLE = """
 {images}: {num_images} images, step {step}

@@ -12,15 +12,13 @@ import shlex
 
 from absl import flags
 
-from diffusion_tf.data.image_folders import find_images
-from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.presets import PRESETS
 
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("source", None, "An unpacked LSUN LMDB folder (with data.mdb), or a folder of images at any depth.")
-flags.DEFINE_string("out", None, "Folder to write (may be gs://).")
+_flags.define_path("source", None, "An unpacked LSUN LMDB folder (with data.mdb), or a folder of images at any depth.")
+_flags.define_path("out", None, "Folder to write (may be gs://).")
 flags.DEFINE_string("name", "church", "Prefix of the files' names.")
 flags.DEFINE_integer("resolution", 256, "Height and width of the written images, a power of two.")
 flags.DEFINE_integer("num_shards", None, "Number of files. Default: one per 4,096 images, at least 16.", lower_bound=1)
@@ -29,8 +27,17 @@ flags.DEFINE_integer("limit", None, "Number of images. Default: all.", lower_bou
 flags.DEFINE_integer("skip_bad_images", 0, "Number of unreadable images to tolerate.", lower_bound=0)
 
 
-def main() -> None:
+def _check() -> None:
     _flags.require_flags("source", "out")
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.prepare_tfrecords import prepare
+
+
+def main() -> None:
     pattern, manifest = prepare(
         find_images(FLAGS.source, FLAGS.limit),
         FLAGS.out,

@@ -11,22 +11,27 @@ picture includes the files of `compress`, if this checkpoint has compressed the 
 import csv
 import io
 import os
-from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from absl import flags
+
+from . import _flags, _program
+
+FLAGS = flags.FLAGS
+_flags.define_bound_flags()
+
+_program.parse_flags(__name__, _flags.check_measured_run)
+
+from typing import Any
+
+import tensorflow as tf
 
 from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
 
-from . import _flags, _program
 from ._measured_run import MeasuredRun
-
-FLAGS = flags.FLAGS
-_flags.define_bound_flags()
 
 
 def _table(rows: list[dict[str, Any]], with_paper: bool) -> list[dict[str, Any]]:

@@ -10,20 +10,26 @@ import os
 
 from absl import flags
 
+from . import _flags, _program
+
+FLAGS = flags.FLAGS
+_flags.define_workdir_flag()
+_flags.define_path("out", None, "Markdown file to write, with a PNG beside it. Default: in the workdir.")
+
+
+def _check() -> None:
+    _flags.require_flags("workdir")
+
+
+_program.parse_flags(__name__, _check)
+
 from diffusion_tf.reports.run_page import to_markdown, to_png
 from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.workdir import Workdir
 
-from . import _flags, _program
-
-FLAGS = flags.FLAGS
-_flags.define_workdir_flag()
-flags.DEFINE_string("out", None, "Markdown file to write, with a PNG beside it. Default: in the workdir.")
-
 
 def main() -> None:
-    _flags.require_flags("workdir")
     workdir = Workdir(FLAGS.workdir)
     record = read_run(workdir)
     out = _flags.out_path(os.path.join(workdir.path, "report.md"), ".md")

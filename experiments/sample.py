@@ -14,15 +14,9 @@ rounding. The file holds `samples`, uint8 [N, H, W, C].
 import numpy as np
 from absl import flags
 
-from diffusion_tf import figures
 from diffusion_tf.errors import InputError
-from diffusion_tf.evaluation.scores import file_images
-from diffusion_tf.samplers import Sampler, ddim_inversion
-from diffusion_tf.storage.files import check_writable, write_file, write_npz
-from diffusion_tf.trained_model import TrainedModel
 
 from . import _flags, _program
-from ._measured_run import MeasuredRun
 
 FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
@@ -33,9 +27,27 @@ flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the n
 flags.DEFINE_integer("num_samples", 64, "Number of samples.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1)
-flags.DEFINE_string("out", None, "The .npz file to write.")
-flags.DEFINE_string("encode", None, "With --sampler=ddim: an .npz of `samples` to encode and decode.")
-flags.DEFINE_string("png", None, "PNG to write a grid of the samples to.")
+_flags.define_path("out", None, "The .npz file to write.")
+_flags.define_path("encode", None, "With --sampler=ddim: an .npz of `samples` to encode and decode.")
+_flags.define_path("png", None, "PNG to write a grid of the samples to.")
+
+
+def _check() -> None:
+    _flags.check_measured_run()
+    _flags.require_flags("out")
+    if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
+        raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf import figures
+from diffusion_tf.evaluation.scores import file_images
+from diffusion_tf.samplers import Sampler, ddim_inversion
+from diffusion_tf.storage.files import check_writable, write_file, write_npz
+from diffusion_tf.trained_model import TrainedModel
+
+from ._measured_run import MeasuredRun
 
 
 def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
@@ -51,9 +63,6 @@ def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    _flags.require_flags("workdir", "out")
-    if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
-        raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
     run = MeasuredRun.from_flags()
     settings = _flags.sampler_from_flags(run.preset)
     step, checkpoint = run.find_checkpoint()

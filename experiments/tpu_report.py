@@ -9,14 +9,10 @@ compile, and --find_batch compiles about eight. Nothing runs on a TPU.
 
 import dataclasses
 import sys
-from importlib.metadata import version
-from typing import Any
 
 from absl import flags
 
 from diffusion_tf.interop.tpu_compiler import TOPOLOGIES, require_compiler
-from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_table
-from diffusion_tf.storage.files import write_json
 
 from . import _flags, _program
 
@@ -28,7 +24,15 @@ flags.DEFINE_integer(
     lower_bound=1,
 )  # fmt: skip
 flags.DEFINE_boolean("find_batch", False, "Find the largest training batch that fits.")
-flags.DEFINE_string("out", None, "JSON file to write.")
+_flags.define_path("out", None, "JSON file to write.")
+
+_program.parse_flags(__name__, _flags.preset_from_flags)
+
+from importlib.metadata import version
+from typing import Any
+
+from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_table
+from diffusion_tf.storage.files import write_json
 
 
 def _log(line: str) -> None:

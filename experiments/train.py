@@ -11,12 +11,6 @@ import json
 
 from absl import flags
 
-from diffusion_tf.data import open_source
-from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.training.loop import train_in_workdir
-from diffusion_tf.unet import UNet
-
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
@@ -30,6 +24,21 @@ flags.DEFINE_integer(
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
 
 
+def _check() -> None:
+    _flags.preset_from_flags()
+    if not FLAGS.dry_run:
+        _flags.require_flags("workdir")
+
+
+_program.parse_flags(__name__, _check)
+
+from diffusion_tf.data import open_source
+from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.training.loop import train_in_workdir
+from diffusion_tf.unet import UNet
+
+
 def main() -> None:
     preset = _flags.preset_from_flags()
     if FLAGS.dry_run:
@@ -37,7 +46,6 @@ def main() -> None:
         print(json.dumps(dataclasses.asdict(preset), indent=2))
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
-    _flags.require_flags("workdir")
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
     source = open_source(

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from diffusion_tf.compression import bitstream
+from diffusion_tf.compression import CHUNK_BITS, bitstream
 from diffusion_tf.compression.bitstream import HEADER_BYTES, Header
 from diffusion_tf.compression.codec import Codec, Encoded
-from diffusion_tf.compression.tables import CHUNK_BITS, TableStore
+from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import read_file

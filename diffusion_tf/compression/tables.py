@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
+from diffusion_tf.compression import CHUNK_BITS
 from diffusion_tf.compression.bitstream import StepModel
 from diffusion_tf.compression.channel import rows_for
 from diffusion_tf.compression.coarse_schedule import StepCosts, cheapest_path, max_chunks, num_chunks
@@ -23,7 +24,6 @@ from diffusion_tf.rng import CounterRng
 from diffusion_tf.storage.files import check_writable, first_line, read_json, write_file
 from diffusion_tf.trained_model import TrainedModel
 
-CHUNK_BITS = range(4, 25)  # what `chunk_bits` may be
 _MAX_TABLE_BYTES = 1 << 26
 _MAX_FREQUENCIES = 1 << 17  # numbers in a frequency table
 _GRID = 150  # timesteps that a coarse schedule is chosen from

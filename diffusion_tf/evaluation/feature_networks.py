@@ -14,8 +14,6 @@ from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.storage.files import first_line, read_file
 
-# TF-GAN's export of the 2015 Inception network, by which FID and Inception Score are defined.
-INCEPTION_TFHUB = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
 _INCEPTION_SIZE = 299
 DIGITS_SHAPE = (8, 8, 1)  # (H, W, C) of the images that the digits classifier takes
 _MAX_PIXELS = 4096

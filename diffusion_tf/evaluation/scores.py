@@ -17,7 +17,7 @@ import tensorflow as tf
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import x_to_pixels
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
-from diffusion_tf.evaluation import metrics
+from diffusion_tf.evaluation import METRICS, metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.evaluation.tfgan_eval import classifier_metrics
 from diffusion_tf.presets import Preset
@@ -31,7 +31,6 @@ from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel, load_ema
 
-METRICS = ("fid", "inception_score", "kid", "precision_recall")
 # Names by network: only Inception features give a FID.
 _NAMES = {
     "inception": {"fid": "fid", "kid": "kid", "inception_score": "inception_score"},
@@ -42,7 +41,6 @@ _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", 
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
-MAX_REFERENCE = 50_000  # default number of real images: the millions of LSUN would not fit in memory
 _KERNEL_BLOCK = 1024  # images per block of TF-GAN's kernel distance
 
 

@@ -1,1 +1,7 @@
-"""Exchange with other frameworks: TF1 and diffusers weights, StableHLO, SavedModels and the TPU compiler."""
+"""Exchange with other frameworks: TF1 and diffusers weights, StableHLO, SavedModels and the TPU compiler.
+
+The names here need no TensorFlow: flags are checked before it is imported.
+"""
+
+FORMATS = ("tf1", "diffusers")  # of weights to import
+PROGRAMS = ("train_step", "sample_step", "sampler", "denoiser")  # to export

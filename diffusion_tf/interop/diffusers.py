@@ -21,7 +21,6 @@ from diffusion_tf.storage.safetensors_header import ArraySpec, read_arrays, read
 from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet
 
-FORMATS = ("tf1", "diffusers")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SCHEDULER = "scheduler_config.json"
 _LAYERS = {

@@ -20,7 +20,6 @@ from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.training.step import train_step
 from diffusion_tf.unet import UNet
 
-PROGRAMS = ("train_step", "sample_step", "sampler", "denoiser")
 WITH_SAVED_MODEL = ("sampler", "denoiser")
 
 

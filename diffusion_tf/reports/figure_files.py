@@ -9,9 +9,6 @@ from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.storage.files import write_file, write_json
 from diffusion_tf.storage.workdir import Workdir
 
-FIGURES = ("samples", "progressive", "shared_latents", "interpolation", "coarse_to_fine", "neighbors", "animation")
-SCORED_FIGURES = ("progressive_quality",)  # which need a feature network
-
 
 def file_name(figure: str) -> str:
     """The name of a figure's file: GIF for the animation, else PNG."""

@@ -8,9 +8,8 @@ import tensorflow as tf
 
 from diffusion_tf import tpu_attached
 from diffusion_tf.errors import ConfigError
+from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.storage.files import first_line
-
-STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device")
 
 
 def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.Strategy:
