@@ -66,12 +66,13 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot write {path} ({_reason(error)})") from error
+        raise InputError(f"cannot write {path} ({write_reason(error)})") from error
 
 
-def _reason(error: Exception) -> str:
+def write_reason(error: Exception) -> str:
+    """Returns why a write failed."""
     if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-        return "the disk is full: make room and repeat the command"
+        return "the disk is full: make room on it"
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "it is a symbolic link: remove it"
     return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
