@@ -104,7 +104,7 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
         record = {"images": subject, "num_images": len(images), "split": FLAGS.split, "step": step, "seed": FLAGS.seed}
         if FLAGS.lossless:
             record["lossless_bits_per_dim"] = bits_per_dim
-        base = os.path.join(run.workdir.path, f"compression_{FLAGS.split}")
+        base = os.path.join(run.results.path, f"compression_{FLAGS.split}")
         write_json(f"{base}.json", {**record, "chunk_bits": table.chunk_bits, **measurement.record(images)})
         write_file(f"{base}.png", measurement.picture(images, subject))
         print(f"numbers: {base}.json\npicture: {base}.png")
@@ -113,7 +113,8 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
 def _decode(run: MeasuredRun, tables: TableStore) -> None:
     paths = [FLAGS.source]
     if tf.io.gfile.isdir(FLAGS.source):
-        paths = sorted(tf.io.gfile.glob(os.path.join(FLAGS.source, f"*{EXTENSION}")))
+        names = sorted(name for name in tf.io.gfile.listdir(FLAGS.source) if name.endswith(EXTENSION))
+        paths = [os.path.join(FLAGS.source, name) for name in names]
         if not paths:
             raise InputError(f"--source={FLAGS.source} holds no {EXTENSION} files")
     files = {path: read_image_file(path, run.preset.image_shape) for path in paths}
@@ -135,6 +136,7 @@ def main(command: str) -> None:
         batch_size=FLAGS.batch_size,
         num_images=FLAGS.num_table_images,
         seed=FLAGS.seed,
+        new_folder=os.path.join(run.results.path, "compression"),
     )
     if command == "encode":
         _encode(run, step, tables)
