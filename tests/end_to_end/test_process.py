@@ -82,7 +82,7 @@ def test_ctrl_c_at_any_time_of_training_is_one_line(tmp_path, seconds):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, exit_code):
-    flags = [f"--workdir={tmp_path}/run", *killed_runs.TINY, "--num_steps=200", "--checkpoint_every=100"]
+    flags = [f"--workdir={tmp_path}/run", *killed_runs.TINY, "--num_steps=400"]
     process, log = start(tmp_path, "train", *flags)
     killed_runs.wait_for(lambda: killed_runs.metrics(tmp_path / "run"))
     process.send_signal(number)
