@@ -22,9 +22,17 @@ CHOICES = {
 }
 
 
-def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool = True) -> Any:
-    """A field and its help text; `recipe=False` if a resumed run may change it."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "recipe": recipe})
+def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool = True, changeable: bool = False) -> Any:
+    """A field and its help text.
+
+    Args:
+      help_text: the help text.
+      default: the default value.
+      recipe: False if a resumed run may change the field.
+      changeable: whether a resumed run may change a field of the recipe if the user allows it: the network, the
+        diffusion process, the data and their order stay.
+    """
+    return dataclasses.field(default=default, metadata={"help": help_text, "recipe": recipe, "changeable": changeable})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +52,11 @@ class Preset:
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
     num_res_blocks: int = _field("Residual blocks at each resolution.", 2)
     attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention.", (16,))
-    dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0)
+    dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0, changeable=True)
 
-    precision: str = _field("Compute dtype of convolutions and matmuls; everything else stays float32.", "float32")
+    precision: str = _field(
+        "Compute dtype of convolutions and matmuls; everything else stays float32.", "float32", changeable=True
+    )
 
     num_timesteps: int = _field("Number of diffusion steps T.", 1000)
     beta_schedule: str = _field("How beta grows over the diffusion steps.", "linear")
@@ -58,16 +68,22 @@ class Preset:
     model_var_type: str = _field(
         "Variance of the reverse process: beta (fixedlarge), the posterior's (fixedsmall), or learned.", "fixedlarge"
     )
-    loss_type: str = _field("Loss: mse is L_simple (Eq. 14), kl the variational bound (Eq. 5).", "mse")
+    loss_type: str = _field("Loss: mse is L_simple (Eq. 14), kl the variational bound (Eq. 5).", "mse", changeable=True)
 
-    learning_rate: float = _field("Learning rate of Adam after the warm-up.", 2e-4)
+    learning_rate: float = _field("Learning rate of Adam after the warm-up.", 2e-4, changeable=True)
     batch_size: int = _field("Images in each training step, over all replicas.", 128)
     num_steps: int = _field(
         "Training steps in total; resume with a larger value to train longer.", 800_000, recipe=False
     )
-    warmup_steps: int = _field("Training steps over which the learning rate grows linearly from 0.", 5000)
-    grad_clip: float = _field("Maximum global norm of the gradient, after averaging over replicas.", 1.0)
-    ema_decay: float = _field("Decay of the EMA weights, which all samples and metrics use, in [0, 1).", 0.9999)
+    warmup_steps: int = _field(
+        "Training steps over which the learning rate grows linearly from 0.", 5000, changeable=True
+    )
+    grad_clip: float = _field(
+        "Maximum global norm of the gradient, after averaging over replicas.", 1.0, changeable=True
+    )
+    ema_decay: float = _field(
+        "Decay of the EMA weights, which all samples and metrics use, in [0, 1).", 0.9999, changeable=True
+    )
     seed: int = _field("Seed of the weights, the data order and all noise, in [0, 2^32).", 0)
 
     steps_per_loop: int = _field(
@@ -118,6 +134,9 @@ class Preset:
         fields = [field for field in dataclasses.fields(self) if field.metadata["recipe"]]
         return {field.name: getattr(self, field.name) for field in fields}
 
+
+# The fields of the recipe that a resumed run may change if the user allows it.
+CHANGEABLE = tuple(field.name for field in dataclasses.fields(Preset) if field.metadata["changeable"])
 
 # (fields, whether a value is valid, what it must be), in the order in which they are checked.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

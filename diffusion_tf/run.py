@@ -293,6 +293,7 @@ def train(
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
+    allow_recipe_change: bool = False,
 ) -> Run:
     """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
 
@@ -307,6 +308,8 @@ def train(
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
+      allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
+        ema_decay, dropout, loss_type or precision; config.json records the change.
 
     Returns:
       The run with the EMA weights of its last step.
@@ -328,7 +331,13 @@ def train(
         source = array_source(images)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset, resolved, source, workdir, command=f"diffusion_tf.train({preset}, {workdir!r})\n", callbacks=callbacks
+        preset,
+        resolved,
+        source,
+        workdir,
+        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        callbacks=callbacks,
+        allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
 

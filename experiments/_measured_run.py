@@ -1,10 +1,12 @@
 """A trained run as the flags of a measurement name it."""
 
 import dataclasses
+import functools
+import os
 from typing import Any
 
 import tensorflow as tf
-from absl import flags
+from absl import flags, logging
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
@@ -21,6 +23,7 @@ from diffusion_tf.likelihood import Bound, measure_bound
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import check_writable
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
@@ -47,6 +50,28 @@ class MeasuredRun:
         if FLAGS.precision:
             preset = dataclasses.replace(preset, precision=FLAGS.precision)
         return cls(workdir, preset, make_strategy(FLAGS.strategy, FLAGS.tpu))
+
+    @functools.cached_property
+    def results(self) -> Workdir:
+        """Where measurements keep their results: the run's folder, or a folder beside --out if that cannot be written.
+
+        Raises:
+          InputError: the run's folder cannot be written, and there is no --out.
+        """
+        try:
+            check_writable(os.path.join(self.workdir.path, "results"))
+            return self.workdir
+        except InputError as error:
+            if not FLAGS.out:
+                raise InputError(f"{error}: --out puts the results elsewhere") from error
+            name = os.path.basename(os.path.abspath(self.workdir.path))
+            results = Workdir(os.path.join(os.path.dirname(FLAGS.out.rstrip("/")), f"{name}.results"))
+            logging.warning("%s: %s keeps what belongs there", error, results.path)
+            return results
+
+    def find(self, path: str) -> str:
+        """`path` in the run's folder if it exists, else the same in `results`."""
+        return path if tf.io.gfile.exists(path) else self.results.path + path.removeprefix(self.workdir.path)
 
     def find_checkpoint(self) -> tuple[int, str]:
         """(step, path) of the checkpoint that --checkpoint names; by default of the newest.
@@ -90,7 +115,7 @@ class MeasuredRun:
             num_images=num_images,
             batch_size=FLAGS.batch_size,
             seed=FLAGS.seed,
-            partial=self.workdir.partial,
+            partial=self.results.partial,
             subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
             num_timesteps_estimate=num_timesteps_estimate,
         )

@@ -106,7 +106,7 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
         record = {"images": subject, "num_images": len(images), "split": FLAGS.split, "step": step, "seed": FLAGS.seed}
         if FLAGS.lossless:
             record["lossless_bits_per_dim"] = bits_per_dim
-        base = os.path.join(run.workdir.path, f"compression_{FLAGS.split}")
+        base = os.path.join(run.results.path, f"compression_{FLAGS.split}")
         write_json(f"{base}.json", {**record, "chunk_bits": table.chunk_bits, **measurement.record(images)})
         write_file(f"{base}.png", measurement.picture(images, subject))
         print(f"numbers: {base}.json\npicture: {base}.png")
@@ -138,6 +138,7 @@ def main(command: str) -> None:
         batch_size=FLAGS.batch_size,
         num_images=FLAGS.num_table_images,
         seed=FLAGS.seed,
+        new_folder=os.path.join(run.results.path, "compression"),
     )
     if command == "encode":
         _encode(run, step, tables)

@@ -89,8 +89,8 @@ def _quality(run: MeasuredRun, trained: TrainedModel, network: FeatureNetwork | 
         raise InputError("--figure=progressive_quality needs --inception")
     real = run.split_images("train", at_most=MAX_REFERENCE)
     check_metrics(("fid", "inception_score"), network.name, FLAGS.num_samples, real.count)
-    extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.workdir.partial)
-    features = reference_features(extractor, real, reference_path(run.workdir, network, real))
+    extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.results.partial)
+    features = reference_features(extractor, real, run.find(reference_path(run.workdir, network, real)))
     return paper_figures.progressive_quality(
         trained, network, features, count=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed
     )

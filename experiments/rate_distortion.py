@@ -58,7 +58,7 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
 
 def _measured_files(run: MeasuredRun, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bits/dim and RMSE of the files that `compress` wrote for this split with the checkpoint of `step`."""
-    path = os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json")
+    path = run.find(os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json"))
     record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
         return {}
@@ -81,7 +81,7 @@ def _figure(rows: list[dict[str, Any]], files: dict[str, tuple[np.ndarray, np.nd
 
 def main() -> None:
     run = MeasuredRun.from_flags()
-    out = _flags.out_path(os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
+    out = _flags.out_path(os.path.join(run.results.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
     bound, subject = run.measure_bound()
     rate, rmse = rate_distortion(bound)
     rows = [

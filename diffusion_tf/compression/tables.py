@@ -136,6 +136,7 @@ class TableStore:
         each replica, fewer for larger images.
       num_images: training images from which a new table is made. Default: 256 for the digits, 5 for CIFAR-10.
       seed: seed of a new table's noise.
+      new_folder: folder of a new table's file; default: `folder`.
     """
 
     def __init__(
@@ -149,17 +150,21 @@ class TableStore:
         batch_size: int | None = None,
         num_images: int | None = None,
         seed: int = 0,
+        new_folder: str | None = None,
     ):
         num_dims = math.prod(trained.preset.image_shape)
         self.trained = trained
-        self._folder, self._digest, self._step = folder, checkpoint_digest, step
+        self._folder, self._new_folder = folder, new_folder or folder
+        self._digest, self._step = checkpoint_digest, step
         self._open_train, self._batch_size, self._seed = open_train, batch_size, seed
         # A larger image has more chunks to learn from, and takes the network more time.
         self._num_images = num_images or int(np.clip(2**14 // num_dims, 4, 256))
 
     def path(self, chunk_bits: int) -> str:
         """The path of a table's file."""
-        return os.path.join(self._folder, f"step_{self._step:08d}_bits_{chunk_bits}.json")
+        name = f"step_{self._step:08d}_bits_{chunk_bits}.json"
+        there = os.path.join(self._folder, name)
+        return there if tf.io.gfile.exists(there) else os.path.join(self._new_folder, name)
 
     def get(self, chunk_bits: int) -> Table:
         """The table for chunks of at most `chunk_bits`, made and written if its file does not exist.

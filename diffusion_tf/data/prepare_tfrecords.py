@@ -7,6 +7,7 @@ Every worker imports TensorFlow, which takes seconds. Spawning repeats the impor
 TensorFlow's writer has a fast CRC32C and writes to gs://.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -26,7 +27,7 @@ import tqdm
 from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.tfrecord_shards import Shard, check_skipped, write_shard
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
-from diffusion_tf.storage.files import check_writable, first_line, read_json, write_json
+from diffusion_tf.storage.files import check_writable, read_json, write_json, writing
 
 # A killed run loses at most one shard per worker, and training's shuffle buffer holds 5,461 images of 256x256.
 _IMAGES_PER_SHARD = 4096
@@ -92,7 +93,13 @@ def prepare(
     }
     manifest_path = os.path.join(os.path.expanduser(out), f"{name}.json")
     manifest = _open_manifest(manifest_path, settings, shards, f"{prefix}*.tfrecords")
-    _write_missing(shards, manifest_path, manifest, make_executor(num_workers))
+    try:
+        _write_missing(shards, manifest_path, manifest, make_executor(num_workers))
+    except BaseException:
+        for shard in shards:
+            with contextlib.suppress(tf.errors.OpError):
+                shard.remove_temporary()
+        raise
     if not any(entry["records"] for entry in manifest["shards"].values()):
         raise ConfigError("source", f"={images.path}: none of its {count:,} images can be read")
     return f"{prefix}*.tfrecords", manifest
@@ -223,10 +230,8 @@ def _is_whole(path: str, entry: dict[str, Any] | None) -> bool:
 
 
 def _publish(shard: Shard) -> None:
-    try:
+    with writing(shard.path):
         tf.io.gfile.rename(shard.temporary, shard.path, overwrite=True)
-    except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot write {shard.path} ({first_line(error)})") from error
 
 
 def _start_worker() -> None:

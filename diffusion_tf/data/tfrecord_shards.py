@@ -1,5 +1,6 @@
 """Writes one TFRecord shard of images and reads it back: the work of one worker process."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from diffusion_tf.data.image_folders import EncodedImages, decode_square
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecords import serialize, tfrecord_source
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.files import write_reason
 
 _READ_BACK_IMAGES = 64  # images that are read back at once
 _DIGEST_BYTES = 2**24  # bytes of a file that are digested at once
@@ -38,6 +39,11 @@ class Shard:
     def temporary(self) -> str:
         """The path that a worker writes to, before the main process renames it."""
         return f"{self.path}.tmp"
+
+    def remove_temporary(self) -> None:
+        """Removes the temporary file, if there is one."""
+        with contextlib.suppress(tf.errors.NotFoundError):
+            tf.io.gfile.remove(self.temporary)
 
 
 def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = serialize) -> dict[str, Any]:
@@ -68,7 +74,8 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
                 sha256.update(chunk)
             return {"records": num_records, "bytes": file.size(), "sha256": sha256.hexdigest(), "skipped": skipped}
     except (tf.errors.OpError, OSError) as error:  # TensorFlow's errors cannot be pickled for the main process
-        raise InputError(f"cannot write {shard.path} ({first_line(error)}): repeat the command to continue") from error
+        reason = write_reason(error)
+        raise InputError(f"cannot write {shard.path} ({reason}): repeat the command to continue") from error
 
 
 def check_skipped(skipped: Mapping[str, str], shard: Shard) -> None:
@@ -91,6 +98,7 @@ def _write_records(shard: Shard, serialize: Callable[[np.ndarray], bytes]) -> tu
     """Writes the shard; returns the number of records, the SHA-256 of all pixels, and the skipped {key: reason}."""
     pixels, num_records = hashlib.sha256(), 0
     skipped: dict[str, str] = {}
+    shard.remove_temporary()  # it may be a link
     with tf.io.TFRecordWriter(shard.temporary) as writer, shard.images.reader() as read:
         for key in shard.images.keys:
             try:

@@ -25,6 +25,7 @@ from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.event_files import EventFile
 from diffusion_tf.storage.files import Arrays, read_json, read_npz, write_json, write_npz
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
@@ -330,12 +331,10 @@ def record_evaluation(
       best_by: the score that decides.
     """
     line = {**result, **scores}
-    writer = tf.summary.create_file_writer(os.path.join(workdir.tensorboard, "evaluation"))
-    with writer.as_default(step=result["step"]):
-        for name, score in scores.items():
-            tf.summary.scalar(f"evaluation/{name}", score)
-    writer.close()
     workdir.append_evaluation(line)
+    events = EventFile(os.path.join(workdir.tensorboard, "evaluation"))
+    events.scalars(result["step"], {f"evaluation/{name}": score for name, score in scores.items()})
+    events.close()
 
     folder = os.path.join(workdir.checkpoints, "best")
     record = os.path.join(folder, "evaluation.json")

@@ -1,6 +1,7 @@
 """The results in a run's folder, as training and the measurements left them."""
 
 import dataclasses
+import fnmatch
 import os
 from typing import Any
 
@@ -98,8 +99,9 @@ def read_run(workdir: Workdir) -> RunRecord:
         paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
         return {split: read_json(path) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
-    def last(pattern: str) -> str | None:
-        return max(tf.io.gfile.glob(pattern), default=None)
+    def last(folder: str, pattern: str) -> str | None:
+        names = fnmatch.filter(tf.io.gfile.listdir(folder), pattern) if tf.io.gfile.isdir(folder) else []
+        return os.path.join(folder, max(names)) if names else None
 
     return RunRecord(
         config=config,
@@ -108,6 +110,6 @@ def read_run(workdir: Workdir) -> RunRecord:
         rate_distortion=by_split("rate_distortion"),
         compression=by_split("compression"),
         evaluations=workdir.read_evaluations(),
-        samples=last(os.path.join(workdir.samples, "step_*.png")),
-        reconstructions=last(os.path.join(workdir.path, "compression_*.png")),
+        samples=last(workdir.samples, "step_*.png"),
+        reconstructions=last(workdir.path, "compression_*.png"),
     )

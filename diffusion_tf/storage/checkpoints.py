@@ -20,7 +20,7 @@ from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import Arrays, copy_file, first_line, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, first_line, remove, write_file
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2
@@ -31,6 +31,7 @@ PACKAGES = {
     "tensorflow": tf.__version__,
 }
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
+_UNFINISHED = re.compile(r"step_\d{8,}\.safetensors\..*tmp")
 _ADVICE = "remove it, or name another"
 
 
@@ -165,7 +166,7 @@ def copy_into(folder: str, path: str) -> str:
     load(copy)
     for step in before:
         if checkpoint_path(folder, step) != copy:
-            tf.io.gfile.remove(checkpoint_path(folder, step))
+            remove(checkpoint_path(folder, step))
     return copy
 
 
@@ -186,13 +187,14 @@ def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | Non
                 sound.add(step)
                 count += 1
         elif not keep_every or step % keep_every:
-            tf.io.gfile.remove(checkpoint_path(folder, step))
+            remove(checkpoint_path(folder, step))
 
 
 def remove_unfinished(folder: str) -> None:
     """Removes half-written files of an earlier process; only the process that owns the run may call this."""
-    for path in tf.io.gfile.glob(os.path.join(folder, "step_*.safetensors.tmp")):
-        tf.io.gfile.remove(path)
+    for name in tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []:
+        if _UNFINISHED.fullmatch(name):
+            remove(os.path.join(folder, name))
 
 
 def _is_sound(path: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 import tqdm
 
-from diffusion_tf.storage.files import Arrays, read_npz, write_npz
+from diffusion_tf.storage.files import Arrays, read_npz, remove, write_npz
 
 
 class ResumableBatches:
@@ -49,5 +49,4 @@ class ResumableBatches:
 
     def remove(self) -> None:
         """Removes the batches, once the result of the measurement is written."""
-        if tf.io.gfile.isdir(self.folder):
-            tf.io.gfile.rmtree(self.folder)
+        remove(self.folder)

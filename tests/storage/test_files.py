@@ -78,8 +78,6 @@ def test_a_new_folder_is_complete_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(str(path)) as folder:
         fail(folder)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "new.tmp").mkdir()  # left by a killed process
-    (tmp_path / "new.tmp/old").write_bytes(b"")
     path.mkdir()
     with new_folder(f"{path}/") as folder:
         write_file(f"{folder}/a/b", b"whole")
