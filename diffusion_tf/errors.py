@@ -32,6 +32,10 @@ class DamagedFileError(InputError):
     """A file exists, but its contents are not what was written to it."""
 
 
+class NotFiniteError(InputError):
+    """A network or a score gave NaN or infinity, so that there is no picture and no number to show."""
+
+
 class DivergedError(InputError):
     """Training produced values that are not finite, and did so again after it went back to a checkpoint."""
 

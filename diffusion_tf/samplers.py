@@ -206,6 +206,8 @@ class Sampler:
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
         self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
         self.seed = seed
+        self._trained = trained
+        self._timesteps = np.arange(diffusion.num_timesteps)[::-1] if table is None else table.timesteps
         self._batch_size = batch_size
 
         def noise(first_image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -218,12 +220,16 @@ class Sampler:
             seed: tf.Tensor,
             start: tf.Tensor,
             stop: tf.Tensor,
-        ) -> tuple[tf.Tensor, tf.Tensor]:
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             noise_fn, denoise_fn = sample_noise(seed[0], first_image, shape), trained.denoise_fn()
             if table is None:
                 start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
-                return reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop), pred_xstart
-            return table_steps(diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0])
+                x_t = reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop)
+            else:
+                x_t, pred_xstart = table_steps(
+                    diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0]
+                )
+            return x_t, pred_xstart, tf.reduce_all(tf.math.is_finite(x_t), axis=[1, 2, 3])
 
         self._noise = trained.over_replicas(noise, batch_size)
         self._steps = trained.over_replicas(steps, batch_size)
@@ -232,6 +238,9 @@ class Sampler:
         """Images first_image, ..., first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
 
         `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
+
+        Raises:
+          NotFiniteError: an image is not finite.
         """
         seed = tf.fill([self._batch_size], tf.constant(self.seed, tf.int64))
         x_t = self._noise(first_image, seed)
@@ -241,13 +250,18 @@ class Sampler:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
-                x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, seed, *steps)
-                x_t[:1].numpy()  # waits for the device, so that the bar shows finished steps
+                x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, *steps)
+                # Reading it waits for the device, so that the bar shows finished steps.
+                self._trained.check_finite(finite, f"at t = {self._timesteps[stop - 1]}, samples", first=first_image)
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
     def draw(self, num_samples: int) -> np.ndarray:
-        """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar."""
+        """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar.
+
+        Raises:
+          NotFiniteError: a sample is not finite.
+        """
         batches = []
         with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
@@ -274,19 +288,25 @@ class ProgressiveSampler:
 
         def sample(first_image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             noise_fn = sample_noise(seed, first_image, shape)
-            x_start, xstartpreds = p_sample_loop_progressive(
+            return p_sample_loop_progressive(
                 trained.diffusion, trained.denoise_fn(), noise_fn, include_xstartpred_freq=include_xstartpred_freq
             )
-            return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
 
+        self._trained = trained
         self._sample = trained.over_replicas(sample, batch_size)
 
     def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Images first_image, ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
 
         Prediction k is that at t = k * include_xstartpred_freq. T network evaluations.
+
+        Raises:
+          NotFiniteError: an image or a prediction is not finite.
         """
-        return self._sample(first_image)
+        x_start, xstartpreds = self._sample(first_image)
+        for values in (x_start, xstartpreds):
+            self._trained.check_finite(values, "samples", first=first_image)
+        return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
 
 
 class ReverseProcess:
@@ -328,6 +348,9 @@ class ReverseProcess:
 
         Returns:
           float32 [N, H, W, C].
+
+        Raises:
+          NotFiniteError: an image is not finite.
         """
         start, stop = (np.broadcast_to(np.asarray(steps, np.int32), [len(x_t)]) for steps in (start, stop))
         results = []
@@ -338,6 +361,7 @@ class ReverseProcess:
             padding = self.batch_size - count
             batch = [np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1), mode="edge") for array in batch]
             results.append(self._steps(first_image + i, *batch)[:count].numpy())
+            self.trained.check_finite(results[-1], "samples", first=first_image + i)
         return np.concatenate(results)
 
 
@@ -361,6 +385,7 @@ def ddim_inversion(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the spacing is unknown.
+      NotFiniteError: a latent or an image is not finite.
     """
     diffusion = trained.diffusion
     ts = timesteps(diffusion.schedule, steps, spacing)
@@ -378,6 +403,8 @@ def ddim_inversion(
     invert, batches = trained.over_replicas(both_ways, batch_size), []
     for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="inverting"):
         latents, x = invert(first, images_to_x(images[first : first + batch_size]))
+        for values, what in ((latents, "latents"), (x, "samples")):
+            trained.check_finite(values, what, first=first)
         batches.append((latents.numpy(), x_to_images(x).numpy()))
     latents, samples = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return latents, samples

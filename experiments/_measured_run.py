@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffusion_tf.evaluation.feature_networks import (
     pixels_network,
 )
 from diffusion_tf.evaluation.scores import Images, source_images
-from diffusion_tf.likelihood import Bound, measure_bound
+from diffusion_tf.likelihood import Bound, count_levels, describe_levels, measure_bound
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
@@ -109,9 +110,10 @@ class MeasuredRun:
         step, checkpoint = self.find_checkpoint()
         source = self.open_source(FLAGS.split)
         num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
+        reader = ImageReader(source)
         bound = measure_bound(
             TrainedModel.from_checkpoint(self.preset, self.strategy, checkpoint),
-            ImageReader(source),
+            reader,
             num_images=num_images,
             batch_size=FLAGS.batch_size,
             seed=FLAGS.seed,
@@ -119,5 +121,14 @@ class MeasuredRun:
             subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
             num_timesteps_estimate=num_timesteps_estimate,
         )
+        levels = count_levels(reader, num_images)
         subject = {"dataset": self.preset.dataset, "images": source.name, "split": FLAGS.split}
-        return bound, {**subject, "num_images": num_images, "step": step, "seed": FLAGS.seed}
+        sizes = {"num_images": num_images, "levels": levels, "uniform_code_bits_per_dim": math.log2(levels)}
+        notes = {"bits_per_dim": describe_levels(levels)} if levels < 256 else {}
+        return bound, {**subject, **sizes, "step": step, "seed": FLAGS.seed, "notes": notes}
+
+
+def print_notes(notes: dict[str, str]) -> None:
+    """Prints what to know about numbers, below their table."""
+    for name, note in notes.items():
+        print(f"  {name}: {note}")

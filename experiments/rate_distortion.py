@@ -31,7 +31,7 @@ from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
 
-from ._measured_run import MeasuredRun
+from ._measured_run import MeasuredRun, print_notes
 
 
 def _table(rows: list[dict[str, Any]], with_paper: bool) -> list[dict[str, Any]]:
@@ -91,6 +91,7 @@ def main() -> None:
     table = _table(rows, with_paper=run.preset.dataset == "cifar10" and len(rate) == 1000)
     print(f"{subject['images']}: {subject['num_images']} images, step {subject['step']}")
     _print_table(table)
+    print_notes(subject["notes"])
     base = os.path.splitext(out)[0]
     write_file(f"{base}.csv", _csv(rows))
     write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))

@@ -19,6 +19,7 @@ from diffusion_tf.evaluation.scores import (
     is_alike,
     record_evaluation,
     reference_features,
+    score_notes,
 )
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import remove
@@ -46,10 +47,11 @@ class Scorer:
         self._metrics = metrics
         self._real = reference_features(extractor, real, cache)
 
-    def scores(self, images: Images) -> dict[str, float]:
-        """Scores of images, by the names of `score_names`."""
-        generated = self._extractor(images, "samples")
-        return compute_scores(self._metrics, self._extractor.network.name, self._real, generated)
+    def scores(self, images: Images) -> tuple[dict[str, float], dict[str, str]]:
+        """Scores of images, by the names of `score_names`, and what `score_notes` says about them."""
+        sets = self._real, self._extractor(images, "samples")
+        network = self._extractor.network.name
+        return compute_scores(self._metrics, network, *sets), score_notes(self._metrics, network, *sets)
 
     def forget(self, images: Images) -> None:
         """Removes the features of images that are kept so that an interrupted extraction can be resumed."""
@@ -130,9 +132,9 @@ class CheckpointScorer:
     def _score(self, step: int, held: str) -> dict[str, Any]:
         """Scores and records a copied checkpoint, and removes the copy."""
         images = self.samples.of_checkpoint(held)
-        scores = self.scorer.scores(images)
+        scores, notes = self.scorer.scores(images)
         result = {"step": step, "checkpoint_sha256": images.description["checkpoint"], **self._description}
-        record_evaluation(self._results, held, result, scores, self.best_by)
+        record_evaluation(self._results, held, result, scores, self.best_by, notes)
         self.scorer.forget(images)
         remove(held)
-        return {**result, **scores}
+        return {**result, **scores, "notes": notes}

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
-from diffusion_tf.diffusion_utils import x_to_pixels
+from diffusion_tf.diffusion_utils import check_finite, x_to_pixels
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.evaluation import METRICS, metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
@@ -41,7 +41,6 @@ _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", 
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
-_KERNEL_BLOCK = 1024  # images per block of TF-GAN's kernel distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +131,7 @@ class RunSamples:
           InputError: the file is damaged, or holds another network.
         """
         load_ema(self.trained.model, path)
+        self.trained.name = path
         digest = checkpoints.load_digest(path)
         description = {"checkpoint": digest, "num_images": self.num_samples, **self.sampling}
         return Images(description, self.num_samples, lambda first, count: x_to_pixels(self.sampler(first)[:count]))
@@ -175,14 +175,14 @@ class FeatureExtractor:
           are those of pixels.
 
         Raises:
-          InputError: a feature is not finite.
+          NotFiniteError: a feature is not finite.
         """
 
         def compute(first: int, count: int) -> Arrays:
             pixels = tf.cast(images.pixels(first, count), tf.float32)
             arrays = {name: value.numpy() for name, value in self._apply(first, pixels).items()}
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise InputError(f"{self.network.name} features of {label} {first}.. hold NaN or infinity: no score")
+            for array in arrays.values():
+                check_finite(array, f"{self.network.name} features of {label}", first=first)
             return arrays
 
         parts = list(self.parts(images).compute(compute, f"{self.network.name} features, {label}"))
@@ -263,7 +263,7 @@ def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
     # TF-GAN splits both sets into the same number of blocks, each of which needs two images of either set.
-    blocks = -(-max(num_samples, num_real) // _KERNEL_BLOCK)
+    blocks = metrics.kernel_blocks(num_real, num_samples)
     least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
     for name in names:
         for count, images in ((num_samples, "samples"), (num_real, "real images")):
@@ -311,12 +311,37 @@ def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: 
     return scores
 
 
+def score_notes(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, str]:
+    """Why a score is doubtful, or undefined, by its name; the arguments are those of `compute_scores`."""
+    (num_real, num_features), num_samples = real["features"].shape, len(generated["features"])
+    notes = {}
+    if "fid" in names:
+        for count, images in ((num_samples, "samples"), (num_real, "real images")):
+            if count <= num_features:
+                notes[score_names("fid", network)[0]] = (
+                    f"{count} {images} for {num_features} features: their covariance is singular, which biases the"
+                    f" distance; take more than {num_features}"
+                )
+                break
+    if "kid" in names and metrics.kernel_blocks(num_real, num_samples) == 1:
+        notes[score_names("kid", network)[1]] = (
+            f"undefined: the distance is that of one block, and its error needs several, which is more than"
+            f" {metrics.KERNEL_BLOCK:,} samples or real images"
+        )
+    return notes
+
+
 def _shuffled(features: np.ndarray) -> np.ndarray:
     return np.random.default_rng(0).permutation(features)
 
 
 def record_evaluation(
-    workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
+    workdir: Workdir,
+    checkpoint: str,
+    result: dict[str, Any],
+    scores: dict[str, float],
+    best_by: str,
+    notes: dict[str, str],
 ) -> None:
     """Adds a line to `evaluations.jsonl` and scalars to TensorBoard, and keeps the best checkpoint.
 
@@ -329,11 +354,15 @@ def record_evaluation(
       result: what was measured, and how.
       scores: the scores.
       best_by: the score that decides.
+      notes: what `score_notes` says about them.
     """
-    line = {**result, **scores}
+    line = {**result, **scores, "notes": notes}
     workdir.append_evaluation(line)
+    finite = {
+        f"evaluation/{name}": score for name, score in scores.items() if np.isfinite(score)
+    }  # an error may be NaN
     events = EventFile(os.path.join(workdir.tensorboard, "evaluation"))
-    events.scalars(result["step"], {f"evaluation/{name}": score for name, score in scores.items()})
+    events.scalars(result["step"], finite)
     events.close()
 
     folder = os.path.join(workdir.checkpoints, "best")

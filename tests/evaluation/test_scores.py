@@ -112,7 +112,7 @@ def test_metrics_and_the_deciding_score_have_defaults_and_known_names():
 def test_nan_in_features_is_refused(tmp_path):
     network = FeatureNetwork("pixels", "none", "none", lambda pixels: {"features": pixels[:, 0, :, 0] / 0.0})
     extractor = FeatureExtractor(network, make_strategy("one_device"), 4, str(tmp_path))
-    with pytest.raises(InputError, match="pixels features of samples 0.. hold NaN or infinity"):
+    with pytest.raises(InputError, match=r"pixels features of samples 0, 1, 2, ... \(4 in all\) hold NaN or infinity"):
         extractor(array_images(load_digits()[:8]), "samples")
 
 
@@ -226,7 +226,7 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
     def record(step, score, best_by="fid", num_samples=100):
         checkpoint = checkpoints.save(workdir.checkpoints, step, {"x": np.asarray(step)})
         result = {"step": step, "checkpoint_sha256": checkpoints.load_digest(checkpoint), "num_samples": num_samples}
-        record_evaluation(workdir, checkpoint, result, {"fid": score, "inception_score": score}, best_by)
+        record_evaluation(workdir, checkpoint, result, {"fid": score, "inception_score": score}, best_by, {})
         checkpoints.remove_old(workdir.checkpoints, keep=1, keep_every=0)
 
     for step, fid in ((10, 5.0), (20, 3.0), (30, 4.0)):
