@@ -10,12 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.files import (
     append_line,
     first_line,
     is_local,
+    parse_json,
     read_file,
     read_json,
     sync,
@@ -23,6 +24,7 @@ from diffusion_tf.storage.files import (
     write_file,
     write_json,
 )
+from diffusion_tf.storage.records import Config, Evaluation, Metrics
 
 
 class Workdir:
@@ -120,18 +122,17 @@ class Workdir:
     def _read_config(self) -> tuple[Preset, int | None]:
         """Returns the preset and the number of training images, if known."""
         try:
-            fields: dict[str, Any] = read_json(self._config)
+            fields = read_json(self._config, Config)
             num_examples = fields.pop("num_examples")
-            fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
             return Preset(**fields), num_examples
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 
     def rewind_metrics(self, step: int) -> None:
         """Removes the metrics after `step`, which a run that resumes from there writes again."""
         if not tf.io.gfile.exists(self._metrics):
             return
-        kept = [line for line, metrics in _parse_lines(self._metrics) if metrics["step"] <= step]
+        kept = [line for line, metrics in _parse_lines(self._metrics, Metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
@@ -147,11 +148,11 @@ class Workdir:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Returns the lines of `metrics.jsonl`."""
-        return _read_lines(self._metrics)
+        return _read_lines(self._metrics, Metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the lines of `evaluations.jsonl`."""
-        return self.complete(_read_lines(self._evaluations))
+        return self.complete(_read_lines(self._evaluations, Evaluation))
 
     def complete(self, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns evaluations with their sampler and compute dtype, which older versions did not record.
@@ -177,23 +178,18 @@ class Workdir:
         append_line(self._metrics, to_json(metrics))
 
 
-def _read_lines(path: str) -> list[dict[str, Any]]:
+def _read_lines(path: str, schema: type) -> list[dict[str, Any]]:
     """Returns the objects in a file of JSON lines; none if there is no file."""
-    return [value for _, value in _parse_lines(path)] if tf.io.gfile.exists(path) else []
+    return [value for _, value in _parse_lines(path, schema)] if tf.io.gfile.exists(path) else []
 
 
-def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parse_lines(path: str, schema: type) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields each line and its object, without an incomplete last line, which a killed process leaves.
 
     Raises:
-      DamagedFileError: a line is not a JSON object with a step.
+      DamagedFileError: a line is not an object of the type `schema`.
     """
     for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return
-        try:
-            value = json.loads(line)
-            value["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is damaged: line {number} is not a JSON object with a step") from error
-        yield line, value
+        yield line, parse_json(line, schema, f"{path}, line {number},")
