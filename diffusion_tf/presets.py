@@ -103,7 +103,7 @@ class Preset:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
         for name, size, most, what in (
-            ("ch", self.least_weights, _MAX_WEIGHTS, "weights in the network"),
+            ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
             ("image_size", self.image_size**2 * self.ch, _MAX_FEATURES, "features of one image in a layer"),
             ("batch_size", self.batch_size * math.prod(self.image_shape), _MAX_FEATURES, "pixels in a batch"),
         ):
@@ -145,7 +145,7 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
     accepted, what = _KINDS[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(name, f"={_quoted(value)}: must be {what}")
-    if isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63:
+    if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
         raise ConfigError(name, ": the number has too many digits")
     return kind(value)
 
@@ -164,7 +164,7 @@ _KINDS: dict[Any, tuple[type, str]] = {
     tuple[int, ...]: (tuple, "whole numbers"),
 }
 # Configurations come from others: none may ask for memory or time that no machine has.
-_MAX_WEIGHTS = 2**30  # the paper's largest network has 2^28
+_MAX_WEIGHTS = 2**28  # of the lower bound; the largest network of the paper has 2^26 of these, and 2^28 in all
 _MAX_FEATURES = 2**30  # 2^32 bytes in float32
 _LARGEST = {
     "image_size": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,

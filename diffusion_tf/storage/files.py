@@ -154,7 +154,9 @@ def parse_json(text: bytes | str, schema: Any, place: str) -> Any:
       DamagedFileError: the text is not JSON, or its value is not of that type.
     """
     # What others write may hold NaN and numbers of any size.
-    limits = {} if schema is None else {"parse_float": _float, "parse_constant": _float, "parse_int": _int}
+    limits: dict[str, Any] = (
+        {} if schema is None else {"parse_float": _float, "parse_constant": _float, "parse_int": _int}
+    )
     try:
         value = json.loads(text, **limits)
         if schema is not None:
