@@ -45,8 +45,7 @@ _SCHEDULERS = {
     "DDIMScheduler": {**_SCHEDULER_DEFAULTS, **_SAMPLING_DEFAULTS, "set_alpha_to_one": True},
 }
 del _SCHEDULERS["DDIMScheduler"]["variance_type"]
-# Further fields, which change nothing: parameters of a thresholding that is off, the framework of old versions, and what
-# EMAModel notes beside a network.
+# Further fields, which change nothing: parameters of a thresholding that is off; what EMAModel notes beside a network.
 _UNUSED_BY_SCHEDULERS = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 _EMA_NOTES = (
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"

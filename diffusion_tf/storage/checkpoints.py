@@ -236,9 +236,9 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
       InputError: a name is missing or unknown, or a dtype or shape differs.
     """
     if missing := [name for name in wanted if name not in found]:
-        raise InputError(f"{path} holds another network: {listed(missing)} is missing; there are: {listed(found)}")
+        raise InputError(f"{path} holds another network: {missing[0]} is missing; there are: {listed(found)}")
     if unknown := [name for name in found if name not in wanted]:
-        raise InputError(f"{path} holds another network: {listed(unknown)} is unknown")
+        raise InputError(f"{path} holds another network: {unknown[0]} is unknown")
     for name, (dtype, shape) in wanted.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]

@@ -16,7 +16,7 @@ from support import golden
 from diffusion_tf.errors import InputError
 from diffusion_tf.interop.diffusers import check_size, read_diffusers, write_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
-from diffusion_tf.interop.tf1 import read_tf1, tf1_name
+from diffusion_tf.interop.tf1 import find_prefix, read_tf1, tf1_name
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
@@ -109,7 +109,10 @@ def test_a_tf1_checkpoint_without_moments_starts_from_step_0(model, tmp_path):
     ("change", "message"),
     [
         (lambda v: {n: a for n, a in v.items() if "Exponential" not in n}, "model.ckpt has no EMA weights"),
-        (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no global_step"),
+        (
+            lambda v: {n: a for n, a in v.items() if n != "global_step"},
+            "it has no global_step; there are: beta1_power, .* 570 others",
+        ),
         (
             lambda v: {n: a for n, a in v.items() if n != "model/conv_out/b/ExponentialMovingAverage"},
             "holds another network: model/conv_out/b/ExponentialMovingAverage is missing",
@@ -147,8 +150,32 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             read_tf1(str(tmp_path / "model.ckpt-790"), model)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"source=.*nothing is not a TF1 checkpoint .*: give its prefix"):
+    with pytest.raises(
+        InputError, match=r"source=.*nothing is not a TF1 checkpoint: give its prefix.*there are: model.ckpt-790"
+    ):
         read_tf1(str(tmp_path / "nothing"), model)
+
+
+def test_a_tf1_checkpoint_is_found_by_its_files_and_its_folder(tmp_path):
+    prefix = tmp_path / "model.ckpt-790"
+    for name in ("index", "data-00000-of-00001", "meta"):
+        prefix.with_name(f"{prefix.name}.{name}").touch()
+    state = tmp_path / "checkpoint"
+    for source in (prefix, *tmp_path.iterdir(), tmp_path, f"{tmp_path}/"):
+        assert pathlib.Path(find_prefix(str(source))) == prefix
+    (tmp_path / "model.ckpt-80.index").touch()
+    for source in (tmp_path, state, tmp_path / "model.ckpt"):
+        with pytest.raises(InputError, match=r"give its prefix, .*; there are: model.ckpt-790, model.ckpt-80"):
+            find_prefix(str(source))
+    state.write_text('model_checkpoint_path: "/elsewhere/model.ckpt-80"')  # as after a move
+    for source in (tmp_path, state):
+        assert pathlib.Path(find_prefix(str(source))) == tmp_path / "model.ckpt-80"
+    for text in ('model_checkpoint_path: "model.ckpt-7"', "{", "\xff"):
+        state.write_text(text)
+        with pytest.raises(InputError, match="there are: model.ckpt-790, model.ckpt-80"):
+            find_prefix(str(tmp_path))
+    with pytest.raises(InputError, match="there are: none"):
+        find_prefix(str(tmp_path / "nothing/model.ckpt"))
 
 
 @pytest.mark.slow
