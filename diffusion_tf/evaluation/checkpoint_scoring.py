@@ -17,6 +17,7 @@ from diffusion_tf.evaluation.scores import (
     RunSamples,
     compute_scores,
     is_alike,
+    read_best,
     record_evaluation,
     reference_features,
 )
@@ -64,6 +65,9 @@ class CheckpointScorer:
       scorer: compares samples with real images.
       samples: draws the samples.
       best_by: the score by which `checkpoints/best/` is chosen.
+
+    Raises:
+      DamagedFileError: the record of the best checkpoint is damaged.
     """
 
     workdir: Workdir
@@ -72,6 +76,7 @@ class CheckpointScorer:
     best_by: str
 
     def __post_init__(self):
+        read_best(self.workdir)  # before the work, not after it
         num_samples = {"num_samples": self.samples.num_samples}
         self._description = {**self.samples.sampling, **num_samples, **self.scorer.description}
         # Checkpoints that are being scored are copied here, where training does not remove them.
