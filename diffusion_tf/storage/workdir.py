@@ -159,15 +159,11 @@ class Workdir:
 
         They used ancestral sampling at first. Their compute dtype is taken to be the run's.
         """
-        if all({"compute_dtype", "sampler"} <= evaluation.keys() for evaluation in evaluations):
+        if all({"compute_dtype", "sampler", "sampler_steps"} <= evaluation.keys() for evaluation in evaluations):
             return evaluations
         preset = self.read_preset()
-        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps}
-        return [
-            {**evaluation, **({} if "sampler" in evaluation else ancestral)}
-            | {"compute_dtype": evaluation.get("compute_dtype", preset.precision)}
-            for evaluation in evaluations
-        ]
+        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps, "compute_dtype": preset.precision}
+        return [{**ancestral, **evaluation} for evaluation in evaluations]
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Appends one line to `evaluations.jsonl`."""
