@@ -17,7 +17,7 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop.diffusers import read_diffusers
+from diffusion_tf.interop.diffusers import check_size, read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
@@ -351,6 +351,7 @@ def train(
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
     if checkpoint is not None:
         raise ConfigError("checkpoint", f"={checkpoint}: {folder} is a diffusers folder, which has no checkpoints")
+    check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
     arrays = read_diffusers(folder, preset, model, None)

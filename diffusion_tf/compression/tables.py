@@ -70,7 +70,7 @@ class Table:
         Raises:
           InputError: the file cannot be read, or is not a table.
         """
-        value = read_json(path, _MAX_TABLE_BYTES)
+        value = read_json(path, max_bytes=_MAX_TABLE_BYTES)
         try:
             table = cls(**{key: _as_tuples(field) for key, field in value.items()})
             table._check()

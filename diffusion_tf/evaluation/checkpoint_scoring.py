@@ -17,6 +17,7 @@ from diffusion_tf.evaluation.scores import (
     RunSamples,
     compute_scores,
     is_alike,
+    read_best,
     record_evaluation,
     reference_features,
     score_notes,
@@ -68,6 +69,9 @@ class CheckpointScorer:
       samples: draws the samples.
       best_by: the score by which `checkpoints/best/` is chosen.
       results: where scores and the best checkpoint are kept; default: the run's folder.
+
+    Raises:
+      DamagedFileError: the record of the best checkpoint is damaged.
     """
 
     workdir: Workdir
@@ -78,6 +82,7 @@ class CheckpointScorer:
 
     def __post_init__(self):
         self._results = self.results or self.workdir
+        read_best(self._results)  # before the work, not after it
         num_samples = {"num_samples": self.samples.num_samples}
         self._description = {**self.samples.sampling, **num_samples, **self.scorer.description}
         # Checkpoints that are being scored are copied here, where training does not remove them.

@@ -253,7 +253,7 @@ TABLE = [
     ("train", "checkpoints: all damaged", both_damaged, TRAIN,
      "run/checkpoints holds only damaged checkpoints, of steps [2, 4]"),
     ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
-    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl is damaged: line 2 is not a JSON object"),
+    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl, line 2, is not JSON, or is damaged"),
     *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
     *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
     *[("compress", f"pictures: {name}", fault, ENCODE, line) for name, fault, line in PICTURES],
