@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusion_tf.reports import paper_numbers as paper
+from diffusion_tf.reports.captions import sampler_name
 from diffusion_tf.reports.run_record import RunRecord, reference_name, scores
 from diffusion_tf.storage.files import read_file
 
@@ -90,7 +91,7 @@ def _evaluation_section(record: RunRecord) -> str:
     rows = [
         [
             line["step"],
-            f"{record.sampler_name(line)}, {line['sampler_steps']}",
+            f"{sampler_name(line, record.config['dataset'])}, {line['sampler_steps']}",
             f"{line['num_samples']:,}",
             reference_name(line),
             name,
@@ -109,7 +110,7 @@ def _sampler_section(record: RunRecord) -> str:
         return ""
     names = _score_names(lines)
     rows = [
-        [record.sampler_name(line), line["sampler_steps"]]
+        [sampler_name(line, record.config["dataset"]), line["sampler_steps"]]
         + [f"{scores(line)[name]:.5g}" if name in scores(line) else "" for name in names]
         for line in lines
     ]
@@ -216,7 +217,11 @@ def _plot_scores(axes: Axes, record: RunRecord) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for line in filter(scores, record.evaluations):
         name, score = next(iter(scores(line).items()))
-        sampler = "" if record.is_algorithm_2(line) else f", {record.sampler_name(line)}, {line['sampler_steps']}"
+        sampler = (
+            ""
+            if record.is_algorithm_2(line)
+            else f", {sampler_name(line, record.config['dataset'])}, {line['sampler_steps']}"
+        )
         series.setdefault(f"{name}, {line['num_samples']:,} samples{sampler}", []).append((line["step"], score))
     for label, points in series.items():
         if len(points) > 1 or label.endswith(" samples"):
@@ -228,12 +233,12 @@ def _plot_sampler_steps(axes: Axes, record: RunRecord, names: Sequence[str]) -> 
     axes.set(title=" and ".join(names) or "scores over sampling steps", xlabel="sampling steps")
     axes.set_xscale("log")
     lines = record.sampler_comparison()
-    for i, sampler in enumerate(dict.fromkeys(map(record.sampler_name, lines))):
+    for i, sampler in enumerate(dict.fromkeys(sampler_name(line, record.config["dataset"]) for line in lines)):
         for name, style in zip(names, ("-", "--"), strict=False):
             points = [
                 (line["sampler_steps"], scores(line)[name])
                 for line in lines
-                if record.sampler_name(line) == sampler and name in scores(line)
+                if sampler_name(line, record.config["dataset"]) == sampler and name in scores(line)
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", marker="o", label=f"{sampler}: {name}")

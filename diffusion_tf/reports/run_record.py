@@ -6,7 +6,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.solvers import default_spacing
 from diffusion_tf.storage.files import read_json
 from diffusion_tf.storage.workdir import Workdir
 
@@ -36,14 +35,6 @@ class RunRecord:
     evaluations: list[dict[str, Any]]
     samples: str | None
     reconstructions: str | None
-
-    def sampler_name(self, evaluation: dict[str, Any]) -> str:
-        """The sampler of an evaluation, with the settings that are not its defaults; without the number of steps."""
-        name, spacing = evaluation["sampler"], evaluation.get("sampler_spacing")
-        eta = f"eta {evaluation['ddim_eta']:g}" if evaluation.get("ddim_eta") else ""
-        if spacing == default_spacing(name, self.config["dataset"]):
-            spacing = None
-        return ", ".join(filter(None, (name, eta, spacing)))
 
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
         """Whether the samples of an evaluation took all T steps of ancestral sampling, as the paper's did."""
