@@ -24,9 +24,9 @@ FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=64, out="Picture to write (.png; .gif for animation), or folder for all.")
 flags.DEFINE_enum("figure", None, (*FIGURES, *SCORED_FIGURES, "all"), "The figure.")
 flags.DEFINE_integer("count", 64, "Samples in samples and animation.", lower_bound=1)
-flags.DEFINE_integer("num_samples", 1000, "Samples that progressive_quality scores.", lower_bound=10)
+flags.DEFINE_integer("num_samples", 256, "Samples that progressive_quality scores.", lower_bound=10)
 flags.DEFINE_integer(
-    "chains", 8, "Rows of progressive and of neighbors; chains that shared_latents measures.", lower_bound=1
+    "chains", 6, "Rows of progressive and of neighbors; chains that shared_latents measures.", lower_bound=1
 )
 flags.DEFINE_integer("crop", None, "neighbors: compare only the central CROP x CROP pixels.", lower_bound=1)
 flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 4 for digits.")
