@@ -38,3 +38,9 @@ class PreemptedError(RuntimeError):
     """The machine is about to be taken away. The run is saved; the same command continues it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class StoppedError(PreemptedError):
+    """The user stopped training by Ctrl-C. The run is saved; the same command continues it."""
+
+    exit_code = 130  # 128 + SIGINT, as shells have it

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 
-from diffusion_tf.errors import ConfigError, InputError, PreemptedError
+from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
 
 from . import _process
 from ._flags import flag_names
 
 FLAGS = flags.FLAGS
-EXIT_INTERRUPTED = 130  # after Ctrl-C, as shells have it
 
 _arguments: list[str] = []  # those that are not flags
 
@@ -58,6 +57,7 @@ def run(main: Callable[..., None]) -> None:
     def guarded_main(_: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # TFDS logs every dataset that it opens
+            sys.modules["tensorflow"].get_logger().setLevel("ERROR")  # its warnings are advice for programmers
         with _one_line_errors():
             main(*_arguments)
 
@@ -74,7 +74,7 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"\n{_process.program_name()}: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(StoppedError.exit_code)
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
@@ -89,7 +89,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _quiet_cpp_logging() -> None:
     """Applies TF_CPP_MIN_LOG_LEVEL to all of TensorFlow's C++ code: parts of it log to Abseil, and do not read it.
 
-    Nothing in Python sets the level of Abseil, so this calls the function of TensorFlow 2.20; elsewhere it does nothing.
+    Nothing in Python sets the level of Abseil, so this calls a function of TensorFlow 2.20; elsewhere it does nothing.
     """
     path = os.path.join(os.path.dirname(sys.modules["tensorflow"].__file__ or ""), "libtensorflow_cc.so.2")
     with contextlib.suppress(OSError, AttributeError, ValueError):

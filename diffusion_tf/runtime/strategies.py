@@ -2,13 +2,13 @@
 
 import functools
 import importlib.metadata
-import os
 
 import tensorflow as tf
 
 from diffusion_tf import tpu_attached
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.runtime import STRATEGIES
+from diffusion_tf.runtime.cluster import read_cluster, wait_for_all
 from diffusion_tf.storage.files import first_line
 
 
@@ -26,6 +26,7 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
     Raises:
       ConfigError: the name is unknown, the machine has no TPU, TensorFlow is not built for TPUs, or the TPU or cluster
         cannot be reached.
+      InputError: TF_CONFIG does not describe the cluster.
     """
     if name not in STRATEGIES:
         raise ConfigError("strategy", f"={name}: choose one of {', '.join(STRATEGIES)}")
@@ -44,8 +45,7 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
 
 
 def _multi_worker_strategy() -> tf.distribute.Strategy:
-    if not os.environ.get("TF_CONFIG"):
-        raise ConfigError("strategy", "=multi_worker needs TF_CONFIG, which names the workers and this process's place")
+    wait_for_all(*read_cluster())
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, RuntimeError, tf.errors.OpError) as error:

@@ -13,7 +13,7 @@ from absl import logging
 
 from diffusion_tf.data.source import READ_ERRORS, ImageSource
 from diffusion_tf.diffusion_utils import x_to_images
-from diffusion_tf.errors import DivergedError, InputError, PreemptedError
+from diffusion_tf.errors import DivergedError, InputError, PreemptedError, StoppedError
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors
 from diffusion_tf.samplers import Sampler
@@ -55,7 +55,7 @@ def train(
     Raises:
       InputError: the checkpoint does not fit, the data cannot be read, or a file cannot be written.
       DivergedError: too many steps in a row were skipped, again after a rollback.
-      PreemptedError: the machine is about to be taken away, and the run is saved.
+      PreemptedError: the machine is about to be taken away, or (StoppedError) the user stopped training; it is saved.
     """
     loop = _Loop(trainer, workdir, source, callbacks, save_checkpoint)
     with make_notice() as notice, lost_worker_errors(trainer.strategy), contextlib.closing(loop):
@@ -192,7 +192,8 @@ class _Loop:
     def _save_and_stop(self, reason: str) -> None:
         self._save()
         self._wait_for_checkpoint()
-        raise PreemptedError(f"{reason}: saved step {self.step}, run it again to go on")
+        error = StoppedError if reason == "SIGINT" else PreemptedError
+        raise error(f"{reason}: saved step {self.step}, run it again to go on")
 
     def _roll_back(self) -> None:
         """Restores the last checkpoint, from which the run continues with the data in another order.

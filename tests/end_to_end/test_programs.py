@@ -74,10 +74,49 @@ def test_bad_input_gets_one_line(program, args, message):
     assert not (ROOT / "w").exists()
 
 
+def run_without_tensorflow(folder, *args):
+    """`python -m experiments ARGS`, where importing TensorFlow or Keras fails."""
+    for name in ("tensorflow", "keras"):
+        (folder / f"{name}.py").write_text("raise AssertionError('imported')")
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *args],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train"],
+        ["train", "--workdir="],
+        ["train", "--workdir=w", "--ch_mult=0"],
+        ["train", "--workdir=w", "--sample_every=7"],
+        ["sample", "--workdir=w"],
+        ["sample", "--workdir=w", "--out=s.npz", "--encode=s.npz"],
+        ["evaluate", "--workdir=w", "--features=vgg"],
+        ["evaluate", "--workdir=w", "--eval_every=5"],
+        ["likelihood", "--workdir=w", "--strategy=multi_worker"],
+        ["compress", "--workdir=w"],
+        ["compress", "encode", "--workdir=w", "--out=o"],
+        ["import", "--workdir=w"],
+        ["export", "--what=sampler", "--out=o", "--batch_size=3"],
+        ["figures", "--workdir=w", "--figure=all"],
+    ],
+)
+def test_a_mistake_in_a_flag_is_found_before_tensorflow_is_imported(tmp_path, args):
+    result = run_without_tensorflow(tmp_path, *args)
+    assert result.returncode == 1 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and "imported" not in result.stderr
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_is_complete_and_no_error(program):
-    result = run_fork(program, "--help")
-    assert result.returncode == 0
+def test_help_is_complete_and_needs_no_tensorflow(program, tmp_path):
+    result = run_without_tensorflow(tmp_path, program, "--help")
+    assert result.returncode == 0, result.stderr
     assert f"python -m experiments.{program}" in result.stdout
     assert "--workdir" in result.stdout or program == "tpu_report"  # which has no run
     if program == "train":

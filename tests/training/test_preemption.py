@@ -5,6 +5,7 @@ import http.server
 import os
 import signal
 import threading
+import time
 
 import pytest
 from support import killed_runs
@@ -19,25 +20,45 @@ def no_metadata_server(monkeypatch):
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing answers there
 
 
-def test_the_first_sigterm_is_a_notice_and_the_second_ends_the_process():
-    before = signal.getsignal(signal.SIGTERM)
-    with quick_notice() as notice:
-        assert notice.reason is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        killed_runs.wait_for(lambda: notice.reason == "SIGTERM")
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_is_a_notice_and_the_next_one_acts_as_before(number):
+    arrived = []
+    before = signal.signal(number, lambda number, _: arrived.append(number))
+    try:
+        with quick_notice() as notice:
+            assert notice.reason is None
+            os.kill(os.getpid(), number)
+            killed_runs.wait_for(lambda: notice.reason == number.name)
+            assert not arrived
+            os.kill(os.getpid(), number)
+            killed_runs.wait_for(lambda: arrived == [number])
+    finally:
+        signal.signal(number, before)
 
 
-def test_the_metadata_server_is_polled_until_it_announces_a_preemption(monkeypatch):
-    answers, requests = iter([b"FALSE", b"FALSE", b"TRUE"]), []
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with quick_notice() as notice:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert notice.reason is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_metadata_server_is_polled_through_its_errors_until_it_announces_a_preemption(monkeypatch):
+    answers, requests = iter([b"FALSE", None, b"", b"TRUE"]), []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append((self.path, self.headers["Metadata-Flavor"]))
-            self.send_response(200)
+            answer = next(answers)
+            self.send_response(503 if answer is None else 200)
             self.end_headers()
-            self.wfile.write(next(answers))
+            self.wfile.write(answer or b"")
 
         def log_message(self, *_):
             pass
@@ -48,7 +69,7 @@ def test_the_metadata_server_is_polled_until_it_announces_a_preemption(monkeypat
         with quick_notice() as notice:
             killed_runs.wait_for(lambda: notice.reason is not None)
         assert notice.reason == "a preemption notice of Compute Engine"
-        assert requests == [("/computeMetadata/v1/instance/preempted", "Google")] * 3
+        assert requests == [("/computeMetadata/v1/instance/preempted", "Google")] * 4
         server.shutdown()
 
 
