@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf import figures
 from diffusion_tf.data.source import ImageReader, ImageSource
@@ -19,6 +18,7 @@ from diffusion_tf.diffusion_utils import images_to_x, x_to_images, x_to_pixels
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.evaluation.neighbors import nearest_neighbors
 from diffusion_tf.evaluation.scores import compute_scores, score_names
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import ReverseProcess, Sampler
@@ -74,7 +74,7 @@ def _reverse_process(
     trained: TrainedModel, name: str, *, steps: int, batch_size: int, seed: int, shared_noise: bool = False
 ) -> Iterator[ReverseProcess]:
     """A reverse process with a progress bar of `steps`, counted for each image."""
-    with tqdm.tqdm(total=steps, desc=name, unit="image step", unit_scale=True) as bar:
+    with progress_bar(total=steps, desc=name, unit="image step", unit_scale=True) as bar:
         yield ReverseProcess(
             trained, batch_size=batch_size, seed=seed, shared_noise=shared_noise, on_progress=bar.update
         )
@@ -460,7 +460,7 @@ def neighbors(
     def add_columns(name: str, featurize: Callable[[np.ndarray], np.ndarray]) -> None:
         chunks = (
             featurize(reader(first, min(_CHUNK, source.num_examples - first)))
-            for first in tqdm.trange(0, source.num_examples, _CHUNK, desc=f"neighbours by {name}", unit="chunk")
+            for first in progress_bar(range(0, source.num_examples, _CHUNK), desc=f"neighbours by {name}", unit="chunk")
         )
         indices, distances = nearest_neighbors(featurize(images), chunks, _NEIGHBORS)
         numbers[f"{name}_indices"], numbers[f"{name}_distances"] = indices.tolist(), distances.tolist()

@@ -53,18 +53,6 @@ class RunRecord:
         ]
         return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
 
-    def sampler_comparison(self) -> list[dict[str, Any]]:
-        """Evaluations that differ in sampler or number of steps only, sorted by both; empty if there are none.
-
-        They share checkpoint, number of samples and reference. If several groups do, it takes the last one.
-        """
-        groups: dict[tuple, list[dict[str, Any]]] = {}
-        for line in self.evaluations:
-            groups.setdefault((line["step"], line["num_samples"], reference_name(line)), []).append(line)
-        sampler_of = lambda line: (line["sampler"], line["sampler_steps"])
-        comparisons = [lines for lines in groups.values() if len(set(map(sampler_of, lines))) > 1]
-        return sorted(comparisons[-1], key=sampler_of) if comparisons else []
-
 
 def scores(evaluation: dict[str, Any]) -> dict[str, float]:
     """The entries of an evaluation that are scores."""
