@@ -11,7 +11,6 @@ import PIL.Image
 import tensorflow as tf
 
 from diffusion_tf.errors import DamagedFileError
-from diffusion_tf.solvers import default_spacing
 from diffusion_tf.storage.files import first_line, read_file, read_json
 from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
@@ -44,14 +43,6 @@ class RunRecord:
     samples: str | None
     reconstructions: str | None
 
-    def sampler_name(self, evaluation: dict[str, Any]) -> str:
-        """The sampler of an evaluation, with the settings that are not its defaults; without the number of steps."""
-        name, spacing = evaluation["sampler"], evaluation.get("sampler_spacing")
-        eta = f"eta {evaluation['ddim_eta']:g}" if evaluation.get("ddim_eta") else ""
-        if spacing == default_spacing(name, self.config["dataset"]):
-            spacing = None
-        return ", ".join(filter(None, (name, eta, spacing)))
-
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
         """Whether the samples of an evaluation took all T steps of ancestral sampling, as the paper's did."""
         return (evaluation["sampler"], evaluation["sampler_steps"]) == ("ancestral", self.config["num_timesteps"])
@@ -68,18 +59,6 @@ class RunRecord:
             if line.get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
         ]
         return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
-
-    def sampler_comparison(self) -> list[dict[str, Any]]:
-        """Evaluations that differ in sampler or number of steps only, sorted by both; empty if there are none.
-
-        They share checkpoint, number of samples and reference. If several groups do, it takes the last one.
-        """
-        groups: dict[tuple, list[dict[str, Any]]] = {}
-        for line in self.evaluations:
-            groups.setdefault((line["step"], line["num_samples"], reference_name(line)), []).append(line)
-        sampler_of = lambda line: (line["sampler"], line["sampler_steps"])
-        comparisons = [lines for lines in groups.values() if len(set(map(sampler_of, lines))) > 1]
-        return sorted(comparisons[-1], key=sampler_of) if comparisons else []
 
 
 def scores(evaluation: dict[str, Any]) -> dict[str, float]:

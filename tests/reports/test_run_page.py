@@ -63,7 +63,7 @@ def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
     source = "evaluations.jsonl, step 20, 5,000 samples against 9 of cifar10, train"
     source += "; likelihood_train.json; likelihood_test.json"
     assert f"| **this run** | 9.50 | 3.25 | <= 3.76 (3.72) | {source} |" in markdown
-    assert "| DDPM, L_simple | 9.46 +- 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
+    assert "| DDPM, L_simple | 9.46 ± 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
     assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "20 of 800,000 steps: loss 0.03" in markdown
     assert "| 30 | ancestral, 1000 | 5,000 | 9 of cifar10, train | frechet_pixels | 0.5 |" in markdown
     np.asarray(Image.open(io.BytesIO(to_png(record))))
