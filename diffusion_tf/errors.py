@@ -21,7 +21,11 @@ class ConfigError(InputError):
 
     def __init__(self, field: str, message: str):
         self.field = field
+        self._message = message
         super().__init__(field + ("" if message[0] in "=:" else " ") + message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.field, self._message)  # worker processes send their errors to the main one
 
 
 class DamagedFileError(InputError):

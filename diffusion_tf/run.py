@@ -17,7 +17,7 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop.diffusers import read_diffusers
+from diffusion_tf.interop.diffusers import check_size, read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
@@ -299,6 +299,7 @@ def train(
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
+    allow_recipe_change: bool = False,
 ) -> Run:
     """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
 
@@ -313,6 +314,8 @@ def train(
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
+      allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
+        ema_decay, dropout, loss_type or precision; config.json records the change.
 
     Returns:
       The run with the EMA weights of its last step.
@@ -334,7 +337,13 @@ def train(
         source = array_source(images)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset, resolved, source, workdir, command=f"diffusion_tf.train({preset}, {workdir!r})\n", callbacks=callbacks
+        preset,
+        resolved,
+        source,
+        workdir,
+        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        callbacks=callbacks,
+        allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
 
@@ -342,6 +351,7 @@ def train(
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
     if checkpoint is not None:
         raise ConfigError("checkpoint", f"={checkpoint}: {folder} is a diffusers folder, which has no checkpoints")
+    check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
     arrays = read_diffusers(folder, preset, model, None)

@@ -1,13 +1,14 @@
 """Sampling loops, each compiled as one loop over timesteps, and the classes that run them for images by their index."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 from numpy.typing import ArrayLike
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.solvers import (
@@ -21,7 +22,6 @@ from diffusion_tf.solvers import (
 from diffusion_tf.trained_model import TrainedModel
 
 _CALLS = 20  # device calls for one batch, between which the progress bar moves
-_BAR_DELAY = 10  # seconds until it appears
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -134,44 +134,6 @@ def table_steps(
     return x_t, pred_xstart
 
 
-def p_sample_loop_progressive(
-    diffusion: GaussianDiffusion,
-    denoise_fn: DenoiseFn,
-    noise_fn: NoiseFn,
-    *,
-    include_xstartpred_freq: int,
-    clip_denoised: bool = True,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """`p_sample_loop` that also returns predictions of x_0 on the way (progressive generation, Section 4.3).
-
-    Args:
-      diffusion: the process.
-      denoise_fn: the network.
-      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T.
-      include_xstartpred_freq: timesteps between two predictions that it returns.
-      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
-
-    Returns:
-      x_0 [B, H, W, C], and predictions [B, T // include_xstartpred_freq, H, W, C]; prediction k is that at
-      t = k * include_xstartpred_freq.
-    """
-    num_recorded = diffusion.num_timesteps // include_xstartpred_freq
-
-    def body(t: tf.Tensor, x_t: tf.Tensor, xstartpreds: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        x_prev, pred_xstart = diffusion.p_sample(
-            denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
-        )
-        # Every t writes to its slot, and the lowest t of the slot writes last: no branch, and shapes stay static.
-        slot = tf.reshape(tf.range(num_recorded) == t // include_xstartpred_freq, [1, -1, 1, 1, 1])
-        return t - 1, x_prev, tf.where(slot, pred_xstart[:, None], xstartpreds)
-
-    last = tf.constant(diffusion.num_timesteps - 1)
-    x_T = noise_fn(last + 1)
-    xstartpreds = tf.zeros([x_T.shape[0], num_recorded, *x_T.shape[1:]])
-    _, x_start, xstartpreds = tf.while_loop(lambda t, *_: t >= 0, body, (last, x_T, xstartpreds))
-    return x_start, xstartpreds
-
-
 def sample_noise(seed: int | tf.Tensor, first_image: tf.Tensor, shape: Sequence[int]) -> NoiseFn:
     """The noise with which every sampler draws images first_image, first_image + 1, ...; `shape` is [B, H, W, C]."""
     return lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
@@ -246,7 +208,7 @@ class Sampler:
         x_t = self._noise(first_image, seed)
         pred_xstart = tf.zeros_like(x_t)
         stride = -(-self.num_steps // _CALLS)
-        with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_BAR_DELAY) as bar:
+        with progress_bar(total=self.num_steps, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
@@ -263,50 +225,19 @@ class Sampler:
           NotFiniteError: a sample is not finite.
         """
         batches = []
-        with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
+        with progress_bar(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
-                batches.append(x_to_images(self(first)[: num_samples - first]).numpy())
+                batches.append(self.images(first, min(self._batch_size, num_samples - first)))
                 bar.update(len(batches[-1]))
         return np.concatenate(batches)
 
-
-class ProgressiveSampler:
-    """Draws the images of `Sampler` by Algorithm 2, with predictions of x_0 on the way (progressive generation).
-
-    Args:
-      trained: as in `Sampler`.
-      batch_size: as in `Sampler`.
-      seed: as in `Sampler`.
-      include_xstartpred_freq: timesteps between two predictions that it returns.
-
-    Raises:
-      ConfigError: the batch size is not divisible by the replicas.
-    """
-
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, include_xstartpred_freq: int):
-        shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
-
-        def sample(first_image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            noise_fn = sample_noise(seed, first_image, shape)
-            return p_sample_loop_progressive(
-                trained.diffusion, trained.denoise_fn(), noise_fn, include_xstartpred_freq=include_xstartpred_freq
-            )
-
-        self._trained = trained
-        self._sample = trained.over_replicas(sample, batch_size)
-
-    def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Images first_image, ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
-
-        Prediction k is that at t = k * include_xstartpred_freq. T network evaluations.
+    def images(self, first_image: int, count: int) -> np.ndarray:
+        """Samples first_image, ..., first_image + count - 1, uint8 [count, H, W, C], for count <= batch_size.
 
         Raises:
-          NotFiniteError: an image or a prediction is not finite.
+          NotFiniteError: a sample is not finite.
         """
-        x_start, xstartpreds = self._sample(first_image)
-        for values in (x_start, xstartpreds):
-            self._trained.check_finite(values, "samples", first=first_image)
-        return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
+        return x_to_images(self(first_image)[:count]).numpy()
 
 
 class ReverseProcess:
@@ -314,28 +245,47 @@ class ReverseProcess:
 
     Args:
       trained: as in `Sampler`.
-      batch_size: as in `Sampler`.
+      batch_size: images of one call at most, over all replicas.
       seed: as in `Sampler`.
+      shared_noise: every image has the noise of image 0, so that results differ by their x_t only.
+      on_progress: called with the number of steps done, counted for each image.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
     """
 
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        batch_size: int,
+        seed: int,
+        shared_noise: bool = False,
+        on_progress: Callable[[int], object] | None = None,
+    ):
+        per_replica_batch_size(batch_size, trained.strategy)
         self.trained = trained
         self.batch_size = batch_size
         self.seed = seed
+        self._on_progress = on_progress or (lambda _: None)
 
         def steps(first_image: tf.Tensor, x_t: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
-            noise_fn = sample_noise(seed, first_image, x_t.shape)
+            first_image, count = (tf.zeros_like(first_image), 1) if shared_noise else (first_image, x_t.shape[0])
+            noise_fn = sample_noise(seed, first_image, (count, *x_t.shape[1:]))
             return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
 
-        self._steps = trained.over_replicas(steps, batch_size)
+        def predict(_: tf.Tensor, x_t: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+            p = trained.diffusion.p_mean_variance(trained.denoise_fn(), x_t, time - 1, clip_denoised=True)
+            return p.pred_xstart
 
-    def noise(self, count: int) -> np.ndarray:
-        """x_T of images 0, ..., count - 1, float32 [count, H, W, C]."""
+        # By batch size.
+        self._steps = functools.cache(lambda size: trained.over_replicas(steps, size))
+        self._predict = functools.cache(lambda size: trained.over_replicas(predict, size))
+
+    def noise(self, count: int, *, first_image: int = 0) -> np.ndarray:
+        """x_T of images first_image, ..., float32 [count, H, W, C]."""
         shape = (count, *self.trained.preset.image_shape)
-        return CounterRng(self.seed, self.trained.diffusion.num_timesteps, 0).normal("sample", shape).numpy()
+        return CounterRng(self.seed, self.trained.diffusion.num_timesteps, first_image).normal("sample", shape).numpy()
 
     def __call__(self, x_t: np.ndarray, start: ArrayLike, stop: ArrayLike, *, first_image: int = 0) -> np.ndarray:
         """Runs `reverse_steps` on any number of images, batch by batch.
@@ -352,17 +302,49 @@ class ReverseProcess:
         Raises:
           NotFiniteError: an image is not finite.
         """
-        start, stop = (np.broadcast_to(np.asarray(steps, np.int32), [len(x_t)]) for steps in (start, stop))
+        stride = -(-self.trained.diffusion.num_timesteps // _CALLS)
         results = []
-        for i in range(0, len(x_t), self.batch_size):
-            batch = [array[i : i + self.batch_size] for array in (x_t, start, stop)]
+        for first, count, (x, starts, stops) in self._batches(x_t, start, stop):
+            for high in range(starts.max(), stops.min(), -stride):
+                limits = max(high - stride, stops.min()), high
+                spans = [np.clip(steps, *limits) for steps in (starts, stops)]
+                x = self._steps(len(x))(first_image + first, x, *spans).numpy()
+                self.trained.check_finite(x[:count], f"at t = {limits[0]}, samples", first=first_image + first)
+                self._on_progress(int((spans[0] - spans[1])[:count].sum()))
+            results.append(x[:count])
+        return np.concatenate(results)
+
+    def predict_xstart(self, x_t: np.ndarray, time: ArrayLike) -> np.ndarray:
+        """The x_0 that the network predicts from x_t, clipped to [-1, 1].
+
+        Args:
+          x_t: float32 [N, H, W, C].
+          time: how many steps of noise x_t has, in [1, T], int or int [N].
+
+        Returns:
+          float32 [N, H, W, C].
+
+        Raises:
+          NotFiniteError: a prediction is not finite.
+        """
+        results = []
+        for first, count, (x, times) in self._batches(x_t, time):
+            results.append(self._predict(len(x))(0, x, times)[:count].numpy())
+            self.trained.check_finite(results[-1], "predicted images", first=first)
+        return np.concatenate(results)
+
+    def _batches(self, x_t: np.ndarray, *steps: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """Yields batches of one size: the index of the first image, their number, and x_t and `steps` of each."""
+        arrays = [x_t, *(np.broadcast_to(np.asarray(s, np.int32), [len(x_t)]) for s in steps)]
+        replicas = self.trained.strategy.num_replicas_in_sync
+        size = -(-len(x_t) // -(-len(x_t) // self.batch_size))
+        size = -(-size // replicas) * replicas
+        for first in range(0, len(x_t), size):
+            batch = [array[first : first + size] for array in arrays]
             count = len(batch[0])
             # Pads with copies of the last image: zeros for `stop` would make the loop run down to x_0.
-            padding = self.batch_size - count
-            batch = [np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1), mode="edge") for array in batch]
-            results.append(self._steps(first_image + i, *batch)[:count].numpy())
-            self.trained.check_finite(results[-1], "samples", first=first_image + i)
-        return np.concatenate(results)
+            padding = size - count
+            yield first, count, [np.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in batch]
 
 
 def ddim_inversion(
@@ -401,7 +383,7 @@ def ddim_inversion(
         return results
 
     invert, batches = trained.over_replicas(both_ways, batch_size), []
-    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="inverting"):
+    for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="inverting"):
         latents, x = invert(first, images_to_x(images[first : first + batch_size]))
         for values, what in ((latents, "latents"), (x, "samples")):
             trained.check_finite(values, what, first=first)

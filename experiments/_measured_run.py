@@ -1,14 +1,13 @@
 """A trained run as the flags of a measurement name it."""
 
 import dataclasses
+import functools
 import math
 import os
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from absl import flags
-from PIL import Image
+from absl import flags, logging
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
@@ -25,7 +24,7 @@ from diffusion_tf.likelihood import Bound, count_levels, describe_levels, measur
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.files import check_writable
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
@@ -52,6 +51,28 @@ class MeasuredRun:
         if FLAGS.precision:
             preset = dataclasses.replace(preset, precision=FLAGS.precision)
         return cls(workdir, preset, make_strategy(FLAGS.strategy, FLAGS.tpu))
+
+    @functools.cached_property
+    def results(self) -> Workdir:
+        """Where measurements keep their results: the run's folder, or a folder beside --out if that cannot be written.
+
+        Raises:
+          InputError: the run's folder cannot be written, and there is no --out.
+        """
+        try:
+            check_writable(os.path.join(self.workdir.path, "results"))
+            return self.workdir
+        except InputError as error:
+            if not FLAGS.out:
+                raise InputError(f"{error}: --out puts the results elsewhere") from error
+            name = os.path.basename(os.path.abspath(self.workdir.path))
+            results = Workdir(os.path.join(os.path.dirname(FLAGS.out.rstrip("/")), f"{name}.results"))
+            logging.warning("%s: %s keeps what belongs there", error, results.path)
+            return results
+
+    def find(self, path: str) -> str:
+        """`path` in the run's folder if it exists, else the same in `results`."""
+        return path if tf.io.gfile.exists(path) else self.results.path + path.removeprefix(self.workdir.path)
 
     def find_checkpoint(self) -> tuple[int, str]:
         """(step, path) of the checkpoint that --checkpoint names; by default of the newest.
@@ -96,7 +117,7 @@ class MeasuredRun:
             num_images=num_images,
             batch_size=FLAGS.batch_size,
             seed=FLAGS.seed,
-            partial=self.workdir.partial,
+            partial=self.results.partial,
             subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
             num_timesteps_estimate=num_timesteps_estimate,
         )
@@ -111,20 +132,3 @@ def print_notes(notes: dict[str, str]) -> None:
     """Prints what to know about numbers, below their table."""
     for name, note in notes.items():
         print(f"  {name}: {note}")
-
-
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file, uint8 of `shape`.
-
-    Raises:
-      InputError: the file cannot be read, or its image has another shape.
-    """
-    try:
-        with Image.open(os.path.expanduser(path)) as picture:
-            image = np.asarray(picture)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
-    image = image[..., None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.shape != shape:
-        raise InputError(f"{path} is {image.dtype} {image.shape}, but the run has uint8 {shape} (height, width, C)")
-    return image

@@ -57,6 +57,7 @@ def run(main: Callable[..., None]) -> None:
     def guarded_main(_: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # TFDS logs every dataset that it opens
+            sys.modules["tensorflow"].get_logger().setLevel("ERROR")  # its warnings are advice for programmers
         with _one_line_errors():
             main(*_arguments)
 

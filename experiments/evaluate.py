@@ -84,10 +84,9 @@ def _make_scorer(run: MeasuredRun, num_samples: int) -> tuple[Scorer, str]:
     else:
         real = file_images(FLAGS.reference, run.preset.image_shape)
     check_metrics(metrics, network.name, num_samples, real.count)
-    extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.workdir.partial)
-    return Scorer(
-        extractor, metrics, real, FLAGS.reference_cache or reference_path(run.workdir, network, real)
-    ), best_by
+    extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.results.partial)
+    cache = FLAGS.reference_cache or run.find(reference_path(run.workdir, network, real))
+    return Scorer(extractor, metrics, real, cache), best_by
 
 
 def _make_checkpoint_scorer(run: MeasuredRun) -> CheckpointScorer:
@@ -98,7 +97,7 @@ def _make_checkpoint_scorer(run: MeasuredRun) -> CheckpointScorer:
         run.strategy, run.preset, num_samples=num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed,
         settings=settings,
     )  # fmt: skip
-    return CheckpointScorer(run.workdir, scorer, samples, best_by)
+    return CheckpointScorer(run.workdir, scorer, samples, best_by, run.results)
 
 
 def _score_file(run: MeasuredRun, images: Images) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def main() -> None:
         for result in _make_checkpoint_scorer(run).follow(FLAGS.eval_every):
             _print(result)
         return
-    out = _flags.out_path(os.path.join(run.workdir.path, "evaluation.json"), ".json")
+    out = _flags.out_path(os.path.join(run.results.path, "evaluation.json"), ".json")
     if FLAGS.samples:
         result = _score_file(run, file_images(FLAGS.samples, run.preset.image_shape))
     else:

@@ -62,7 +62,7 @@ def _result(run: MeasuredRun, bound: Bound) -> dict[str, Any]:
 def main() -> None:
     run = MeasuredRun.from_flags()
     estimate = "" if FLAGS.num_timesteps_estimate is None else "_estimate"
-    out = _flags.out_path(os.path.join(run.workdir.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
+    out = _flags.out_path(os.path.join(run.results.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
     bound, subject = run.measure_bound(FLAGS.num_timesteps_estimate)
     result = {**subject, "num_timesteps_estimate": FLAGS.num_timesteps_estimate, **_result(run, bound)}
     error = result["bits_per_dim_standard_error"]

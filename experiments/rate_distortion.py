@@ -4,8 +4,8 @@
 
 A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows its prediction of x_0
 (distortion: root mean squared error on [0, 255]). The program reads what `likelihood` measured with the same flags, and
-measures the rest. It writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir. The
-picture includes the files of `compress`, if this checkpoint has compressed the split.
+measures the rest. It writes rate_distortion_SPLIT.json (the table, and the curve over every t), .csv (the curve) and
+.png into the workdir. The picture includes the files of `compress`, if this checkpoint has compressed the split.
 """
 
 import csv
@@ -58,7 +58,7 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
 
 def _measured_files(run: MeasuredRun, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bits/dim and RMSE of the files that `compress` wrote for this split with the checkpoint of `step`."""
-    path = os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json")
+    path = run.find(os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json"))
     record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
         return {}
@@ -81,7 +81,7 @@ def _figure(rows: list[dict[str, Any]], files: dict[str, tuple[np.ndarray, np.nd
 
 def main() -> None:
     run = MeasuredRun.from_flags()
-    out = _flags.out_path(os.path.join(run.workdir.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
+    out = _flags.out_path(os.path.join(run.results.path, f"rate_distortion_{FLAGS.split}.json"), ".json")
     bound, subject = run.measure_bound()
     rate, rmse = rate_distortion(bound)
     rows = [
@@ -96,7 +96,10 @@ def main() -> None:
     write_file(f"{base}.csv", _csv(rows))
     write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))
     totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
-    write_json(out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table})
+    curve = {name: [row[name] for row in rows] for name in rows[0]}
+    write_json(
+        out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": curve}
+    )
     print(f"numbers: {out} {base}.csv\npicture: {base}.png")
 
 

@@ -11,6 +11,8 @@ import json
 
 from absl import flags
 
+from diffusion_tf.presets import CHANGEABLE
+
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
@@ -20,6 +22,11 @@ _flags.define_preset_flags()
 _flags.define_data_flags()
 flags.DEFINE_integer(
     "skip_bad_records", 0, "Number of bad records of --tfrecord to tolerate; others replace them.", lower_bound=0
+)
+flags.DEFINE_boolean(
+    "allow_recipe_change",
+    False,
+    f"Let a run that is resumed go on with another {', '.join(CHANGEABLE)}; config.json records the change.",
 )
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
 
@@ -51,7 +58,14 @@ def main() -> None:
     source = open_source(
         preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord, skip_bad_records=FLAGS.skip_bad_records
     )
-    train_in_workdir(preset, strategy, source, FLAGS.workdir, command=FLAGS.flags_into_string())
+    train_in_workdir(
+        preset,
+        strategy,
+        source,
+        FLAGS.workdir,
+        command=FLAGS.flags_into_string(),
+        allow_recipe_change=FLAGS.allow_recipe_change,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf.compression import CHUNK_BITS
 from diffusion_tf.compression.bitstream import StepModel
@@ -20,6 +19,7 @@ from diffusion_tf.compression.coarse_schedule import StepCosts, cheapest_path, m
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.storage.files import check_writable, first_line, read_json, write_file
 from diffusion_tf.trained_model import TrainedModel
@@ -70,7 +70,7 @@ class Table:
         Raises:
           InputError: the file cannot be read, or is not a table.
         """
-        value = read_json(path, _MAX_TABLE_BYTES)
+        value = read_json(path, max_bytes=_MAX_TABLE_BYTES)
         try:
             table = cls(**{key: _as_tuples(field) for key, field in value.items()})
             table._check()
@@ -136,6 +136,7 @@ class TableStore:
         each replica, fewer for larger images.
       num_images: training images from which a new table is made. Default: 256 for the digits, 5 for CIFAR-10.
       seed: seed of a new table's noise.
+      new_folder: folder of a new table's file; default: `folder`.
     """
 
     def __init__(
@@ -149,17 +150,21 @@ class TableStore:
         batch_size: int | None = None,
         num_images: int | None = None,
         seed: int = 0,
+        new_folder: str | None = None,
     ):
         num_dims = math.prod(trained.preset.image_shape)
         self.trained = trained
-        self._folder, self._digest, self._step = folder, checkpoint_digest, step
+        self._folder, self._new_folder = folder, new_folder or folder
+        self._digest, self._step = checkpoint_digest, step
         self._open_train, self._batch_size, self._seed = open_train, batch_size, seed
         # A larger image has more chunks to learn from, and takes the network more time.
         self._num_images = num_images or int(np.clip(2**14 // num_dims, 4, 256))
 
     def path(self, chunk_bits: int) -> str:
         """The path of a table's file."""
-        return os.path.join(self._folder, f"step_{self._step:08d}_bits_{chunk_bits}.json")
+        name = f"step_{self._step:08d}_bits_{chunk_bits}.json"
+        there = os.path.join(self._folder, name)
+        return there if tf.io.gfile.exists(there) else os.path.join(self._new_folder, name)
 
     def get(self, chunk_bits: int) -> Table:
         """The table for chunks of at most `chunk_bits`, made and written if its file does not exist.
@@ -284,7 +289,7 @@ def _predictions(
     x_start = images_to_x(images).numpy()
     pred_xstart = np.empty_like(x_start)
     errors = np.empty((len(timesteps), len(images)))
-    for i, t in enumerate(tqdm.tqdm(timesteps, unit="timestep", desc="compression table")):
+    for i, t in enumerate(progress_bar(timesteps, unit="timestep", desc="compression table")):
         for first in range(0, len(images), batch_size):
             x = x_start[first : first + batch_size]
             noise = CounterRng(seed, int(t), first).normal("compression", x.shape)

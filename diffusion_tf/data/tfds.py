@@ -1,14 +1,17 @@
 """Datasets that TensorFlow Datasets has prepared: CIFAR-10 and CelebA-HQ."""
 
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.data.record_files import find_bad_records
+from diffusion_tf.data.array_record_files import ArrayRecords
+from diffusion_tf.data.record_files import check_lengths, find_bad_records
 from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.files import first_line, is_local
 
 TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
 
@@ -34,27 +37,41 @@ def tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple[
     if split not in builder.info.splits:
         raise ConfigError("split", f"={split}: {folder} has only {', '.join(builder.info.splits)}")
     num_examples = builder.info.splits[split].num_examples
+    files = [os.fspath(file) for file in builder.info.splits[split].filepaths]
+    file_format = builder.info.file_format.value
+    if file_format == "tfrecord":
+        check_lengths(files, "prepare the dataset again")
     buffer_size = shuffle_buffer_size(num_examples, image_shape)
     encoded_images = {"image": tfds.decode.SkipDecoding()}
+    array_records = ArrayRecords(files) if file_format == "array_record" else None
 
-    def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
-        examples = builder.as_dataset(
+    def deserialize(record: tf.Tensor) -> dict[str, tf.Tensor]:
+        return builder.info.features.deserialize_example(record, decoders=encoded_images)
+
+    def examples() -> tf.data.Dataset:
+        if array_records:
+            return array_records.dataset().map(deserialize)
+        return builder.as_dataset(
             split=split,
             shuffle_files=False,
             decoders=encoded_images,
             read_config=tfds.ReadConfig(try_autocache=False),  # a cache would not outlive the dataset of one epoch
         )
-        return shuffled(examples.map(lambda example: example["image"]), buffer_size, epoch_seed)
+
+    def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
+        return shuffled(examples().map(lambda example: example["image"]), buffer_size, epoch_seed)
 
     def decode(encoded: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
         return tf.ensure_shape(image, image_shape)
 
     def decode_record(record: tf.Tensor) -> tf.Tensor:
-        return decode(builder.info.features.deserialize_example(record, decoders=encoded_images)["image"])
+        return decode(deserialize(record)["image"])
 
     def find_bad() -> str | None:
-        for file in builder.info.splits[split].filepaths:
+        if array_records:
+            return array_records.find_bad(decode_record)
+        for file in files:
             for text in find_bad_records(file, decode_record, limit=1).values():
                 return text
         return None
@@ -68,11 +85,13 @@ def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
-    folders = tf.io.gfile.glob(os.path.join(data_dir, name, "*.*.*"))
+    folders = _versions(data_dir, name)
     if not folders:
-        raise ConfigError(
-            "data_dir", f"={data_dir} holds no prepared {name}: make it with `tfds build {name} --data_dir={data_dir}`"
+        near = next((place for place in _neighbors(data_dir) if _versions(place, name)), None)
+        advice = (
+            f", but {near} does: name that" if near else f": make it with `tfds build {name} --data_dir={data_dir}`"
         )
+        raise ConfigError("data_dir", f"={data_dir} holds no prepared {name}{advice}")
     folder = max(folders, key=_version)
     try:
         return tfds.builder_from_directory(folder), folder
@@ -80,5 +99,22 @@ def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
         raise ConfigError("data_dir", f": {folder} is not a complete TFDS dataset ({first_line(error)})") from error
 
 
+def _versions(data_dir: str, name: str) -> list[str]:
+    """The folders of the prepared versions of a dataset."""
+    folder = os.path.join(data_dir, name)
+    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
+    return [os.path.join(folder, version.rstrip("/")) for version in names if re.fullmatch(r"\d+\.\d+\.\d+/?", version)]
+
+
+def _neighbors(data_dir: str) -> Iterator[str]:
+    """Yields folders that a user may have meant: those in and around `data_dir`."""
+    for name in sorted(tf.io.gfile.listdir(data_dir)) if tf.io.gfile.isdir(data_dir) else []:
+        yield os.path.join(data_dir, name.rstrip("/"))
+    around = os.path.abspath(data_dir) if is_local(data_dir) else data_dir.rstrip("/")
+    for _ in range(3):  # DATASET/CONFIG/VERSION
+        around = os.path.dirname(around)
+        yield around
+
+
 def _version(folder: str) -> tuple[int, ...]:
-    return tuple(int(number) if number.isdigit() else -1 for number in os.path.basename(folder.rstrip("/")).split("."))
+    return tuple(map(int, os.path.basename(folder).split(".")))

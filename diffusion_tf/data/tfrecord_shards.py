@@ -1,19 +1,19 @@
 """Writes one TFRecord shard of images and reads it back: the work of one worker process."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import PIL
 import tensorflow as tf
 
 from diffusion_tf.data.image_folders import EncodedImages, decode_square
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecords import serialize, tfrecord_source
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.files import write_reason
 
 _READ_BACK_IMAGES = 64  # images that are read back at once
 _DIGEST_BYTES = 2**24  # bytes of a file that are digested at once
@@ -40,9 +40,16 @@ class Shard:
         """The path that a worker writes to, before the main process renames it."""
         return f"{self.path}.tmp"
 
+    def remove_temporary(self) -> None:
+        """Removes the temporary file, if there is one."""
+        with contextlib.suppress(tf.errors.NotFoundError):
+            tf.io.gfile.remove(self.temporary)
+
 
 def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = serialize) -> dict[str, Any]:
     """Writes `shard.temporary`, then reads it back as training would and compares all pixels.
+
+    No file stays if none of the images can be read.
 
     Args:
       shard: the shard.
@@ -57,7 +64,8 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
     try:
         num_records, pixels_sha256, skipped = _write_records(shard, serialize)
         if not num_records:
-            raise InputError(f"{shard.path}: none of its {len(skipped)} images can be read: use a smaller `num_shards`")
+            tf.io.gfile.remove(shard.temporary)  # a file without records could not be read
+            return {"records": 0, "bytes": 0, "sha256": "", "skipped": skipped}
         if _read_back_sha256(shard, num_records) != pixels_sha256:
             raise InputError(f"{shard.path} does not read back as it was written: is its disk sound?")
         with tf.io.gfile.GFile(shard.temporary, "rb") as file:
@@ -66,7 +74,8 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
                 sha256.update(chunk)
             return {"records": num_records, "bytes": file.size(), "sha256": sha256.hexdigest(), "skipped": skipped}
     except (tf.errors.OpError, OSError) as error:  # TensorFlow's errors cannot be pickled for the main process
-        raise InputError(f"cannot write {shard.path} ({first_line(error)}): repeat the command to continue") from error
+        reason = write_reason(error)
+        raise InputError(f"cannot write {shard.path} ({reason}): repeat the command to continue") from error
 
 
 def check_skipped(skipped: Mapping[str, str], shard: Shard) -> None:
@@ -89,12 +98,13 @@ def _write_records(shard: Shard, serialize: Callable[[np.ndarray], bytes]) -> tu
     """Writes the shard; returns the number of records, the SHA-256 of all pixels, and the skipped {key: reason}."""
     pixels, num_records = hashlib.sha256(), 0
     skipped: dict[str, str] = {}
-    with tf.io.TFRecordWriter(shard.temporary) as writer:
-        for key, encoded in shard.images.read():
+    shard.remove_temporary()  # it may be a link
+    with tf.io.TFRecordWriter(shard.temporary) as writer, shard.images.reader() as read:
+        for key in shard.images.keys:
             try:
-                image = decode_square(encoded, shard.resolution)
-            except Exception as error:
-                skipped[key] = "no image" if isinstance(error, PIL.UnidentifiedImageError) else first_line(error)
+                image = decode_square(read(key), shard.resolution)
+            except InputError as error:
+                skipped[key] = str(error)
                 check_skipped(skipped, shard)
                 continue
             writer.write(serialize(image))

@@ -3,6 +3,7 @@
 A record holds `shape`, int64 [3] = (C, H, W), and `data`, the bytes of uint8 [C, H, W].
 """
 
+import fnmatch
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -10,12 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf.data.record_files import find_bad_records, read_runs
+from diffusion_tf.data.record_files import (
+    OVERHEAD_BYTES,
+    check_lengths,
+    find_bad_records,
+    other_lengths,
+    read_runs,
+)
 from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
 from diffusion_tf.errors import ConfigError
 
 _FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
-_OVERHEAD_BYTES = 16  # of a record: its length (8), the CRC of the length (4), the CRC of the data (4)
+
+
+_ADVICE = "repair the file, or tolerate bad records by `skip_bad_records=N`"
 
 
 class _File(NamedTuple):
@@ -60,7 +69,7 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
     Raises:
       InputError: no file matches, a file is not such a TFRecord, or too many records are bad.
     """
-    paths = sorted(tf.io.gfile.glob(os.path.expanduser(pattern)))
+    paths = _matching(os.path.expanduser(pattern))
     if not paths:
         raise ConfigError("tfrecord", f"={pattern} matches no file")
     decode = _decoder(image_shape)
@@ -85,10 +94,20 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
     def find_bad() -> str | None:
         for path in paths:
             for text in find_bad_records(path, decode, limit=1).values():
-                return f"{text}: repair the file, or tolerate bad records by `skip_bad_records=N`"
+                return f"{text}: {_ADVICE}"
         return None
 
     return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(map(len, bad)))
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a pattern names; what exists under the name of the pattern, or of its folder, is no pattern."""
+    folder, name = os.path.split(pattern)
+    if tf.io.gfile.exists(pattern):
+        return [pattern]
+    if tf.io.gfile.isdir(folder):
+        return sorted(os.path.join(folder, file) for file in fnmatch.filter(tf.io.gfile.listdir(folder), name))
+    return sorted(tf.io.gfile.glob(pattern))
 
 
 def _decoder(image_shape: tuple[int, int, int]) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -120,7 +139,7 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
         with tf.io.gfile.GFile(path, "rb") as start:
             stated = int.from_bytes(start.read(8), "little")
         # TensorFlow would allocate as many bytes as the record states.
-        if size and stated + _OVERHEAD_BYTES > size:
+        if size and stated + OVERHEAD_BYTES > size:
             raise tf.errors.DataLossError(None, None, "longer than its file")
         first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
         if first is None:
@@ -135,7 +154,7 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
     num_pixel_bytes = len(example["data"].numpy())
     if num_pixel_bytes != np.prod(image_shape):
         raise ConfigError("tfrecord", f"={path}: record 0 holds {num_pixel_bytes} bytes, not uint8 pixels")
-    record_bytes = len(first.numpy()) + _OVERHEAD_BYTES
+    record_bytes = len(first.numpy()) + OVERHEAD_BYTES
     num_whole, rest_bytes = divmod(size, record_bytes)
     return _File(path, num_whole, record_bytes, rest_bytes)
 
@@ -156,6 +175,7 @@ def _tolerated(
                     f"={file.path} is truncated: record {file.num_whole} has {file.rest_bytes} of the"
                     f" {file.record_bytes} bytes of record 0",
                 )
+        check_lengths([file.path for file in files], _ADVICE)
         return [{} for _ in files]
     bad = [
         find_bad_records(
@@ -164,6 +184,7 @@ def _tolerated(
             limit=skip_bad_records + 1,
             record_bytes=file.record_bytes,
             num_records=file.num_records,
+            known=other_lengths(file.path, file.record_bytes),
         )
         for file in files
     ]

@@ -17,11 +17,13 @@ from diffusion_tf.evaluation.scores import (
     RunSamples,
     compute_scores,
     is_alike,
+    read_best,
     record_evaluation,
     reference_features,
     score_notes,
 )
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import remove
 from diffusion_tf.storage.workdir import Workdir
 
 _POLL_SECONDS = 10
@@ -66,19 +68,26 @@ class CheckpointScorer:
       scorer: compares samples with real images.
       samples: draws the samples.
       best_by: the score by which `checkpoints/best/` is chosen.
+      results: where scores and the best checkpoint are kept; default: the run's folder.
+
+    Raises:
+      DamagedFileError: the record of the best checkpoint is damaged.
     """
 
     workdir: Workdir
     scorer: Scorer
     samples: RunSamples
     best_by: str
+    results: Workdir | None = None
 
     def __post_init__(self):
+        self._results = self.results or self.workdir
+        read_best(self._results)  # before the work, not after it
         num_samples = {"num_samples": self.samples.num_samples}
         self._description = {**self.samples.sampling, **num_samples, **self.scorer.description}
         # Checkpoints that are being scored are copied here, where training does not remove them.
         digest = hashlib.sha256(json.dumps(self._description).encode()).hexdigest()[:8]
-        self._held = os.path.join(self.workdir.checkpoints, "evaluating", digest)
+        self._held = os.path.join(self._results.checkpoints, "evaluating", digest)
 
     def score_once(self, step: int, path: str) -> dict[str, Any]:
         """The result for a checkpoint: that of an earlier evaluation, if there is one, else a new one."""
@@ -119,7 +128,8 @@ class CheckpointScorer:
 
     def _recorded(self, step: int, path: str) -> dict[str, Any] | None:
         """The line of an earlier evaluation of the same weights in the same way."""
-        lines = [line for line in self.workdir.read_evaluations() if line["step"] == step]
+        places = {self.workdir, self._results}
+        lines = [line for place in places for line in place.read_evaluations() if line["step"] == step]
         alike = [line for line in lines if is_alike(line, self._description)]
         digest = checkpoints.load_digest(path) if alike else ""
         return next((line for line in alike if line["checkpoint_sha256"] == digest), None)
@@ -129,7 +139,7 @@ class CheckpointScorer:
         images = self.samples.of_checkpoint(held)
         scores, notes = self.scorer.scores(images)
         result = {"step": step, "checkpoint_sha256": images.description["checkpoint"], **self._description}
-        record_evaluation(self.workdir, held, result, scores, self.best_by, notes)
+        record_evaluation(self._results, held, result, scores, self.best_by, notes)
         self.scorer.forget(images)
-        tf.io.gfile.remove(held)
+        remove(held)
         return {**result, **scores, "notes": notes}

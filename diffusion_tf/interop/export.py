@@ -15,7 +15,7 @@ from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import p_sample_loop, sample_noise
-from diffusion_tf.storage.files import check_writable, write_file, write_json
+from diffusion_tf.storage.files import check_writable, remove, replacing, write_file, write_json
 from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.training.step import train_step
 from diffusion_tf.unet import UNet
@@ -221,4 +221,6 @@ def _write_saved_model(path: str, program: Program, model: UNet, *, any_batch: b
         return {program.results[0].name: program.function(*module.params, *tensors)[0]}
 
     module.serving_default = serving_default
-    tf.saved_model.save(module, path, signatures=serving_default)
+    with replacing(path) as temporary:
+        tf.saved_model.save(module, temporary, signatures=serving_default)
+        remove(path)  # of an earlier export

@@ -5,7 +5,6 @@ the step, the versions of the packages that wrote it, whatever else the run reco
 the rest of the manifest. Format 1, whose header holds only the SHA-256, can still be read.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import Arrays, copy_file, first_line, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, digest_arrays, first_line, listed, remove, write_file
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2
@@ -31,6 +30,7 @@ PACKAGES = {
     "tensorflow": tf.__version__,
 }
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
+_UNFINISHED = re.compile(r"step_\d{8,}\.safetensors\..*tmp")
 _ADVICE = "remove it, or name another"
 
 
@@ -165,7 +165,7 @@ def copy_into(folder: str, path: str) -> str:
     load(copy)
     for step in before:
         if checkpoint_path(folder, step) != copy:
-            tf.io.gfile.remove(checkpoint_path(folder, step))
+            remove(checkpoint_path(folder, step))
     return copy
 
 
@@ -186,13 +186,14 @@ def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | Non
                 sound.add(step)
                 count += 1
         elif not keep_every or step % keep_every:
-            tf.io.gfile.remove(checkpoint_path(folder, step))
+            remove(checkpoint_path(folder, step))
 
 
 def remove_unfinished(folder: str) -> None:
     """Removes half-written files of an earlier process; only the process that owns the run may call this."""
-    for path in tf.io.gfile.glob(os.path.join(folder, "step_*.safetensors.tmp")):
-        tf.io.gfile.remove(path)
+    for name in tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []:
+        if _UNFINISHED.fullmatch(name):
+            remove(os.path.join(folder, name))
 
 
 def _is_sound(path: str) -> bool:
@@ -207,15 +208,8 @@ def _is_sound(path: str) -> bool:
 
 def _digest(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> str:
     """Returns the SHA-256 over the arrays and the manifest without its own `sha256`."""
-    digest = hashlib.sha256()
     stated = {name: value for name, value in manifest.items() if name != "sha256"}
-    if stated:  # empty in format 1
-        digest.update(json.dumps(stated, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+    return digest_arrays(arrays, json.dumps(stated, sort_keys=True).encode() if stated else b"")  # format 1: none
 
 
 def _read_header(path: str) -> tuple[dict[str, Any], Header]:
@@ -243,9 +237,10 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
     Raises:
       InputError: a name is missing or unknown, or a dtype or shape differs.
     """
-    if mismatched := sorted(wanted.keys() ^ found.keys()):
-        what = "missing" if mismatched[0] in wanted else "unknown"
-        raise InputError(f"{path} holds another network: {mismatched[0]} is {what}")
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(f"{path} holds another network: {missing[0]} is missing; there are: {listed(found)}")
+    if unknown := [name for name in found if name not in wanted]:
+        raise InputError(f"{path} holds another network: {unknown[0]} is unknown")
     for name, (dtype, shape) in wanted.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]

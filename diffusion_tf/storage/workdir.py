@@ -3,26 +3,55 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
+import io
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
-from diffusion_tf.presets import Preset
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.presets import CHANGEABLE, Preset
 from diffusion_tf.storage.files import (
+    UNSUPPORTED,
     append_line,
     first_line,
     is_local,
+    parse_json,
     read_file,
     read_json,
     sync,
     to_json,
+    warn_once,
     write_file,
     write_json,
+    writing,
 )
+from diffusion_tf.storage.records import Config, Evaluation, Metrics
+
+
+class _Config(NamedTuple):
+    """What config.json holds.
+
+    Attributes:
+      preset: the configuration.
+      num_examples: the number of training images; None: unknown.
+      history: each change of the recipe: the step, and the old and new values by field.
+      earlier: the configurations before each of these changes, the newest first.
+    """
+
+    preset: Preset
+    num_examples: int | None
+    history: list[dict[str, Any]]
+    earlier: list[Preset]
+
+
+def _earlier_recipes(preset: Preset, history: list[dict[str, Any]]) -> list[Preset]:
+    earlier = []
+    for entry in reversed(history):
+        preset = dataclasses.replace(preset, **{name: change["old"] for name, change in entry["changes"].items()})
+        earlier.append(preset)
+    return earlier
 
 
 class Workdir:
@@ -57,55 +86,103 @@ class Workdir:
             yield
             return
         path = os.path.join(self.path, "lock")
-        try:
+        with writing(path):
             os.makedirs(self.path, exist_ok=True)
-            file = open(path, "a+")  # noqa: SIM115 (closed below, with the lock)
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({first_line(error)})") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                raise ConfigError(
-                    "workdir",
-                    f"={self.path} is in use by process {file.read(20).strip() or '?'}: wait for its end, or"
-                    " choose another workdir",
-                ) from error
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "rb+", buffering=0) as file:
+            with writing(path):
+                self._take(file)
             yield
 
-    def refuse_other_run(self, preset: Preset, num_examples: int | None) -> None:
+    def _take(self, file: io.FileIO) -> None:
+        """Locks the open lock file and writes the number of this process into it."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                "workdir",
+                f"={self.path} is in use by process {file.read(20).decode(errors='replace').strip() or '?'}: wait for"
+                " its end, or choose another workdir",
+            ) from error
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            warn_once(f"{self.path} cannot be locked ({error.strerror}): train there in one process at a time")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+
+    def refuse_other_run(self, preset: Preset, num_examples: int | None, *, allow_recipe_change: bool = False) -> None:
         """Checks that the folder is new, or holds a run of the same recipe and number of training images.
+
+        Args:
+          preset: the configuration that is asked for.
+          num_examples: the number of training images; None: unknown.
+          allow_recipe_change: whether the fields CHANGEABLE may differ.
 
         Raises:
           ConfigError: the folder holds another run; the message names the fields that differ.
         """
         if not tf.io.gfile.exists(self._config):
             return
-        there, num_examples_there = self._read_config()
-        differences = preset.recipe_differences(there)
-        if num_examples_there not in (None, num_examples):  # None: imported weights
-            differences.append(f"num_examples: {num_examples} != {num_examples_there}")
-        if differences:
-            raise ConfigError(
-                "workdir",
-                f"={self.path} holds a run of another recipe ({'; '.join(differences)}, asked != there):"
-                " repeat its flags or choose another workdir",
-            )
+        there = self._read_config()
+        data = []
+        if there.num_examples not in (None, num_examples):  # None: imported weights
+            data.append(f"num_examples: {num_examples} != {there.num_examples}")
+        unchanged = dataclasses.replace(preset, **{name: getattr(there.preset, name) for name in CHANGEABLE})
+        fixed = unchanged.recipe_differences(there.preset) + data
+        differences = fixed if allow_recipe_change else preset.recipe_differences(there.preset) + data
+        if not differences:
+            return
+        if not fixed:
+            advice = "repeat its flags, choose another workdir, or allow the change by `allow_recipe_change`"
+        elif allow_recipe_change:
+            advice = f"only {', '.join(CHANGEABLE)} may change"
+        else:
+            advice = "repeat its flags or choose another workdir"
+        raise ConfigError(
+            "workdir",
+            f"={self.path} holds a run of another recipe ({'; '.join(differences)}, asked != there): {advice}",
+        )
 
-    def write_config(self, preset: Preset, num_examples: int | None, flags: str) -> None:
+    def write_config(
+        self,
+        preset: Preset,
+        num_examples: int | None,
+        flags: str,
+        *,
+        step: int = 0,
+        allow_recipe_change: bool = False,
+    ) -> None:
         """Creates the folder and writes the configuration, the size of the training set (if known) and the flags.
+
+        A change of the recipe is recorded in the list `history` of the configuration.
+
+        Args:
+          preset: the configuration.
+          num_examples: the number of training images; None: unknown.
+          flags: what the user called.
+          step: the step from which the run goes on.
+          allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run that is there.
 
         Raises:
           InputError: the folder holds another run, or cannot be written.
         """
-        self.refuse_other_run(preset, num_examples)
+        self.refuse_other_run(preset, num_examples, allow_recipe_change=allow_recipe_change)
+        history = []
+        if tf.io.gfile.exists(self._config):
+            there = self._read_config()
+            history = there.history
+            pairs = {name: (getattr(there.preset, name), getattr(preset, name)) for name in CHANGEABLE}
+            changes = {name: {"old": old, "new": new} for name, (old, new) in pairs.items() if old != new}
+            if changes:
+                history.append({"step": step, "changes": changes})
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
-        write_file(self._config, (json.dumps(config, indent=2) + "\n").encode())
+        write_json(self._config, {**config, "history": history} if history else config)
         write_file(self._flags, flags.encode())
+
+    def earlier_recipes(self) -> list[Preset]:
+        """Returns the configurations of this run before each recorded change of its recipe, the newest first."""
+        return self._read_config().earlier if tf.io.gfile.exists(self._config) else []
 
     def read_preset(self) -> Preset:
         """Returns the configuration of the run in this folder.
@@ -115,29 +192,29 @@ class Workdir:
         """
         if not tf.io.gfile.exists(self._config):
             raise ConfigError("workdir", f"={self.path} holds no run (no config.json): train one there first")
-        return self._read_config()[0]
+        return self._read_config().preset
 
-    def _read_config(self) -> tuple[Preset, int | None]:
-        """Returns the preset and the number of training images, if known."""
+    def _read_config(self) -> _Config:
         try:
-            fields: dict[str, Any] = read_json(self._config)
-            num_examples = fields.pop("num_examples")
-            fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
-            return Preset(**fields), num_examples
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
+            fields = read_json(self._config, Config)
+            num_examples, history = fields.pop("num_examples"), fields.pop("history", [])
+            preset = Preset(**fields)
+            return _Config(preset, num_examples, history, _earlier_recipes(preset, history))
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 
     def rewind_metrics(self, step: int) -> None:
         """Removes the metrics after `step`, which a run that resumes from there writes again."""
         if not tf.io.gfile.exists(self._metrics):
             return
-        kept = [line for line, metrics in _parse_lines(self._metrics) if metrics["step"] <= step]
+        kept = [line for line, metrics in _parse_lines(self._metrics, Metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
         """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint."""
         if tf.io.gfile.exists(self._metrics):
-            sync(self._metrics)
+            with writing(self._metrics):
+                sync(self._metrics)
 
     def write_divergence(self, step: int, evidence: dict[str, Any]) -> str:
         """Writes the evidence of a divergence before `step` to `divergence_*.json`, and returns its path."""
@@ -147,26 +224,22 @@ class Workdir:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Returns the lines of `metrics.jsonl`."""
-        return _read_lines(self._metrics)
+        return _read_lines(self._metrics, Metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the lines of `evaluations.jsonl`."""
-        return self.complete(_read_lines(self._evaluations))
+        return self.complete(_read_lines(self._evaluations, Evaluation))
 
     def complete(self, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns evaluations with their sampler and compute dtype, which older versions did not record.
 
         They used ancestral sampling at first. Their compute dtype is taken to be the run's.
         """
-        if all({"compute_dtype", "sampler"} <= evaluation.keys() for evaluation in evaluations):
+        if all({"compute_dtype", "sampler", "sampler_steps"} <= evaluation.keys() for evaluation in evaluations):
             return evaluations
         preset = self.read_preset()
-        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps}
-        return [
-            {**evaluation, **({} if "sampler" in evaluation else ancestral)}
-            | {"compute_dtype": evaluation.get("compute_dtype", preset.precision)}
-            for evaluation in evaluations
-        ]
+        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps, "compute_dtype": preset.precision}
+        return [{**ancestral, **evaluation} for evaluation in evaluations]
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Appends one line to `evaluations.jsonl`."""
@@ -177,23 +250,18 @@ class Workdir:
         append_line(self._metrics, to_json(metrics))
 
 
-def _read_lines(path: str) -> list[dict[str, Any]]:
+def _read_lines(path: str, schema: type) -> list[dict[str, Any]]:
     """Returns the objects in a file of JSON lines; none if there is no file."""
-    return [value for _, value in _parse_lines(path)] if tf.io.gfile.exists(path) else []
+    return [value for _, value in _parse_lines(path, schema)] if tf.io.gfile.exists(path) else []
 
 
-def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parse_lines(path: str, schema: type) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields each line and its object, without an incomplete last line, which a killed process leaves.
 
     Raises:
-      DamagedFileError: a line is not a JSON object with a step.
+      DamagedFileError: a line is not an object of the type `schema`.
     """
     for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return
-        try:
-            value = json.loads(line)
-            value["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is damaged: line {number} is not a JSON object with a step") from error
-        yield line, value
+        yield line, parse_json(line, schema, f"{path}, line {number},")

@@ -70,6 +70,7 @@ def train_in_workdir(
     *,
     command: str,
     callbacks: Sequence[MetricsCallback] = (),
+    allow_recipe_change: bool = False,
 ) -> None:
     """Trains the run in a folder, new or of the same recipe, and locks the folder meanwhile.
 
@@ -80,17 +81,21 @@ def train_in_workdir(
       path: the run's folder.
       command: what the user called, for flags.txt.
       callbacks: as for `train`.
+      allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run; config.json records it.
 
     Raises:
       ConfigError: the folder holds another run or is in use, or the preset cannot be trained.
       InputError, DivergedError, PreemptedError: as `train`.
     """
     workdir = Workdir(path)
-    workdir.refuse_other_run(preset, source.num_examples)
+    workdir.refuse_other_run(preset, source.num_examples, allow_recipe_change=allow_recipe_change)
     trainer = Trainer(preset, strategy)
     with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
         if is_chief(strategy):
-            workdir.write_config(preset, source.num_examples, command)
+            step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
+            workdir.write_config(
+                preset, source.num_examples, command, step=step, allow_recipe_change=allow_recipe_change
+            )
         train(trainer, workdir, source, callbacks=callbacks)
 
 
@@ -246,10 +251,11 @@ def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
     path = checkpoints.restore_newest(workdir.checkpoints, trainer.state.restore)
     if path is None:
         return None
-    manifest, recipe = checkpoints.load_manifest(path), trainer.preset.recipe_sha256()
+    manifest = checkpoints.load_manifest(path)
     if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
         logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
-    if manifest.get("config_sha256", recipe) != recipe:
+    recipes = [preset.recipe_sha256() for preset in (trainer.preset, *workdir.earlier_recipes())]
+    if manifest.get("config_sha256", recipes[0]) not in recipes:
         logging.warning("%s has another recipe than config.json, or comes from another version", path)
     return Progress.of_checkpoint(path)
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 from absl import logging
 
 from diffusion_tf import figures
 from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.presets import Preset
+from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.storage import event_files
+from diffusion_tf.storage.event_files import EventFile
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.workdir import Workdir
 
@@ -45,13 +47,17 @@ class Reporter:
     ):
         self._workdir, self._preset = workdir, preset
         self._learning_rate, self._draw, self._save, self._callbacks = learning_rate, draw, save, callbacks
-        self._bar = tqdm.tqdm(initial=step, total=preset.num_steps, unit="step", desc=preset.dataset)
-        self._writer = tf.summary.create_file_writer(workdir.tensorboard)
-        self.start(step)
+        self._bar = progress_bar(initial=step, total=preset.num_steps, unit="step", desc=preset.dataset)
+        self._start(step)
 
     def start(self, step: int) -> None:
-        """Starts, or starts again, from the checkpoint of `step`."""
+        """Starts again, from the checkpoint of `step`."""
+        self._events.close()
+        self._start(step)
+
+    def _start(self, step: int) -> None:
         self._workdir.rewind_metrics(step)
+        self._events = event_files.resume(self._workdir.tensorboard, step)
         self._bar.update(step - self._bar.n)
         # An earlier process may have stopped between the checkpoint and its samples.
         if step and self._is_time_to_sample(step) and not tf.io.gfile.exists(samples_path(self._workdir, step)):
@@ -67,9 +73,7 @@ class Reporter:
             "images_per_sec": (step - self._clock_step) * self._preset.batch_size / seconds,
         }
         self._workdir.append_metrics({"step": step, **metrics})
-        with self._writer.as_default(step=step):
-            for name, value in metrics.items():
-                tf.summary.scalar(name, value)
+        self._events.scalars(step, metrics)
         self._bar.set_postfix_str(
             f"loss={metrics['loss']:.4f}, {metrics['images_per_sec']:.0f} images/s", refresh=False
         )
@@ -78,7 +82,6 @@ class Reporter:
             callback(step, metrics)
         if step % self._preset.checkpoint_every == 0 or step == self._preset.num_steps:
             self._save()
-            self._writer.flush()
         if self._is_time_to_sample(step):
             self._report_samples(step)
         self._start_clock(step)
@@ -86,7 +89,7 @@ class Reporter:
     def close(self) -> None:
         """Closes the progress bar and the event file."""
         self._bar.close()
-        self._writer.close()
+        self._events.close()
 
     def _start_clock(self, step: int) -> None:
         """Restarts the measurement of images per second, which excludes saving and sampling."""
@@ -101,7 +104,7 @@ class Reporter:
         except NotFiniteError as error:
             logging.warning("no grid of samples at step %d: %s", step, error)
             return
-        report_samples(self._workdir, self._writer, step, samples)
+        report_samples(self._workdir, self._events, step, samples)
 
 
 def samples_path(workdir: Workdir, step: int) -> str:
@@ -109,17 +112,15 @@ def samples_path(workdir: Workdir, step: int) -> str:
     return os.path.join(workdir.samples, f"step_{step:08d}.png")
 
 
-def report_samples(workdir: Workdir, writer: tf.summary.SummaryWriter, step: int, samples: np.ndarray) -> None:
+def report_samples(workdir: Workdir, events: EventFile, step: int, samples: np.ndarray) -> None:
     """Writes a grid of EMA samples to `samples/step_*.png` and to TensorBoard.
 
     Args:
       workdir: the run's folder.
-      writer: the TensorBoard event file.
+      events: TensorBoard's event file.
       step: the training step of the EMA weights.
       samples: uint8 [N, H, W, C].
     """
     grid = figures.square_grid(samples)
     write_file(samples_path(workdir, step), figures.captioned_grids({f"EMA samples at step {step}": grid}))
-    with writer.as_default(step=step):
-        tf.summary.image("ema_samples", grid[np.newaxis])
-    writer.flush()
+    events.image(step, "ema_samples", grid)
