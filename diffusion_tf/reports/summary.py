@@ -20,7 +20,7 @@ class KeyNumber(NamedTuple):
       name: its name.
       value: the result.
       paper: the paper's for the same, or empty.
-      note: how it was measured, where that is not how the paper does.
+      note: how it was measured, where that is not how the paper does; or what to compare it with.
     """
 
     name: str
@@ -43,7 +43,9 @@ def key_numbers(record: RunRecord) -> list[KeyNumber]:
     for split, result in record.likelihood.items():
         error = _error(result["bits_per_dim_standard_error"])
         name = f"bits/dim, {split}"
-        numbers.append(KeyNumber(name, f"{result['bits_per_dim']:.2f}{error}", papers.get(name, "")))
+        levels = result.get("levels", 256)  # older versions did not count them
+        note = f"a uniform code of the images' {levels} levels takes {math.log2(levels):.2f}" if levels < 256 else ""
+        numbers.append(KeyNumber(name, f"{result['bits_per_dim']:.2f}{error}", papers.get(name, ""), note))
     line = record.best_fid()
     if not line:  # the newest one, of Algorithm 2 if there is one
         papers, scored = {}, [line for line in record.evaluations if main_scores(line)]

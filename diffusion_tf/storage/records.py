@@ -58,6 +58,7 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    notes: NotRequired[dict[str, str]]
 
 
 class BestEvaluation(Evaluation):
@@ -83,6 +84,7 @@ class Likelihood(Measurement):
     middle_bits_per_dim: float
     decoder_bits_per_dim: float
     terms_bits_per_dim: list[float]
+    levels: NotRequired[Annotated[int, Meta(ge=1, le=256)]]  # of the images; old versions did not count them
 
 
 class RateDistortionRow(TypedDict):

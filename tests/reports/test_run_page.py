@@ -69,6 +69,18 @@ def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
     np.asarray(Image.open(io.BytesIO(to_png(record))))
 
 
+def test_page_says_what_a_code_of_few_levels_takes(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    write_json(f"{workdir.path}/likelihood_test.json", {**likelihood("test", 4.67), "levels": 17})
+    write_json(f"{workdir.path}/likelihood_train.json", {**likelihood("train", 4.6), "levels": 256})
+    markdown = to_markdown(read_run(workdir), "report.png")
+    assert "bits/dim, test, a uniform code of the images' 17 levels takes 4.09 | 4.67" in markdown
+    assert markdown.count("uniform code") == 1
+    write_json(f"{workdir.path}/likelihood_test.json", {**likelihood("test", 4.67), "levels": 0})
+    with pytest.raises(InputError, match="likelihood_test.json"):
+        read_run(workdir)
+
+
 def test_page_compares_samplers_and_keeps_them_out_of_the_papers_table(tmp_path):
     workdir = make_run(tmp_path, "cifar10")
     workdir.append_evaluation(evaluation(10, fid=6.0))
