@@ -125,7 +125,7 @@ def test_notes_say_why_a_score_is_doubtful_or_undefined(tmp_path):
     record_evaluation(
         workdir, checkpoint, {"step": 1}, scores, "kernel_digits", {"kernel_digits_standard_error": "why"}
     )
-    (line,) = workdir.read_evaluations()
+    line = json.loads((tmp_path / "evaluations.jsonl").read_text())
     assert line["kernel_digits_standard_error"] is None and line["notes"] == {"kernel_digits_standard_error": "why"}
 
 
