@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
+from diffusion_tf.data.pictures import decode_picture
 from diffusion_tf.reports.run_record import RunRecord
 from diffusion_tf.reports.summary import KeyNumber, changed_fields, key_numbers, main_scores, sampling_name, title
 from diffusion_tf.storage.files import read_file
@@ -186,7 +186,7 @@ def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
 
 
 def _read_picture(path: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(read_file(path))))
+    return decode_picture(read_file(path), channels=3)
 
 
 def _show(axes: Axes, picture: np.ndarray, title: str = "") -> None:
