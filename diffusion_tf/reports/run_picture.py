@@ -79,7 +79,7 @@ def _panels(record: RunRecord) -> list[Callable[[Axes], None]]:
     if terms := {split: r for split, r in record.likelihood.items() if "terms_bits_per_dim" in r}:
         panels.append(partial(_plot_terms, results=terms))
     if record.rate_distortion or record.compression:
-        panels.append(partial(_plot_rate_distortion, record=record))
+        panels.append(partial(plot_rate_distortion, record=record))
     return panels
 
 
@@ -168,7 +168,7 @@ def _plot_terms(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     axes.legend(fontsize=8)
 
 
-def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
+def plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
     """The curve of each split, and the points of its compressed files."""
     for split, result in record.rate_distortion.items():
         if curve := result.get("curve"):
