@@ -171,11 +171,10 @@ def _plot_terms(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
 def plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
     """The curve of each split, and the points of its compressed files."""
     for split, result in record.rate_distortion.items():
-        if curve := result.get("curve"):
-            axes.plot(curve["rate_bits_per_dim"], curve["distortion_rmse"], label=split)
-        else:  # of an older version; chords between its ten points would lie above the curve
-            points = [(row["rate_bits_per_dim"], row["distortion_rmse"]) for row in result["table"]]
-            axes.plot(*zip(*points, strict=True), ".", label=split)
+        # Chords between the ten points of an older version would lie above the curve.
+        rows, style = (result["curve"], "-") if result.get("curve") else (result["table"], ".")
+        points = [(row["rate_bits_per_dim"], row["distortion_rmse"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), style, label=split)
     for split, result in record.compression.items():
         points = [(row["steps_bits_per_dim"], row["distortion_rmse"]) for row in result["table"]]
         label = f"files without their header, {split}, step {result['step']:,}"

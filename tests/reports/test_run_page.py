@@ -141,13 +141,12 @@ def rate_distortion_record(table, curve):
 def test_rate_distortion_is_drawn_at_every_t_and_never_by_chords():
     t = np.arange(1000)
     rate, rmse = 3.0 * 0.99**t, 100.0 * (1.0 - 0.99**t) ** 4  # convex: chords lie above it
-    curve = {"rate_bits_per_dim": rate.tolist(), "distortion_rmse": rmse.tolist()}
-    table = [{name: values[i] for name, values in curve.items()} for i in range(0, 1000, 100)]
+    curve = [{"rate_bits_per_dim": r, "distortion_rmse": d} for r, d in zip(rate.tolist(), rmse.tolist(), strict=True)]
     axes = Figure().subplots()
-    plot_rate_distortion(axes, rate_distortion_record(table, {"curve": curve}))
+    plot_rate_distortion(axes, rate_distortion_record(curve[::100], {"curve": curve}))
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.stack([rate, rmse], axis=1))
     axes = Figure().subplots()
-    plot_rate_distortion(axes, rate_distortion_record(table, {}))  # a file of an older version has ten points
+    plot_rate_distortion(axes, rate_distortion_record(curve[::100], {}))  # a file of an older version has ten points
     assert len(axes.lines) == 1 and axes.lines[0].get_linestyle() == "None"
 
 
