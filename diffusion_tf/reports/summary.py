@@ -69,8 +69,8 @@ def sampling_name(record: RunRecord, evaluation: dict[str, Any]) -> str:
     return f"{sampler_name(evaluation, record.config['dataset'])} in {evaluation['sampler_steps']:,} steps"
 
 
-def _error(error: float | None) -> str:
-    return "" if error is None or math.isnan(error) else f" ± {error:.2g}"
+def _error(error: Any) -> str:
+    return f" ± {error:.2g}" if isinstance(error, float) and math.isfinite(error) else ""
 
 
 def changed_fields(config: dict[str, Any]) -> dict[str, Any]:
