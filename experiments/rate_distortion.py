@@ -96,10 +96,8 @@ def main() -> None:
     write_file(f"{base}.csv", _csv(rows))
     write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))
     totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
-    curve = {name: [row[name] for row in rows] for name in rows[0]}
-    write_json(
-        out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": curve}
-    )
+    result = {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": rows}
+    write_json(out, result)
     print(f"numbers: {out} {base}.csv\npicture: {base}.png")
 
 

@@ -54,7 +54,7 @@ class RunRecord:
         candidates = [
             line
             for line in self.evaluations
-            if line.get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
+            if scores(line).get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
         ]
         return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
 

@@ -95,9 +95,10 @@ class RateDistortionRow(TypedDict):
 
 
 class RateDistortion(Measurement):
-    """`rate_distortion_SPLIT.json`."""
+    """`rate_distortion_SPLIT.json`: ten rows, and the curve at every t, which old versions did not record."""
 
     table: Annotated[list[RateDistortionRow], Meta(min_length=1)]
+    curve: NotRequired[list[RateDistortionRow]]
 
 
 class CompressionRow(TypedDict):
