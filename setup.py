@@ -29,6 +29,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "keras==3.15.*",
         "matplotlib>=3.10,<4",  # pictures of curves
+        "msgspec>=0.19,<1",  # types of the values in JSON files
         "numpy>=2,<3",
         "pillow>=11,<14",  # PNG grids
         "safetensors>=0.5,<1",  # checkpoints, read without running code

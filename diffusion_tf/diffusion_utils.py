@@ -13,12 +13,19 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
-from diffusion_tf.errors import ConfigError
+from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.presets import CHOICES, Preset
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
 
 DenoiseFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+_NAMED = 3  # examples that an error names
+_LOGIT_SLOPE, _LOGIT_CUBIC = 2.0 * math.sqrt(2.0 / math.pi), 0.044715  # of the approximate normal CDF
+_MIN_LOG_LIKELIHOOD = math.log(1e-12)
+_MAX_DEVIATIONS = 20.0  # beyond 7 standard deviations a level has the least likelihood
+_MAX_LOG_SCALE = 60.0  # in absolute value: exp(60) and its products are float32 numbers
 
 
 def images_to_x(images: tf.Tensor) -> tf.Tensor:
@@ -32,8 +39,33 @@ def x_to_pixels(x: tf.Tensor) -> tf.Tensor:
 
 
 def x_to_images(x: tf.Tensor) -> tf.Tensor:
-    """Clips x to [-1, 1] and rounds it to uint8."""
+    """Clips x to [-1, 1] and rounds it to uint8, outside of programs.
+
+    Raises:
+      NotFiniteError: x holds NaN, which would become black, or infinity.
+    """
+    check_finite(x, "images")
     return tf.cast(tf.round(x_to_pixels(x)), tf.uint8)
+
+
+def check_finite(values: ArrayLike, what: str, *, first: int = 0, advice: str = "") -> None:
+    """Checks the results [N, ...] of examples first, first + 1, ..., outside of programs.
+
+    Args:
+      values: the results; or whether each of them is finite, bool [N].
+      what: what they are, in the plural.
+      first: index of the first example.
+      advice: why they may not be finite, and what to do.
+
+    Raises:
+      NotFiniteError: some are NaN or infinite; the message says which.
+    """
+    values = np.asarray(values)
+    finite = values if values.dtype == bool else np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        wrong = [str(first + i) for i in np.flatnonzero(~finite)]
+        named = ", ".join(wrong if len(wrong) <= _NAMED else [*wrong[:_NAMED], f"... ({len(wrong)} in all)"])
+        raise NotFiniteError(f"{what} {named} hold NaN or infinity" + (f": {advice}" if advice else ""))
 
 
 def mean_flat(x: tf.Tensor) -> tf.Tensor:
@@ -54,9 +86,9 @@ def normal_kl(mean1: tf.Tensor, logvar1: tf.Tensor, mean2: tf.Tensor, logvar2: t
     return 0.5 * (-1.0 + logvar2 - logvar1 + tf.exp(logvar1 - logvar2) + squared)
 
 
-def approx_standard_normal_cdf(x: tf.Tensor) -> tf.Tensor:
-    """Standard normal CDF by the tanh approximation, within 2e-4 of the exact CDF."""
-    return 0.5 * (1.0 + tf.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+def approx_standard_normal_logit(x: tf.Tensor) -> tf.Tensor:
+    """log(p / (1 - p)), where p is the tanh approximation of the standard normal CDF, within 2e-4 of the exact CDF."""
+    return _LOGIT_SLOPE * (x + _LOGIT_CUBIC * x**3)
 
 
 def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_scales: tf.Tensor) -> tf.Tensor:
@@ -70,13 +102,26 @@ def discretized_gaussian_log_likelihood(x: tf.Tensor, *, means: tf.Tensor, log_s
     Returns:
       Log-likelihoods, at least log(1e-12), in the broadcast shape.
     """
-    # Differs from Eq. 13, as the authors' code does: a tanh approximation replaces the exact normal CDF.
+    # Differs from Eq. 13, as the authors' code does: a tanh approximation replaces the exact normal CDF. Differs from
+    # their code, which subtracts two CDFs: in float32 that leaves nothing of a probability below 1e-7. With logits
+    # a > b of the bin's edges, sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)).
     centered = x - means
-    inv_std = tf.exp(-log_scales)
-    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
-    cdf_min = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
-    probability = tf.where(x < -0.999, cdf_plus, tf.where(x > 0.999, 1.0 - cdf_min, cdf_plus - cdf_min))
-    return tf.math.log(tf.maximum(probability, 1e-12))
+    inv_std = tf.exp(_limited(-log_scales, _MAX_LOG_SCALE))
+    upper = _limited(inv_std * (centered + 1.0 / 255.0), _MAX_DEVIATIONS)
+    lower = _limited(inv_std * (centered - 1.0 / 255.0), _MAX_DEVIATIONS)
+    width = _limited(inv_std * (2.0 / 255.0), _MAX_DEVIATIONS)
+    # a - b, factored: it keeps its digits where a and b are large.
+    gap = _LOGIT_SLOPE * width * (1.0 + _LOGIT_CUBIC * (upper**2 + upper * lower + lower**2))
+    below = tf.math.log_sigmoid(approx_standard_normal_logit(upper))
+    above = tf.math.log_sigmoid(-approx_standard_normal_logit(lower))
+    inside = below + above + tf.math.log(-tf.math.expm1(-gap))
+    log_likelihood = tf.where(x < -0.999, below, tf.where(x > 0.999, above, inside))
+    return tf.where(log_likelihood < _MIN_LOG_LIKELIHOOD, _MIN_LOG_LIKELIHOOD, log_likelihood)
+
+
+def _limited(x: tf.Tensor, limit: float) -> tf.Tensor:
+    """Limits x to [-limit, limit], with gradient 0 beyond. NaN stays NaN, unlike in a clip by XLA on a CPU."""
+    return tf.where(tf.abs(x) > limit, limit * tf.sign(x), x)
 
 
 class PMeanVariance(NamedTuple):
@@ -97,12 +142,22 @@ class GaussianDiffusion:
       model_var_type: variance of p(x_{t-1} | x_t) (Section 3.2): `fixedlarge` is beta_t, `fixedsmall` is the
         posterior's variance, and `learned` takes its logarithm from the second half of the output's channels.
       loss_type: `mse` is L_simple (Eq. 14); `kl` is the term of the bound at a random t (Eq. 5).
+      shows_overflow: whether a predicted x_0 that is not finite becomes NaN where it is clipped. A clip hides it: it
+        maps infinity to 1, and XLA on a CPU maps NaN to -1. Exported programs do without.
 
     Raises:
       ConfigError: a type is unknown, or the types do not fit together.
     """
 
-    def __init__(self, schedule: NoiseSchedule, *, model_mean_type: str, model_var_type: str, loss_type: str):
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        *,
+        model_mean_type: str,
+        model_var_type: str,
+        loss_type: str,
+        shows_overflow: bool = False,
+    ):
         given = {"model_mean_type": model_mean_type, "model_var_type": model_var_type, "loss_type": loss_type}
         for name, value in given.items():
             if value not in CHOICES[name]:
@@ -119,9 +174,10 @@ class GaussianDiffusion:
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
+        self._shows_overflow = shows_overflow
 
     @classmethod
-    def from_preset(cls, preset: Preset) -> "GaussianDiffusion":
+    def from_preset(cls, preset: Preset, *, shows_overflow: bool = False) -> "GaussianDiffusion":
         """The diffusion process of `preset`."""
         betas = get_beta_schedule(
             preset.beta_schedule,
@@ -134,6 +190,7 @@ class GaussianDiffusion:
             model_mean_type=preset.model_mean_type,
             model_var_type=preset.model_var_type,
             loss_type=preset.loss_type,
+            shows_overflow=shows_overflow,
         )
 
     @staticmethod
@@ -219,7 +276,8 @@ class GaussianDiffusion:
         else:
             pred_xstart = model_output
         if clip_denoised:
-            pred_xstart = tf.clip_by_value(pred_xstart, -1.0, 1.0)
+            clipped = tf.clip_by_value(pred_xstart, -1.0, 1.0)
+            pred_xstart = tf.where(tf.math.is_finite(pred_xstart), clipped, np.nan) if self._shows_overflow else clipped
 
         if self.model_mean_type == "xprev":
             mean = model_output  # the network predicts the mean itself, so clipping x_0 has no effect on it

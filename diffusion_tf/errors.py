@@ -21,11 +21,19 @@ class ConfigError(InputError):
 
     def __init__(self, field: str, message: str):
         self.field = field
+        self._message = message
         super().__init__(field + ("" if message[0] in "=:" else " ") + message)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.field, self._message)  # worker processes send their errors to the main one
 
 
 class DamagedFileError(InputError):
     """A file exists, but its contents are not what was written to it."""
+
+
+class NotFiniteError(InputError):
+    """A network or a score gave NaN or infinity, so that there is no picture and no number to show."""
 
 
 class DivergedError(InputError):

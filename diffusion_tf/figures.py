@@ -37,16 +37,31 @@ def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> b
         scale = max(1, -(-min_height // grid.shape[0]))
         panels.append((caption, _enlarged(grid, scale)))
 
-    font = ImageFont.load_default(size=_FONT)
-    widths = [max(panel.width, int(font.getlength(caption)) + 1) + 2 * _MARGIN for caption, panel in panels]
-    height = max(panel.height for _, panel in panels) + _CAPTION + 2 * _MARGIN
-    picture = Image.new("RGB", (sum(widths), height), "white")
+    widths = [max(panel.width, _width(caption)) + 2 * _MARGIN for caption, panel in panels]
+    top = _MARGIN + max(_height(caption) for caption in grids)
+    picture = Image.new("RGB", (sum(widths), top + max(panel.height for _, panel in panels) + _MARGIN), "white")
     left = _MARGIN
     for (caption, panel), width in zip(panels, widths, strict=True):
-        ImageDraw.Draw(picture).text((left, _MARGIN), caption, fill="black", font=font)
-        picture.paste(panel, (left, _MARGIN + _CAPTION))
+        _write(picture, left, caption)
+        picture.paste(panel, (left, top))
         left += width
     return _png(picture)
+
+
+def _width(caption: str) -> int:
+    font = ImageFont.load_default(size=_FONT)
+    return max(int(font.getlength(line)) + 1 for line in caption.split("\n"))
+
+
+def _height(caption: str) -> int:
+    return _CAPTION * len(caption.split("\n"))
+
+
+def _write(picture: Image.Image, left: int, caption: str) -> None:
+    """Writes the lines of a caption at the top of a picture."""
+    font = ImageFont.load_default(size=_FONT)
+    for i, line in enumerate(caption.split("\n")):
+        ImageDraw.Draw(picture).text((left, _MARGIN + i * _CAPTION), line, fill="black", font=font)
 
 
 def labelled_grid(
@@ -58,7 +73,7 @@ def labelled_grid(
       rows: images uint8 [columns, H, W, C], all of one size.
       row_labels: a label for each row.
       column_labels: a label for each column; tiles are at least as wide as the longest.
-      caption: a line above the grid.
+      caption: lines above the grid.
     """
     height, width = rows[0].shape[1:3]
     font = ImageFont.load_default(size=_FONT)
@@ -66,11 +81,11 @@ def labelled_grid(
     scale = max(1, -(-max(_TILE, label_width) // width))
     tile_height, tile_width = height * scale + 2, width * scale + 2
     left = _MARGIN + max(int(font.getlength(label)) for label in row_labels) + _MARGIN
-    top = _MARGIN + 2 * _CAPTION
-    right_edge = max(left + len(column_labels) * tile_width, _MARGIN + int(font.getlength(caption))) + _MARGIN
+    top = _MARGIN + _height(caption) + _CAPTION
+    right_edge = max(left + len(column_labels) * tile_width, _MARGIN + _width(caption)) + _MARGIN
     picture = Image.new("RGB", (right_edge, top + len(rows) * tile_height + _MARGIN), "white")
+    _write(picture, _MARGIN, caption)
     draw = ImageDraw.Draw(picture)
-    draw.text((_MARGIN, _MARGIN), caption, fill="black", font=font)
     for column, label in enumerate(column_labels):
         draw.text((left + (column + 0.5) * tile_width, top - 3), label, fill="black", font=font, anchor="ms")
     for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
@@ -81,10 +96,17 @@ def labelled_grid(
     return _png(picture)
 
 
-def animation(frames: Sequence[np.ndarray], *, seconds: float) -> bytes:
-    """A GIF of pictures uint8 [H, W, C], of `seconds` in total, after which the last one stays for two seconds."""
+def animation(frames: Sequence[np.ndarray], captions: Sequence[str], *, seconds: float) -> bytes:
+    """A GIF of pictures uint8 [H, W, C] under captions, of `seconds` in total; the last stays for two seconds more."""
     scale = max(1, -(-_ANIMATION_HEIGHT // frames[0].shape[0]))
-    pictures = [_enlarged(frame, scale) for frame in frames]
+    width = max(frames[0].shape[1] * scale, *map(_width, captions)) + 2 * _MARGIN
+    top = _MARGIN + max(map(_height, captions))
+    pictures = []
+    for frame, caption in zip(frames, captions, strict=True):
+        picture = Image.new("RGB", (width, top + frame.shape[0] * scale + _MARGIN), "white")
+        _write(picture, _MARGIN, caption)
+        picture.paste(_enlarged(frame, scale), (_MARGIN, top))
+        pictures.append(picture)
     durations = [int(1000 * seconds / len(frames))] * len(frames)
     durations[-1] += 2000
     buffer = io.BytesIO()
@@ -121,11 +143,13 @@ class Curve:
     points: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
-def curves(panels: Sequence[Curve]) -> bytes:
-    """A PNG of curves, side by side."""
+def curves(panels: Sequence[Curve], *, caption: str = "") -> bytes:
+    """A PNG of curves, side by side, under a caption."""
     from matplotlib.figure import Figure  # takes seconds to import, and only curves need it
 
     figure = Figure(figsize=(5.0 * len(panels), 4.0), layout="constrained")
+    if caption:
+        figure.suptitle(caption, fontsize=9)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.plot(panel.x, panel.y)
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)

@@ -14,13 +14,14 @@ import tensorflow as tf
 import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
-from diffusion_tf.errors import InputError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.storage.files import Arrays
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
+
+_IMAGES_READ = 256  # at once, to count levels
 
 # --- Terms of a batch ------------------------------------------------------------------------------------------
 
@@ -90,6 +91,7 @@ class BoundEvaluator:
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None):
         last, stretches = trained.diffusion.num_timesteps - 1, num_timesteps_estimate
+        self._trained, self._terms_are_timesteps = trained, stretches is None
         per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
         def evaluate(first_image: tf.Tensor, images: tf.Tensor) -> BoundTerms:
@@ -111,8 +113,18 @@ class BoundEvaluator:
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
     def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
-        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0]."""
-        return BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0].
+
+        Raises:
+          NotFiniteError: a term or an error of an image is not finite.
+        """
+        bound = BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+        finite = np.isfinite(bound.terms_bpd) & np.isfinite(bound.mse)
+        if not finite.all():
+            t = np.flatnonzero(~finite.all(axis=0)).max()  # where sampling would meet it first
+            what = f"at t = {t}, the bounds of images" if self._terms_are_timesteps else "the bounds of images"
+            self._trained.check_finite(finite.all(axis=1), what, first=first_image)
+        return bound
 
 
 # --- The bound of a set of images ------------------------------------------------------------------------------
@@ -168,7 +180,7 @@ def bound_of_images(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
-      InputError: the bound of an image is not finite.
+      NotFiniteError: the bound of an image is not finite.
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     firsts = tqdm.trange(0, len(images), batch_size, unit="batch", desc="bits/dim")
@@ -204,7 +216,7 @@ def measure_bound(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
-      InputError: the bound of an image is not finite.
+      NotFiniteError: the bound of an image is not finite.
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     description = {
@@ -223,8 +235,6 @@ def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray) -> A
     """What `_combine` needs of a batch: values [n] of each image, and sums [K] over the images."""
     bound = evaluator(first, images)
     terms = bound.terms_bpd.astype(np.float64)
-    if not (np.isfinite(terms).all() and np.isfinite(bound.mse).all()):
-        raise InputError(f"the bound of images {first} to {first + len(images) - 1} is not finite")
     return {
         "prior_bpd": bound.prior_bpd.astype(np.float64),
         "middle_bpd": terms[:, 1:].sum(axis=1),
@@ -252,6 +262,22 @@ def _combine(batches: Sequence[Arrays], num_timesteps: int, num_timesteps_estima
 
 
 # --- What follows from the bound and the schedule --------------------------------------------------------------
+
+
+def count_levels(read_images: Callable[[int, int], np.ndarray], num_images: int) -> int:
+    """How many of the 256 levels occur in images 0, ..., num_images - 1; `read_images` as for `measure_bound`."""
+    found = np.zeros(256, bool)
+    for first in range(0, num_images, _IMAGES_READ):
+        found[np.unique(read_images(first, min(_IMAGES_READ, num_images - first)))] = True
+    return int(found.sum())
+
+
+def describe_levels(levels: int) -> str:
+    """What to know about the bound of images in which `levels` of the 256 levels occur."""
+    return (
+        f"the images have {levels} of the 256 levels: a code of equal length for each of these takes log2({levels}) ="
+        f" {math.log2(levels):.2f} bits/dim, while the model's decoder spends probability on all 256"
+    )
 
 
 def rate_distortion(bound: Bound) -> tuple[np.ndarray, np.ndarray]:

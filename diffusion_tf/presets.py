@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -39,8 +40,10 @@ def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool =
 class Preset:
     """A recipe: data, network, diffusion process, training, and how often a run reports.
 
+    Lists become tuples, and NumPy's numbers Python's.
+
     Raises:
-      ConfigError: a value is out of range.
+      ConfigError: a value is of another type, or out of range.
     """
 
     dataset: str = _field("The preset: which data, and the recipe for it.")
@@ -103,23 +106,39 @@ class Preset:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _converted(field.name, field.type, getattr(self, field.name)))
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"choose one of {', '.join(choices)}")
         for names, accepts, requirement in _RANGES:
             for name in names.split():
                 self._require(name, accepts(getattr(self, name)), requirement)
+        for name, largest in _LARGEST.items():
+            self._require(name, getattr(self, name) <= largest, f"must be {largest:,} at most")
         for name, base in _MULTIPLES:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+        for name, size, most, what in (
+            ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
+            ("image_size", self.image_size**2 * self.ch, _MAX_FEATURES, "features of one image in a layer"),
+            ("batch_size", self.batch_size * math.prod(self.image_shape), _MAX_FEATURES, "pixels in a batch"),
+        ):
+            self._require(name, size <= most, f"makes {size:,} {what}; {most:,} at most")
 
     def _require(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
-            raise ConfigError(name, f"={getattr(self, name)}: {requirement}")
+            raise ConfigError(name, f"={_quoted(getattr(self, name))}: {requirement}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return (self.image_size, self.image_size, self.channels)
+
+    @property
+    def least_weights(self) -> int:
+        """A lower bound of the number of weights: those of the second convolution of each residual block."""
+        blocks = 2 * self.num_res_blocks + 1  # down and up, at each resolution
+        return sum(9 * blocks * (self.ch * mult) ** 2 for mult in self.ch_mult)
 
     def recipe_sha256(self) -> str:
         """Digest of the fields that a resumed run must not change."""
@@ -138,6 +157,42 @@ class Preset:
 # The fields of the recipe that a resumed run may change if the user allows it.
 CHANGEABLE = tuple(field.name for field in dataclasses.fields(Preset) if field.metadata["changeable"])
 
+
+def _converted(name: str, kind: Any, value: Any) -> Any:
+    """`value` as a bool, int, float, str or tuple of ints; raises ConfigError if it is of another kind."""
+    if kind == tuple[int, ...] and isinstance(value, list | tuple):
+        return tuple(_converted(name, int, item) for item in value)
+    accepted, what = _KINDS[kind]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(name, f"={_quoted(value)}: must be {what}")
+    if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
+        raise ConfigError(name, ": the number has too many digits")
+    return kind(value)
+
+
+def _quoted(value: Any) -> str:
+    """A value in an error message, which is one line."""
+    text = str(value)
+    return text if len(text) <= 80 and text.isprintable() else f"{text[:80]!r}..."
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    tuple[int, ...]: (tuple, "whole numbers"),
+}
+# Configurations come from others: none may ask for memory or time that no machine has.
+_MAX_WEIGHTS = 2**28  # of the lower bound; the largest network of the paper has 2^26 of these, and 2^28 in all
+_MAX_FEATURES = 2**30  # 2^32 bytes in float32
+_LARGEST = {
+    "image_size": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,
+    "batch_size": 2**20, "num_steps": 10**9, "warmup_steps": 10**9, "steps_per_loop": 10**6,
+    "checkpoint_every": 10**9, "keep_checkpoints": 10**6, "keep_every": 10**9, "sample_every": 10**9,
+    "max_skipped_steps": 10**9,
+}  # fmt: skip
+
 # (fields, whether a value is valid, what it must be), in the order in which they are checked.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -151,7 +206,13 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)"),
-    ("ch_mult", lambda v: bool(v) and min(v) > 0, "must be positive whole numbers"),
+    ("dataset", lambda v: 0 < len(v) <= 80 and v.isprintable(), "must be a name of at most 80 characters"),
+    ("ch_mult", lambda v: 0 < len(v) <= 10 and min(v) > 0 and max(v) <= 64, "must be 1 to 10 numbers from 1 to 64"),
+    (
+        "attn_resolutions",
+        lambda v: len(v) <= 10 and all(0 < size <= 128 for size in v),
+        "must be at most 10 numbers from 1 to 128; attention between more than 128x128 pixels takes too much memory",
+    ),
 )
 _MULTIPLES = (
     ("checkpoint_every", "steps_per_loop"),
@@ -185,6 +246,20 @@ PRESETS = {
         dataclasses.replace(_CELEBAHQ256, dataset="lsun_cat", num_steps=1_800_000),
     )
 }  # fmt: skip
+
+
+def resized(preset: Preset, image_size: int) -> Preset:
+    """`preset` for images of another size, a power of two of at least 4 pixels.
+
+    The network loses its lowest levels if they would be smaller than 4x4, and attends at the sizes nearest to those of
+    `preset` that it has.
+    """
+    ch_mult = preset.ch_mult[: image_size.bit_length() - 2]
+    lowest = image_size >> (len(ch_mult) - 1)
+    attends = {min(max(size, lowest), image_size) for size in preset.attn_resolutions}
+    return dataclasses.replace(
+        preset, image_size=image_size, ch_mult=ch_mult, attn_resolutions=tuple(sorted(attends, reverse=True))
+    )
 
 
 def get_preset(dataset: str, **overrides: Any) -> Preset:

@@ -17,7 +17,7 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop.diffusers import read_diffusers
+from diffusion_tf.interop.diffusers import check_size, read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
@@ -97,6 +97,7 @@ class Run:
 
         Raises:
           ConfigError: an argument is out of range.
+          NotFiniteError: a sample is not finite, since the network overflows.
         """
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
@@ -120,11 +121,14 @@ class Run:
           it also predicts variances.
 
         Raises:
-          ConfigError: a shape or a timestep does not fit the run.
+          ConfigError: a shape or a timestep does not fit the run, or x_t is not finite.
+          NotFiniteError: an output is not finite.
         """
         x_t, t = np.asarray(x_t, np.float32), np.asarray(t)
         if x_t.ndim != 4 or x_t.shape[1:] != self.preset.image_shape or not len(x_t):
             raise ConfigError("x_t", f"must be [N, {_comma(self.preset.image_shape)}], not {list(x_t.shape)}")
+        if not np.isfinite(x_t).all():
+            raise ConfigError("x_t", "holds NaN or infinity")
         if t.dtype.kind not in "iu" or t.shape not in ((), (len(x_t),)):
             raise ConfigError("t", f"must be an int or int [{len(x_t)}], not {t.dtype} {list(t.shape)}")
         if t.min() < 0 or t.max() >= self.preset.num_timesteps:
@@ -134,7 +138,9 @@ class Run:
             self._denoise_calls[batch_size] = self._trained.over_replicas(
                 lambda _, x_t, t: self._trained.denoise_fn()(x_t, t), batch_size
             )
-        return self._denoise_calls[batch_size](0, x_t, np.broadcast_to(t, len(x_t)).astype(np.int32)).numpy()
+        output = self._denoise_calls[batch_size](0, x_t, np.broadcast_to(t, len(x_t)).astype(np.int32)).numpy()
+        self._trained.check_finite(output, "outputs")
+        return output
 
     def bits_per_dim(
         self,
@@ -345,6 +351,7 @@ def train(
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
     if checkpoint is not None:
         raise ConfigError("checkpoint", f"={checkpoint}: {folder} is a diffusers folder, which has no checkpoints")
+    check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
     arrays = read_diffusers(folder, preset, model, None)
@@ -353,7 +360,9 @@ def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strateg
         variable.assign(arrays[f"ema/{name}"])
         digest.update(arrays[f"ema/{name}"].tobytes())
     model.freeze()
-    return Run(TrainedModel(preset, strategy, model), path=folder, step=0, weights_digest=digest.hexdigest())
+    trained = TrainedModel(preset, strategy, model)
+    trained.name = folder
+    return Run(trained, path=folder, step=0, weights_digest=digest.hexdigest())
 
 
 def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:

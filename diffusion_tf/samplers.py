@@ -1,6 +1,7 @@
 """Sampling loops, each compiled as one loop over timesteps, and the classes that run them for images by their index."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -134,44 +135,6 @@ def table_steps(
     return x_t, pred_xstart
 
 
-def p_sample_loop_progressive(
-    diffusion: GaussianDiffusion,
-    denoise_fn: DenoiseFn,
-    noise_fn: NoiseFn,
-    *,
-    include_xstartpred_freq: int,
-    clip_denoised: bool = True,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """`p_sample_loop` that also returns predictions of x_0 on the way (progressive generation, Section 4.3).
-
-    Args:
-      diffusion: the process.
-      denoise_fn: the network.
-      noise_fn: noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T.
-      include_xstartpred_freq: timesteps between two predictions that it returns.
-      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
-
-    Returns:
-      x_0 [B, H, W, C], and predictions [B, T // include_xstartpred_freq, H, W, C]; prediction k is that at
-      t = k * include_xstartpred_freq.
-    """
-    num_recorded = diffusion.num_timesteps // include_xstartpred_freq
-
-    def body(t: tf.Tensor, x_t: tf.Tensor, xstartpreds: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        x_prev, pred_xstart = diffusion.p_sample(
-            denoise_fn, x_t, tf.fill([x_t.shape[0]], t), noise_fn(t), clip_denoised=clip_denoised
-        )
-        # Every t writes to its slot, and the lowest t of the slot writes last: no branch, and shapes stay static.
-        slot = tf.reshape(tf.range(num_recorded) == t // include_xstartpred_freq, [1, -1, 1, 1, 1])
-        return t - 1, x_prev, tf.where(slot, pred_xstart[:, None], xstartpreds)
-
-    last = tf.constant(diffusion.num_timesteps - 1)
-    x_T = noise_fn(last + 1)
-    xstartpreds = tf.zeros([x_T.shape[0], num_recorded, *x_T.shape[1:]])
-    _, x_start, xstartpreds = tf.while_loop(lambda t, *_: t >= 0, body, (last, x_T, xstartpreds))
-    return x_start, xstartpreds
-
-
 def sample_noise(seed: int | tf.Tensor, first_image: tf.Tensor, shape: Sequence[int]) -> NoiseFn:
     """The noise with which every sampler draws images first_image, first_image + 1, ...; `shape` is [B, H, W, C]."""
     return lambda t: CounterRng(seed, t, first_image).normal("sample", shape)
@@ -206,6 +169,8 @@ class Sampler:
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
         self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
         self.seed = seed
+        self._trained = trained
+        self._timesteps = np.arange(diffusion.num_timesteps)[::-1] if table is None else table.timesteps
         self._batch_size = batch_size
 
         def noise(first_image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -218,12 +183,16 @@ class Sampler:
             seed: tf.Tensor,
             start: tf.Tensor,
             stop: tf.Tensor,
-        ) -> tuple[tf.Tensor, tf.Tensor]:
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             noise_fn, denoise_fn = sample_noise(seed[0], first_image, shape), trained.denoise_fn()
             if table is None:
                 start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
-                return reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop), pred_xstart
-            return table_steps(diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0])
+                x_t = reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop)
+            else:
+                x_t, pred_xstart = table_steps(
+                    diffusion, denoise_fn, noise_fn, table, x_t, pred_xstart, start[0], stop[0]
+                )
+            return x_t, pred_xstart, tf.reduce_all(tf.math.is_finite(x_t), axis=[1, 2, 3])
 
         self._noise = trained.over_replicas(noise, batch_size)
         self._steps = trained.over_replicas(steps, batch_size)
@@ -232,6 +201,9 @@ class Sampler:
         """Images first_image, ..., first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
 
         `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
+
+        Raises:
+          NotFiniteError: an image is not finite.
         """
         seed = tf.fill([self._batch_size], tf.constant(self.seed, tf.int64))
         x_t = self._noise(first_image, seed)
@@ -241,13 +213,18 @@ class Sampler:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
-                x_t, pred_xstart = self._steps(first_image, x_t, pred_xstart, seed, *steps)
-                x_t[:1].numpy()  # waits for the device, so that the bar shows finished steps
+                x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, *steps)
+                # Reading it waits for the device, so that the bar shows finished steps.
+                self._trained.check_finite(finite, f"at t = {self._timesteps[stop - 1]}, samples", first=first_image)
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
     def draw(self, num_samples: int) -> np.ndarray:
-        """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar."""
+        """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar.
+
+        Raises:
+          NotFiniteError: a sample is not finite.
+        """
         batches = []
         with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
@@ -256,66 +233,52 @@ class Sampler:
         return np.concatenate(batches)
 
 
-class ProgressiveSampler:
-    """Draws the images of `Sampler` by Algorithm 2, with predictions of x_0 on the way (progressive generation).
-
-    Args:
-      trained: as in `Sampler`.
-      batch_size: as in `Sampler`.
-      seed: as in `Sampler`.
-      include_xstartpred_freq: timesteps between two predictions that it returns.
-
-    Raises:
-      ConfigError: the batch size is not divisible by the replicas.
-    """
-
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, include_xstartpred_freq: int):
-        shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
-
-        def sample(first_image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            noise_fn = sample_noise(seed, first_image, shape)
-            x_start, xstartpreds = p_sample_loop_progressive(
-                trained.diffusion, trained.denoise_fn(), noise_fn, include_xstartpred_freq=include_xstartpred_freq
-            )
-            return tf.clip_by_value(x_start, -1.0, 1.0), xstartpreds
-
-        self._sample = trained.over_replicas(sample, batch_size)
-
-    def __call__(self, first_image: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Images first_image, ... float32 [batch_size, H, W, C] in [-1, 1], and predictions [batch_size, K, H, W, C].
-
-        Prediction k is that at t = k * include_xstartpred_freq. T network evaluations.
-        """
-        return self._sample(first_image)
-
-
 class ReverseProcess:
     """Runs stretches of the reverse process from any x_t, with the noise that `Sampler` has for the same images.
 
     Args:
       trained: as in `Sampler`.
-      batch_size: as in `Sampler`.
+      batch_size: images of one call at most, over all replicas.
       seed: as in `Sampler`.
+      shared_noise: every image has the noise of image 0, so that results differ by their x_t only.
+      on_progress: called with the number of steps done, counted for each image.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
     """
 
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int):
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        batch_size: int,
+        seed: int,
+        shared_noise: bool = False,
+        on_progress: Callable[[int], object] | None = None,
+    ):
+        per_replica_batch_size(batch_size, trained.strategy)
         self.trained = trained
         self.batch_size = batch_size
         self.seed = seed
+        self._on_progress = on_progress or (lambda _: None)
 
         def steps(first_image: tf.Tensor, x_t: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
-            noise_fn = sample_noise(seed, first_image, x_t.shape)
+            first_image, count = (tf.zeros_like(first_image), 1) if shared_noise else (first_image, x_t.shape[0])
+            noise_fn = sample_noise(seed, first_image, (count, *x_t.shape[1:]))
             return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
 
-        self._steps = trained.over_replicas(steps, batch_size)
+        def predict(_: tf.Tensor, x_t: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+            p = trained.diffusion.p_mean_variance(trained.denoise_fn(), x_t, time - 1, clip_denoised=True)
+            return p.pred_xstart
 
-    def noise(self, count: int) -> np.ndarray:
-        """x_T of images 0, ..., count - 1, float32 [count, H, W, C]."""
+        # By batch size.
+        self._steps = functools.cache(lambda size: trained.over_replicas(steps, size))
+        self._predict = functools.cache(lambda size: trained.over_replicas(predict, size))
+
+    def noise(self, count: int, *, first_image: int = 0) -> np.ndarray:
+        """x_T of images first_image, ..., float32 [count, H, W, C]."""
         shape = (count, *self.trained.preset.image_shape)
-        return CounterRng(self.seed, self.trained.diffusion.num_timesteps, 0).normal("sample", shape).numpy()
+        return CounterRng(self.seed, self.trained.diffusion.num_timesteps, first_image).normal("sample", shape).numpy()
 
     def __call__(self, x_t: np.ndarray, start: ArrayLike, stop: ArrayLike, *, first_image: int = 0) -> np.ndarray:
         """Runs `reverse_steps` on any number of images, batch by batch.
@@ -328,17 +291,53 @@ class ReverseProcess:
 
         Returns:
           float32 [N, H, W, C].
+
+        Raises:
+          NotFiniteError: an image is not finite.
         """
-        start, stop = (np.broadcast_to(np.asarray(steps, np.int32), [len(x_t)]) for steps in (start, stop))
+        stride = -(-self.trained.diffusion.num_timesteps // _CALLS)
         results = []
-        for i in range(0, len(x_t), self.batch_size):
-            batch = [array[i : i + self.batch_size] for array in (x_t, start, stop)]
+        for first, count, (x, starts, stops) in self._batches(x_t, start, stop):
+            for high in range(starts.max(), stops.min(), -stride):
+                limits = max(high - stride, stops.min()), high
+                spans = [np.clip(steps, *limits) for steps in (starts, stops)]
+                x = self._steps(len(x))(first_image + first, x, *spans).numpy()
+                self.trained.check_finite(x[:count], f"at t = {limits[0]}, samples", first=first_image + first)
+                self._on_progress(int((spans[0] - spans[1])[:count].sum()))
+            results.append(x[:count])
+        return np.concatenate(results)
+
+    def predict_xstart(self, x_t: np.ndarray, time: ArrayLike) -> np.ndarray:
+        """The x_0 that the network predicts from x_t, clipped to [-1, 1].
+
+        Args:
+          x_t: float32 [N, H, W, C].
+          time: how many steps of noise x_t has, in [1, T], int or int [N].
+
+        Returns:
+          float32 [N, H, W, C].
+
+        Raises:
+          NotFiniteError: a prediction is not finite.
+        """
+        results = []
+        for first, count, (x, times) in self._batches(x_t, time):
+            results.append(self._predict(len(x))(0, x, times)[:count].numpy())
+            self.trained.check_finite(results[-1], "predicted images", first=first)
+        return np.concatenate(results)
+
+    def _batches(self, x_t: np.ndarray, *steps: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """Yields batches of one size: the index of the first image, their number, and x_t and `steps` of each."""
+        arrays = [x_t, *(np.broadcast_to(np.asarray(s, np.int32), [len(x_t)]) for s in steps)]
+        replicas = self.trained.strategy.num_replicas_in_sync
+        size = -(-len(x_t) // -(-len(x_t) // self.batch_size))
+        size = -(-size // replicas) * replicas
+        for first in range(0, len(x_t), size):
+            batch = [array[first : first + size] for array in arrays]
             count = len(batch[0])
             # Pads with copies of the last image: zeros for `stop` would make the loop run down to x_0.
-            padding = self.batch_size - count
-            batch = [np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1), mode="edge") for array in batch]
-            results.append(self._steps(first_image + i, *batch)[:count].numpy())
-        return np.concatenate(results)
+            padding = size - count
+            yield first, count, [np.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1), mode="edge") for a in batch]
 
 
 def ddim_inversion(
@@ -361,6 +360,7 @@ def ddim_inversion(
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the spacing is unknown.
+      NotFiniteError: a latent or an image is not finite.
     """
     diffusion = trained.diffusion
     ts = timesteps(diffusion.schedule, steps, spacing)
@@ -378,6 +378,8 @@ def ddim_inversion(
     invert, batches = trained.over_replicas(both_ways, batch_size), []
     for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="inverting"):
         latents, x = invert(first, images_to_x(images[first : first + batch_size]))
+        for values, what in ((latents, "latents"), (x, "samples")):
+            trained.check_finite(values, what, first=first)
         batches.append((latents.numpy(), x_to_images(x).numpy()))
     latents, samples = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     return latents, samples

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
-from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
+from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, check_finite
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.microbatches import map_microbatches
 from diffusion_tf.runtime.replicas import cpu_backend, over_replicas
@@ -23,7 +24,12 @@ class TrainedModel:
       strategy: where they run.
       model: the network; default: a new one, with weights for inference. A frozen one is frozen at its first use.
       weights: the weights to use, in the order of `model.trainable_variables`; default: the network's own.
+
+    Attributes:
+      name: what errors call the weights, such as the path of a checkpoint.
     """
+
+    name = "these weights"
 
     frozen = False  # whether programs may keep reordered copies of the weights
 
@@ -36,7 +42,7 @@ class TrainedModel:
     ):
         self.preset = preset
         self.strategy = strategy
-        self.diffusion = GaussianDiffusion.from_preset(preset)
+        self.diffusion = GaussianDiffusion.from_preset(preset, shows_overflow=True)
         if model is None:
             with strategy.scope():
                 model = UNet.from_preset(preset, weights="inference")
@@ -55,7 +61,18 @@ class TrainedModel:
             model = UNet.from_preset(preset, weights="frozen")
         load_ema(model, path)
         model.freeze()
-        return cls(preset, strategy, model)
+        trained = cls(preset, strategy, model)
+        trained.name = path
+        return trained
+
+    def check_finite(self, values: ArrayLike, what: str, *, first: int = 0) -> None:
+        """`diffusion_utils.check_finite` of what these weights gave.
+
+        Raises:
+          NotFiniteError: some values are NaN or infinite.
+        """
+        advice = f"the network of {self.name} overflows: take another `checkpoint`, or `precision=float32`"
+        check_finite(values, what, first=first, advice=advice)
 
     def denoise_fn(self, microbatch_pixels: int = MICROBATCH_PIXELS) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops.

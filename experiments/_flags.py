@@ -145,6 +145,16 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
     return dataclasses.replace(run or get_preset(FLAGS.dataset), **overrides)
 
 
+def preset_arguments(preset: Preset, base: Preset) -> list[str]:
+    """The flags that make `preset` of `base`."""
+    values = {field.name: getattr(preset, field.name) for field in dataclasses.fields(Preset)}
+    differences = {name: value for name, value in values.items() if value != getattr(base, name)}
+    return [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in differences.items()
+    ]
+
+
 def sampler_from_flags(preset: Preset) -> SamplerSettings:
     """The sampler that `define_sampler_flags` asks for, with all defaults filled in.
 
@@ -163,11 +173,17 @@ def out_path(default: str, extension: str) -> str:
     """
     from diffusion_tf.storage.files import check_writable  # imports TensorFlow
 
+    check_extension("out", extension)
     path = FLAGS.out or default
-    if not path.endswith(extension):
-        raise InputError(f"--out={path} must end in {extension}")
     check_writable(path)
     return path
+
+
+def check_extension(name: str, extension: str) -> None:
+    """Raises InputError if the path that a flag gives has another extension than the format that is written."""
+    path = FLAGS[name].value
+    if path is not None and os.path.splitext(path)[1].lower() != extension:
+        raise InputError(f"--{name}={path} must end in {extension}")
 
 
 def check_measured_run() -> None:

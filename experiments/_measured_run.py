@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
+import math
 import os
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from absl import flags, logging
-from PIL import Image
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
@@ -21,11 +20,11 @@ from diffusion_tf.evaluation.feature_networks import (
     pixels_network,
 )
 from diffusion_tf.evaluation.scores import Images, source_images
-from diffusion_tf.likelihood import Bound, measure_bound
+from diffusion_tf.likelihood import Bound, count_levels, describe_levels, measure_bound
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import check_writable, first_line
+from diffusion_tf.storage.files import check_writable
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
@@ -111,9 +110,10 @@ class MeasuredRun:
         step, checkpoint = self.find_checkpoint()
         source = self.open_source(FLAGS.split)
         num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
+        reader = ImageReader(source)
         bound = measure_bound(
             TrainedModel.from_checkpoint(self.preset, self.strategy, checkpoint),
-            ImageReader(source),
+            reader,
             num_images=num_images,
             batch_size=FLAGS.batch_size,
             seed=FLAGS.seed,
@@ -121,22 +121,14 @@ class MeasuredRun:
             subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
             num_timesteps_estimate=num_timesteps_estimate,
         )
+        levels = count_levels(reader, num_images)
         subject = {"dataset": self.preset.dataset, "images": source.name, "split": FLAGS.split}
-        return bound, {**subject, "num_images": num_images, "step": step, "seed": FLAGS.seed}
+        sizes = {"num_images": num_images, "levels": levels, "uniform_code_bits_per_dim": math.log2(levels)}
+        notes = {"bits_per_dim": describe_levels(levels)} if levels < 256 else {}
+        return bound, {**subject, **sizes, "step": step, "seed": FLAGS.seed, "notes": notes}
 
 
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file, uint8 of `shape`.
-
-    Raises:
-      InputError: the file cannot be read, or its image has another shape.
-    """
-    try:
-        with Image.open(os.path.expanduser(path)) as picture:
-            image = np.asarray(picture)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the image {path} ({first_line(error)})") from error
-    image = image[..., None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.shape != shape:
-        raise InputError(f"{path} is {image.dtype} {image.shape}, but the run has uint8 {shape} (height, width, C)")
-    return image
+def print_notes(notes: dict[str, str]) -> None:
+    """Prints what to know about numbers, below their table."""
+    for name, note in notes.items():
+        print(f"  {name}: {note}")

@@ -24,7 +24,7 @@ from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=None, out="Folder to write.")
-_flags.define_path("images", None, "encode: an image file, or an .npz with one array uint8 [N, H, W, C].")
+_flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with one array uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
 flags.DEFINE_integer(
@@ -59,12 +59,13 @@ from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
 from diffusion_tf.compression.measurement import Measurement, encode_picture
 from diffusion_tf.compression.tables import TableStore
+from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
 
-from ._measured_run import MeasuredRun, read_image
+from ._measured_run import MeasuredRun
 
 
 def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
@@ -74,14 +75,15 @@ def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
         source = run.open_source(FLAGS.split)
         count = min(FLAGS.num_images or source.num_examples, source.num_examples)
         images, name = ImageReader(source)(0, count), source.name
-    elif FLAGS.images.endswith(".npz"):
+    elif FLAGS.images.lower().endswith(".npz"):
         arrays = list(read_npz(FLAGS.images).values())
         if len(arrays) != 1 or arrays[0].dtype != np.uint8 or arrays[0].shape[1:] != shape or not len(arrays[0]):
             raise InputError(f"{FLAGS.images} must hold one array, uint8 (N, {', '.join(map(str, shape))})")
         images, name = arrays[0][: FLAGS.num_images], FLAGS.images
     else:
         stem = os.path.splitext(os.path.basename(FLAGS.images))[0]
-        return [stem], read_image(FLAGS.images, shape)[None], FLAGS.images
+        stem = os.fsencode(stem).decode(errors="backslashreplace")  # TensorFlow writes only names in UTF-8
+        return [stem], read_picture(FLAGS.images, shape)[None], FLAGS.images
     return [f"image_{i:05d}" for i in range(len(images))], images, name
 
 

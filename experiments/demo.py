@@ -32,6 +32,7 @@ from diffusion_tf.evaluation.metrics import classifier_score
 from diffusion_tf.evaluation.scores import check_metrics, compute_scores
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
+from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
@@ -58,6 +59,7 @@ Next
   tensorboard --logdir={workdir}   training curves
   python -m experiments.sample --workdir={workdir} --out=more.npz --png=more.png --seed=1   more samples
   python -m experiments.likelihood --workdir={workdir} --num_timesteps_estimate=20   bits/dim of held-out digits
+  python -m experiments.report --workdir={workdir}   all of it on one page
 """
 
 
@@ -87,6 +89,19 @@ def main() -> None:
         for images in (real, samples)
     )
     scores = compute_scores(_METRICS, network.name, real_features, features)
+    evaluation = {
+        "step": step,
+        "checkpoint_sha256": checkpoints.load_digest(checkpoint),
+        "seed": 0,
+        "compute_dtype": preset.precision,
+        **SamplerSettings().describe(preset),
+        "num_samples": num_samples,
+        "metrics": list(_METRICS),
+        "reference": {"images": "all scikit-learn digits", "num_images": len(real), "features": network.name},
+        **scores,
+    }
+    if evaluation not in workdir.read_evaluations():
+        workdir.append_evaluation(evaluation)  # for the report
     print(
         _program.command_lines(_SUMMARY).format(
             **scores,

@@ -14,6 +14,7 @@ evaluations.jsonl and a scalar in TensorBoard, and checkpoints/best/ keeps the b
 The same command resumes an interrupted evaluation.
 """
 
+import math
 import os
 
 from absl import flags
@@ -70,7 +71,7 @@ from diffusion_tf.evaluation.scores import (
 )
 from diffusion_tf.storage.files import write_json
 
-from ._measured_run import MeasuredRun
+from ._measured_run import MeasuredRun, print_notes
 
 
 def _make_scorer(run: MeasuredRun, num_samples: int) -> tuple[Scorer, str]:
@@ -101,9 +102,10 @@ def _make_checkpoint_scorer(run: MeasuredRun) -> CheckpointScorer:
 
 def _score_file(run: MeasuredRun, images: Images) -> dict[str, Any]:
     scorer, _ = _make_scorer(run, images.count)
-    scores = scorer.scores(images)
+    scores, notes = scorer.scores(images)
     scorer.forget(images)
-    return {"samples": FLAGS.samples, "num_samples": images.count, **scorer.description, **scores}
+    result = {"samples": FLAGS.samples, "num_samples": images.count, **scorer.description}
+    return {**result, **scores, "notes": notes}
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -111,8 +113,9 @@ def _print(result: dict[str, Any]) -> None:
     images = reference.get("images") or reference["file"]
     print(f"\n{result['num_samples']} samples against {reference['num_images']} images of {images}")
     for name, score in result.items():
-        if isinstance(score, float):
+        if isinstance(score, float) and math.isfinite(score):
             print(f"  {name:<38}{score:.5g}")
+    print_notes(result.get("notes", {}))  # older versions recorded none
 
 
 def main() -> None:

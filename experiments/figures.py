@@ -9,6 +9,7 @@ run); `all` writes them into a folder with an index.html. The same seed gives th
 """
 
 import os
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -22,27 +23,30 @@ from . import _flags, _program
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=64, out="Picture to write (.png; .gif for animation), or folder for all.")
 flags.DEFINE_enum("figure", None, (*FIGURES, *SCORED_FIGURES, "all"), "The figure.")
+flags.DEFINE_integer("count", 64, "Samples in samples and animation.", lower_bound=1)
+flags.DEFINE_integer("num_samples", 256, "Samples that progressive_quality scores.", lower_bound=10)
 flags.DEFINE_integer(
-    "count", 64, "Samples in samples and animation; chains that shared_latents measures.", lower_bound=1
+    "chains", 6, "Rows of progressive and of neighbors; chains that shared_latents measures.", lower_bound=1
 )
-flags.DEFINE_integer("num_samples", 1000, "Samples that progressive_quality scores.", lower_bound=10)
-flags.DEFINE_integer("chains", 8, "Rows of progressive and of neighbors.", lower_bound=1)
 flags.DEFINE_integer("crop", None, "neighbors: compare only the central CROP x CROP pixels.", lower_bound=1)
-flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 2.")
+flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 4 for digits.")
 flags.DEFINE_integer("index_a", 0, "Index of the first source image in the test split.", lower_bound=0)
 flags.DEFINE_integer("index_b", 1, "Index of the second source image.", lower_bound=0)
-_flags.define_path("source_a", None, "The first source image as a file, instead of --index_a.")
-_flags.define_path("source_b", None, "The second source image as a file, instead of --index_b.")
+_flags.define_path("source_a", None, "A picture of the run's size as the first source image, instead of --index_a.")
+_flags.define_path("source_b", None, "A picture of the run's size as the second source image, instead of --index_b.")
 _flags.define_path("inception", None, "Inception, as experiments.evaluate takes it; digits need none.")
 
 
 def _check() -> None:
     _flags.check_measured_run()
     _flags.require_flags("figure", "out")
+    if FLAGS.figure != "all":
+        _flags.check_extension("out", ".gif" if FLAGS.figure == "animation" else ".png")
 
 
 _program.parse_flags(__name__, _check)
 
+from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
 from diffusion_tf.evaluation.scores import (
@@ -51,24 +55,26 @@ from diffusion_tf.evaluation.scores import (
     reference_features,
     reference_path,
 )
-from diffusion_tf.reports import paper_figures
+from diffusion_tf.reports import captions, paper_figures
 from diffusion_tf.reports.figure_files import (
     file_name,
-    samples_caption,
     to_page,
     write_figure,
 )
 from diffusion_tf.reports.paper_figures import PaperFigure
+from diffusion_tf.reports.run_record import read_run
+from diffusion_tf.solvers import SamplerSettings
+from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file
 from diffusion_tf.trained_model import TrainedModel
 
-from ._measured_run import MeasuredRun, read_image
+from ._measured_run import MeasuredRun
 
 
 def _source_image(run: MeasuredRun, path: str | None, index: int) -> np.ndarray:
     """A source image, uint8 [H, W, C]."""
     if path is not None:
-        return read_image(path, run.preset.image_shape)
+        return read_picture(path, run.preset.image_shape)
     source = run.open_source("test")
     if index >= source.num_examples:
         raise InputError(f"there is no image {index} in {source.name}: it has {source.num_examples}")
@@ -81,34 +87,39 @@ def _feature_network(run: MeasuredRun) -> FeatureNetwork | None:
     return run.feature_network("digits") if run.preset.image_shape == DIGITS_SHAPE else None
 
 
-def _quality(run: MeasuredRun, trained: TrainedModel, network: FeatureNetwork | None) -> PaperFigure:
+def _quality(
+    run: MeasuredRun, trained: TrainedModel, network: FeatureNetwork | None, shared: dict[str, Any]
+) -> PaperFigure:
     if network is None:
         raise InputError("--figure=progressive_quality needs --inception")
     real = run.split_images("train", at_most=MAX_REFERENCE)
     check_metrics(("fid", "inception_score"), network.name, FLAGS.num_samples, real.count)
     extractor = FeatureExtractor(network, run.strategy, FLAGS.batch_size, run.results.partial)
     features = reference_features(extractor, real, run.find(reference_path(run.workdir, network, real)))
-    return paper_figures.progressive_quality(
-        trained, network, features, count=FLAGS.num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed
-    )
+    return paper_figures.progressive_quality(trained, network, features, count=FLAGS.num_samples, **shared)
 
 
-def _interpolation(run: MeasuredRun, trained: TrainedModel, times: list[int]) -> PaperFigure:
+def _interpolation(run: MeasuredRun, trained: TrainedModel, times: list[int], shared: dict[str, Any]) -> PaperFigure:
     images = _source_image(run, FLAGS.source_a, FLAGS.index_a), _source_image(run, FLAGS.source_b, FLAGS.index_b)
-    return paper_figures.interpolation(trained, *images, times=times, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
+    return paper_figures.interpolation(trained, *images, times=times, **shared)
 
 
-def _make(figure: str, run: MeasuredRun, step: int, trained: TrainedModel) -> PaperFigure:
-    shared = {"batch_size": FLAGS.batch_size, "seed": FLAGS.seed}
+def _make(figure: str, run: MeasuredRun, step: int, checkpoint: str, trained: TrainedModel) -> PaperFigure:
+    sampling = {"seed": FLAGS.seed, "compute_dtype": run.preset.precision, **SamplerSettings().describe(run.preset)}
+    subject = captions.caption(run.preset.dataset, step, sampling)
+    shared = {"batch_size": FLAGS.batch_size, "seed": FLAGS.seed, "subject": subject}
     num_timesteps = run.preset.num_timesteps
     match figure:
         case "samples":
-            caption = samples_caption(run.workdir, step)
-            return paper_figures.samples(trained, count=FLAGS.count, caption=caption, **shared)
+            record = read_run(run.workdir)
+            digest = checkpoints.load_digest(checkpoint)
+            scores = captions.measured(step, digest, sampling, record.evaluations, record.likelihood)
+            shared["subject"] = "\n".join(filter(None, (subject, scores)))
+            return paper_figures.samples(trained, count=FLAGS.count, **shared)
         case "progressive":
             return paper_figures.progressive(trained, chains=FLAGS.chains, **shared)
         case "shared_latents":
-            return paper_figures.shared_latents(trained, _feature_network(run), chains=FLAGS.count, **shared)
+            return paper_figures.shared_latents(trained, _feature_network(run), chains=FLAGS.chains, **shared)
         case "animation":
             return paper_figures.animation(trained, count=FLAGS.count, frames=50, **shared)
         case "neighbors":
@@ -117,11 +128,12 @@ def _make(figure: str, run: MeasuredRun, step: int, trained: TrainedModel) -> Pa
             network, source = _feature_network(run), run.open_source("train")
             return paper_figures.neighbors(trained, source, network, count=FLAGS.chains, crop=FLAGS.crop, **shared)
         case "progressive_quality":
-            return _quality(run, trained, _feature_network(run))
+            return _quality(run, trained, _feature_network(run), shared)
         case "coarse_to_fine":
-            return _interpolation(run, trained, [num_timesteps * eighth // 8 for eighth in range(8, -1, -1)])
+            return _interpolation(run, trained, [num_timesteps * eighth // 8 for eighth in range(8, -1, -1)], shared)
         case _:
-            return _interpolation(run, trained, [num_timesteps // 2 if FLAGS.t is None else FLAGS.t])
+            default = paper_figures.interpolation_time(trained.diffusion.schedule, run.preset.image_size)
+            return _interpolation(run, trained, [default if FLAGS.t is None else FLAGS.t], shared)
 
 
 def main() -> None:
@@ -138,7 +150,7 @@ def main() -> None:
     trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
     made = {}
     for figure, path in paths.items():
-        made[figure] = _make(figure, run, step, trained)
+        made[figure] = _make(figure, run, step, checkpoint, trained)
         write_figure(path, figure, step, made[figure])
         print(f"{figure}: {path}")
     if FLAGS.figure == "all":

@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_preset_flags()
 flags.DEFINE_enum("format", None, FORMATS, "Format of --source.")
-_flags.define_path("source", None, "Prefix of the checkpoint's files (tf1), or folder (diffusers).")
+_flags.define_path("source", None, "A checkpoint by its prefix, a file or its folder (tf1), or a folder (diffusers).")
 flags.DEFINE_string(
     "attention_head_dim",
     None,

@@ -8,6 +8,7 @@ error. The same command resumes an interrupted measurement. The results are like
 PNG of the terms over t; an estimate is likelihood_SPLIT_estimate.json, without a picture.
 """
 
+import math
 import os
 
 import numpy as np
@@ -34,7 +35,7 @@ from ._measured_run import MeasuredRun
 
 _TABLE = """
 {images}: {num_images} images, step {step}
-  bits/dim      {bits_per_dim:.5f} +- {bits_per_dim_standard_error:.5f} (standard error)
+  bits/dim      {bits_per_dim:.5f}{error}{notes}
     L_T         {prior_bits_per_dim:.3e}
     L_1..L_T-1  {middle_bits_per_dim:.5f}
     L_0         {decoder_bits_per_dim:.5f}
@@ -64,7 +65,12 @@ def main() -> None:
     out = _flags.out_path(os.path.join(run.results.path, f"likelihood_{FLAGS.split}{estimate}.json"), ".json")
     bound, subject = run.measure_bound(FLAGS.num_timesteps_estimate)
     result = {**subject, "num_timesteps_estimate": FLAGS.num_timesteps_estimate, **_result(run, bound)}
-    print(_TABLE.format(**result))
+    error = result["bits_per_dim_standard_error"]
+    if not math.isfinite(error):
+        result["notes"]["bits_per_dim_standard_error"] = "undefined for one image"
+    shown = f" +- {error:.5f} (standard error)" if math.isfinite(error) else ""
+    notes = "".join(f"\n      {name}: {note}" for name, note in result["notes"].items())
+    print(_TABLE.format(**{**result, "error": shown, "notes": notes}))
     if bound.terms_bpd is not None and bound.terms_standard_error is not None:
         result["terms_bits_per_dim"] = bound.terms_bpd.tolist()
         result["terms_bits_per_dim_standard_error"] = bound.terms_standard_error.tolist()

@@ -3,8 +3,9 @@
   python -m experiments.prepare_lsun --source=church_outdoor_train_lmdb --out=data
   python -m experiments.train --workdir=runs/church --dataset=lsun_church --tfrecord='data/church-r08-*.tfrecords'
 
-Each image is cropped to its central square and scaled with a Lanczos filter, as StyleGAN's dataset_tool does. Every
-shard is read back and checked. The same command writes only the missing shards; NAME.json lists those that exist.
+Each image is turned upright, cropped to its central square and scaled with a Lanczos filter, as StyleGAN's dataset_tool
+does; transparent parts become white. The program says which files it leaves out. Every shard is read back and checked.
+The same command writes only the missing shards; NAME.json lists those that exist.
 """
 
 import os
@@ -12,7 +13,7 @@ import shlex
 
 from absl import flags
 
-from diffusion_tf.presets import PRESETS
+from diffusion_tf.presets import PRESETS, resized
 
 from . import _flags, _program
 
@@ -33,13 +34,14 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.image_folders import counts, find_images
 from diffusion_tf.data.prepare_tfrecords import prepare
 
 
 def main() -> None:
+    images = find_images(FLAGS.source, FLAGS.limit)
     pattern, manifest = prepare(
-        find_images(FLAGS.source, FLAGS.limit),
+        images,
         FLAGS.out,
         name=FLAGS.name,
         resolution=FLAGS.resolution,
@@ -49,13 +51,15 @@ def main() -> None:
     )
     shards = manifest["shards"].values()
     records, skipped = sum(shard["records"] for shard in shards), sum(len(shard["skipped"]) for shard in shards)
-    size = sum(shard["bytes"] for shard in shards)
-    print(f"{pattern}: {records:,} images ({skipped:,} skipped), {size:,} bytes, {len(shards)} files")
-    dataset = f"lsun_{FLAGS.name}" if f"lsun_{FLAGS.name}" in PRESETS else "lsun_church"
-    command = f"python -m experiments.train --workdir=runs/{FLAGS.name} --dataset={dataset}"
-    if FLAGS.resolution != PRESETS[dataset].image_size:
-        command += f" --image_size={FLAGS.resolution}"
-    print(_program.command_lines(f"train: {command} --tfrecord={shlex.quote(pattern)}"))
+    size, files = sum(shard["bytes"] for shard in shards), sum(shard["records"] > 0 for shard in shards)
+    print(f"{pattern}: {records:,} images ({skipped:,} skipped), {size:,} bytes, {files} files")
+    if images.left_out:
+        print(f"left out, since they are not pictures: {counts(images.left_out)}")
+    preset = PRESETS.get(f"lsun_{FLAGS.name}", PRESETS["lsun_church"])
+    differences = _flags.preset_arguments(resized(preset, FLAGS.resolution), preset)
+    arguments = [f"--workdir=runs/{FLAGS.name}", f"--dataset={preset.dataset}", *differences]
+    command = f"python -m experiments.train {' '.join(arguments)} --tfrecord={shlex.quote(pattern)}"
+    print(_program.command_lines(f"train: {command}"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 A decoder that holds x_t has received L_T and the terms that led to x_t (rate), and shows its prediction of x_0
 (distortion: root mean squared error on [0, 255]). The program reads what `likelihood` measured with the same flags, and
-measures the rest. It writes rate_distortion_SPLIT.json (the table), .csv (every t) and .png into the workdir. The
-picture includes the files of `compress`, if this checkpoint has compressed the split.
+measures the rest. It writes rate_distortion_SPLIT.json (the table, and the curve over every t), .csv (the curve) and
+.png into the workdir. The picture includes the files of `compress`, if this checkpoint has compressed the split.
 """
 
 import csv
@@ -31,7 +31,7 @@ from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
 
-from ._measured_run import MeasuredRun
+from ._measured_run import MeasuredRun, print_notes
 
 
 def _table(rows: list[dict[str, Any]], with_paper: bool) -> list[dict[str, Any]]:
@@ -91,11 +91,15 @@ def main() -> None:
     table = _table(rows, with_paper=run.preset.dataset == "cifar10" and len(rate) == 1000)
     print(f"{subject['images']}: {subject['num_images']} images, step {subject['step']}")
     _print_table(table)
+    print_notes(subject["notes"])
     base = os.path.splitext(out)[0]
     write_file(f"{base}.csv", _csv(rows))
     write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))
     totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
-    write_json(out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table})
+    curve = {name: [row[name] for row in rows] for name in rows[0]}
+    write_json(
+        out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": curve}
+    )
     print(f"numbers: {out} {base}.csv\npicture: {base}.png")
 
 

@@ -1,4 +1,4 @@
-"""Writes one page about a run: configuration, curves, all measurements, and the paper's tables.
+"""Writes one page about a run: key numbers, samples, curves, all measurements, and the paper's tables.
 
   python -m experiments.report --workdir=runs/digits
 
@@ -23,7 +23,8 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.reports.run_page import to_markdown, to_png
+from diffusion_tf.reports.run_page import to_markdown
+from diffusion_tf.reports.run_picture import to_png
 from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.workdir import Workdir
@@ -35,7 +36,8 @@ def main() -> None:
     out = _flags.out_path(os.path.join(workdir.path, "report.md"), ".md")
     picture = f"{os.path.splitext(out)[0]}.png"
     write_file(picture, to_png(record))
-    write_file(out, to_markdown(record, os.path.basename(picture)).encode())
+    markdown = _program.command_lines(to_markdown(record, os.path.basename(picture)))
+    write_file(out, markdown.encode())
     print(f"report: {out} {picture}")
 
 

@@ -35,6 +35,8 @@ _flags.define_path("png", None, "PNG to write a grid of the samples to.")
 def _check() -> None:
     _flags.check_measured_run()
     _flags.require_flags("out")
+    _flags.check_extension("out", ".npz")
+    _flags.check_extension("png", ".png")
     if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
         raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
 
@@ -43,6 +45,7 @@ _program.parse_flags(__name__, _check)
 
 from diffusion_tf import figures
 from diffusion_tf.evaluation.scores import file_images
+from diffusion_tf.reports import captions
 from diffusion_tf.samplers import Sampler, ddim_inversion
 from diffusion_tf.storage.files import check_writable, write_file, write_npz
 from diffusion_tf.trained_model import TrainedModel
@@ -79,7 +82,13 @@ def main() -> None:
     samples = arrays["samples"]
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
-        caption = f"{run.preset.dataset}, {len(samples)} samples of step {step}"
+        if FLAGS.encode:
+            caption = (
+                f"{run.preset.dataset}, checkpoint {step:,}, decoded from latents by ddim in {settings.steps} steps"
+            )
+        else:
+            sampling = {"seed": FLAGS.seed, **settings.describe(run.preset)}
+            caption = captions.caption(run.preset.dataset, step, sampling)
         write_file(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
         print(f"grid: {FLAGS.png}")
 

@@ -1,9 +1,13 @@
 """The recipes of Appendix B, and the values that a preset refuses."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.presets import PRESETS, get_preset
+from diffusion_tf.presets import PRESETS, get_preset, resized
 
 
 def test_recipes_are_those_of_appendix_b():
@@ -45,6 +49,24 @@ def test_recipes_are_those_of_appendix_b():
         ({"checkpoint_every": 75}, "checkpoint_every=75: must be a multiple of `steps_per_loop=50`"),
         ({"keep_every": 900}, "keep_every=900: must be a multiple of `checkpoint_every=500`"),
         ({"ch_mult": ()}, "ch_mult"),
+        ({"num_timesteps": 1e9}, "num_timesteps=1000000000.0: must be a whole number"),
+        ({"num_timesteps": 10**9}, "num_timesteps=1000000000: must be 100,000 at most"),
+        ({"num_timesteps": 10**5000}, "num_timesteps: the number has too many digits"),
+        ({"learning_rate": 10**400}, "learning_rate: the number has too many digits"),
+        ({"batch_size": True}, "batch_size=True: must be a whole number"),
+        ({"batch_size": "64"}, "batch_size=64: must be a whole number"),
+        ({"seed": None}, "seed=None: must be a whole number"),
+        ({"random_flip": 1}, "random_flip=1: must be true or false"),
+        ({"dropout": "0.1"}, "dropout=0.1: must be a number"),
+        ({"beta_end": [0.1]}, r"beta_end=\[0.1\]: must be a number"),
+        ({"loss_type": "kl\n" * 99}, r"loss_type='kl\\nkl.*'...: choose one of mse, kl"),
+        ({"ch_mult": 2}, "ch_mult=2: must be whole numbers"),
+        ({"ch_mult": (1, 2.0)}, "ch_mult=2.0: must be a whole number"),
+        ({"ch_mult": (1,) * 11}, "ch_mult=.*: must be 1 to 10 numbers from 1 to 64"),
+        ({"attn_resolutions": (256,)}, "attention between more than 128x128 pixels takes too much memory"),
+        ({"ch": 4096, "ch_mult": (1, 64)}, r"ch=4096: makes 1,855,878,856,704 weights or more; 268,435,456"),
+        ({"image_size": 1024, "ch": 1056}, "image_size=1024: makes 1,107,296,256 features of one image in a layer"),
+        ({"batch_size": 2**20, "image_size": 64}, "batch_size=1048576: makes 4,294,967,296 pixels in a batch"),
     ],
 )
 def test_values_out_of_range_are_refused_by_field_and_range(change, message):
@@ -64,3 +86,37 @@ def test_longer_run_has_the_same_recipe():
         "dropout: 0.0 != 0.5",
         "seed: 0 != 3",
     ]
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"digits"}))
+@pytest.mark.parametrize("size", [2**power for power in range(2, 12)])
+def test_a_resized_preset_has_levels_that_its_images_fill(name, size):
+    preset = resized(PRESETS[name], size)
+    levels = [size // 2**level for level in range(len(preset.ch_mult))]
+    assert preset.image_size == levels[0] == size and levels[-1] >= 4 and size % levels[-1] == 0
+    assert preset.attn_resolutions and set(preset.attn_resolutions) <= set(levels)
+    assert preset.ch_mult == PRESETS[name].ch_mult[: len(levels)]
+    assert resized(PRESETS[name], PRESETS[name].image_size) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("cifar10", {"num_timesteps": 10_000, "batch_size": 8192}),
+        ("lsun_bedroom_large", {"ch": 256, "batch_size": 2048}),
+        ("celebahq256", {"image_size": 1024, "ch_mult": (1, 1, 2, 2, 4, 4, 8, 8), "attn_resolutions": (32, 16)}),
+    ],
+)
+def test_recipes_beyond_the_papers_are_accepted(name, change):
+    get_preset(name, **change)
+
+
+def test_other_types_of_numbers_become_pythons():
+    preset = get_preset("digits", num_steps=np.int64(100), dropout=0, learning_rate=np.float32(0.5), ch_mult=[1, 2])
+    assert preset == get_preset("digits", num_steps=100, dropout=0.0, learning_rate=0.5, ch_mult=(1, 2))
+    assert json.loads(json.dumps(dataclasses.asdict(preset)))["num_steps"] == 100
+    assert (type(preset.dropout), type(preset.learning_rate), type(preset.ch_mult)) == (float, float, tuple)
+
+
+def test_the_lower_bound_of_weights_is_below_their_number():
+    assert 35_746_307 / 4 < get_preset("cifar10").least_weights < 35_746_307

@@ -15,7 +15,7 @@ from diffusion_tf.samplers import (
     Sampler,
     ddim_inversion,
     p_sample_loop,
-    p_sample_loop_progressive,
+    reverse_steps,
     sample_noise,
 )
 from diffusion_tf.solvers import SamplerSettings
@@ -41,16 +41,18 @@ def test_ancestral_loop_matches_the_authors(var_type, denoise, jit_compile):
         np.testing.assert_allclose(loop(), GOLDEN[f"v1/loop20/p_sample_loop/{denoise}"], rtol=1e-5, atol=1e-5)
 
 
-def test_progressive_loop_matches_the_authors():
-    diffusion = golden.linear_diffusion("eps", "fixedlarge", 20)
-    loop = tf.function(
-        lambda: p_sample_loop_progressive(
-            diffusion, golden.DENOISE_FNS["dn_xt"], golden_noise_fn, include_xstartpred_freq=5
-        )
-    )
+def test_predictions_on_the_way_match_the_authors():
+    diffusion, denoise_fn = golden.linear_diffusion("eps", "fixedlarge", 20), golden.DENOISE_FNS["dn_xt"]
+    x_t, steps = golden_noise_fn(tf.constant(20)), lambda time: tf.fill([x_t.shape[0]], time)
+    predictions = []
+    for start, stop in ((20, 16), (16, 11), (11, 6), (6, 1)):
+        x_t = reverse_steps(diffusion, denoise_fn, golden_noise_fn, x_t, steps(start), steps(stop))
+        p = diffusion.p_mean_variance(denoise_fn, x_t, steps(stop - 1), clip_denoised=True)
+        predictions.insert(0, p.pred_xstart)
+    x_start = reverse_steps(diffusion, denoise_fn, golden_noise_fn, x_t, steps(1), steps(0))
     key = "loop20/progressive/eps/fixedlarge/dn_xt"
-    for name, ours in zip(("sample", "xstartpreds"), loop(), strict=True):
-        np.testing.assert_allclose(ours, GOLDEN[f"{key}/{name}"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x_start, GOLDEN[f"{key}/sample"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tf.stack(predictions, axis=1), GOLDEN[f"{key}/xstartpreds"], rtol=1e-5, atol=1e-5)
 
 
 def test_graph_does_not_grow_with_the_number_of_timesteps():

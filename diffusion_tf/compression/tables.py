@@ -70,7 +70,7 @@ class Table:
         Raises:
           InputError: the file cannot be read, or is not a table.
         """
-        value = read_json(path, _MAX_TABLE_BYTES)
+        value = read_json(path, max_bytes=_MAX_TABLE_BYTES)
         try:
             table = cls(**{key: _as_tuples(field) for key, field in value.items()})
             table._check()
@@ -210,6 +210,8 @@ class TableStore:
 def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, int], np.ndarray]:
     """predict(x_t, t): the clipped pred_xstart of x_t [N <= batch_size, H, W, C], all at timestep t.
 
+    It raises NotFiniteError if a prediction is not finite.
+
     Raises:
       InputError: the batch size is not divisible by the replicas.
     """
@@ -219,7 +221,13 @@ def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, i
         return trained.diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=True).pred_xstart
 
     call = trained.over_replicas(predict, batch_size)
-    return lambda x_t, t: call(0, x_t, np.full(len(x_t), t, np.int32)).numpy()
+
+    def checked(x_t: np.ndarray, t: int) -> np.ndarray:
+        pred_xstart = call(0, x_t, np.full(len(x_t), t, np.int32)).numpy()
+        trained.check_finite(pred_xstart, f"at t = {t}, the predictions of the batch's images")
+        return pred_xstart
+
+    return checked
 
 
 def make_table(

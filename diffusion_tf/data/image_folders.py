@@ -2,19 +2,17 @@
 
 import contextlib
 import dataclasses
-import io
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
-from diffusion_tf.errors import ConfigError
-from diffusion_tf.storage.files import read_file
-
-_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+from diffusion_tf.data.pictures import decode_picture, extensions, read_bytes
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.storage.files import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,32 +22,43 @@ class EncodedImages:
     Attributes:
       path: the folder of the images or of the LMDB.
       is_lmdb: whether it is an LMDB.
-      keys: the keys in the LMDB, decoded as latin-1, in its order; or the paths below the folder, sorted.
+      keys: the keys in the LMDB, decoded as latin-1, in its order; or the paths below the folder, sorted. Bytes of a
+        path that are not UTF-8 are lone surrogates, as in `os.fsdecode`.
+      left_out: the number of files and folders of each kind that are not in the list.
     """
 
     path: str
     is_lmdb: bool
     keys: list[str]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def read(self) -> Iterator[tuple[str, bytes]]:
-        """Yields the key and the encoded bytes of each image.
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[str], bytes]]:
+        """Opens the images; calling the result with a key reads its encoded image.
 
         Raises:
-          InputError: a file cannot be read, or the LMDB does not have a key.
+          InputError: the LMDB cannot be opened; or, when called, the image cannot be read (the message is the reason
+            alone).
         """
         if not self.is_lmdb:
-            yield from ((key, read_file(os.path.join(self.path, key))) for key in self.keys)
+            yield lambda key: read_bytes(os.path.join(self.path, key))
             return
         with _open_lmdb(self.path) as transaction:
-            for key in self.keys:
+
+            def read(key: str) -> bytes:
                 encoded = transaction.get(key.encode("latin-1"))
                 if encoded is None:
-                    raise ConfigError("source", f"={self.path} has lost its key {key}: is something writing to it?")
-                yield key, encoded
+                    raise InputError("the LMDB has lost its key: is something writing to it?")
+                return encoded
+
+            yield read
 
 
 def find_images(source: str, limit: int | None = None) -> EncodedImages:
     """Lists the images in an LMDB's folder (with data.mdb), or in a folder and its subfolders.
+
+    Links to folders are followed, and a folder is listed once however many links lead to it. Files of other kinds than
+    pictures, and files and folders whose names begin with a dot, are left out.
 
     Args:
       source: the folder.
@@ -63,40 +72,71 @@ def find_images(source: str, limit: int | None = None) -> EncodedImages:
         what = "is a file (unpack it first)" if os.path.exists(path) else "does not exist"
         raise ConfigError("source", f"={source} {what}: name the folder of an LMDB (with data.mdb) or of images")
     is_lmdb = os.path.exists(os.path.join(path, "data.mdb"))
+    left_out: Counter[str] = Counter()
     if is_lmdb:
         with _open_lmdb(path) as transaction:
             keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
+            if len(keys) != (entries := transaction.stat()["entries"]):
+                raise ConfigError("source", f"={source} is damaged: {len(keys):,} of its {entries:,} images are there")
     else:
-        keys = _list_folder(path)
+        keys = _list_folder(path, left_out)
     if not keys:
+        there = f"; it holds {counts(left_out)}" if left_out else ""
         raise ConfigError(
-            "source", f"={source} holds no images: neither an LMDB (data.mdb) nor {', '.join(_EXTENSIONS)}"
+            "source", f"={source} holds no images: neither an LMDB (data.mdb) nor {', '.join(extensions())}{there}"
         )
-    return EncodedImages(path, is_lmdb, keys[:limit])
+    return EncodedImages(path, is_lmdb, keys[:limit], left_out)
+
+
+def counts(kinds: Mapping[str, int]) -> str:
+    """Returns the number of each kind as text: "2 .txt, 1 hidden"."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
 
 
 def decode_square(encoded: bytes, resolution: int) -> np.ndarray:
     """Decodes an image as StyleGAN's create_lsun does: uint8 [3, resolution, resolution], RGB.
 
-    The image is turned upright as its EXIF data says, cropped to its central square, and scaled by Lanczos resampling.
+    The upright image is cropped to its central square, and scaled by Lanczos resampling.
 
     Raises:
-      Exception: PIL cannot read the image; the exceptions are of many types.
+      InputError: the picture cannot be decoded; the message is the reason alone.
     """
-    with PIL.Image.open(io.BytesIO(encoded)) as opened:
-        image = PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))  # resize(box=...) would sample beyond the square
+    image = decode_picture(encoded, channels=3)
+    height, width, _ = image.shape
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    # resize(box=...) would sample beyond the square
+    square = PIL.Image.fromarray(image[top : top + side, left : left + side])
     return np.asarray(square.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
 
 
-def _list_folder(path: str) -> list[str]:
-    def refuse(error: OSError) -> None:  # by default, os.walk skips folders that it cannot read
-        raise ConfigError("source", f"={path} cannot be listed ({error})") from error
-
-    files = (os.path.join(folder, file) for folder, _, names in os.walk(path, onerror=refuse) for file in names)
-    return sorted(os.path.relpath(file, path) for file in files if file.lower().endswith(_EXTENSIONS))
+def _list_folder(path: str, left_out: Counter[str]) -> list[str]:
+    """The sorted paths of the pictures below a folder; counts in `left_out` what else is there."""
+    folders, links, files = [path], list[str](), list[str]()
+    seen: set[tuple[int, int]] = set()
+    while folders or links:
+        folder = (folders or links).pop()  # a folder has its own path where links lead to it too
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                left_out["folder linked twice"] += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            names = os.listdir(folder)
+        except OSError as error:
+            raise ConfigError("source", f"={path} cannot be listed ({error})") from error
+        for name in sorted(names):
+            entry = os.path.join(folder, name)
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif os.path.isdir(entry):
+                (links if os.path.islink(entry) else folders).append(entry)
+            elif extension in extensions():
+                files.append(os.path.relpath(entry, path))
+            else:
+                left_out[extension or "without an extension"] += 1
+    return sorted(files)
 
 
 @contextlib.contextmanager
@@ -109,6 +149,11 @@ def _open_lmdb(path: str) -> Iterator[Any]:
     try:
         # A lock file could not be created in a read-only folder.
         with lmdb.open(path, readonly=True, lock=False, readahead=False) as database, database.begin() as transaction:
+            pages, size = database.info()["last_pgno"] + 1, os.path.getsize(os.path.join(path, "data.mdb"))
+            if pages * database.stat()["psize"] > size:  # reading beyond the file's end would kill the process
+                raise ConfigError(
+                    "source", f"={path} is truncated: data.mdb has {size:,} bytes, and {pages:,} pages: copy it again"
+                )
             yield transaction
     except lmdb.Error as error:
-        raise ConfigError("source", f"={path} cannot be read as an LMDB ({error})") from error
+        raise ConfigError("source", f"={path} cannot be read as an LMDB ({first_line(error)})") from error

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -100,6 +100,8 @@ def prepare(
             with contextlib.suppress(tf.errors.OpError):
                 shard.remove_temporary()
         raise
+    if not any(entry["records"] for entry in manifest["shards"].values()):
+        raise ConfigError("source", f"={images.path}: none of its {count:,} images can be read")
     return f"{prefix}*.tfrecords", manifest
 
 
@@ -112,6 +114,8 @@ def _check(*, out: str, name: str, resolution: int, num_shards: int, count: int)
         raise ConfigError("name", f"={name}: letters, digits, '.', '_' and '-' only, since files are named after it")
     if re.search(r"[*?\[\]\\]", out):
         raise ConfigError("out", f"={out}: without * ? [ ] \\, since it becomes part of a glob")
+    if re.search(r"[\udc80-\udcff]", out):  # Python's stand-ins for other bytes
+        raise ConfigError("out", f"={out}: must be UTF-8, since TensorFlow opens no other names")
 
 
 def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pattern: str) -> dict[str, Any]:
@@ -130,22 +134,51 @@ def _open_manifest(path: str, settings: dict[str, Any], shards: list[Shard], pat
     manifest, known = {**settings, "shards": {}}, set()
     if tf.io.gfile.exists(path):
         known = {shard.path for shard in shards}
-        try:
-            manifest = read_json(path)
-            there = {key: manifest[key] for key in (*settings, "shards")}
-        except (DamagedFileError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`") from error
-        differences = [f"{key}: {value} != {there[key]}" for key, value in settings.items() if value != there[key]]
-        if differences:
-            raise InputError(
-                f"{path} was begun with other settings ({'; '.join(differences)}, asked != there): repeat its flags,"
-                " or choose another `out` or `name`"
-            )
+        manifest = _read_manifest(path, settings, {os.path.basename(shard) for shard in known})
     foreign = sorted(set(tf.io.gfile.glob(pattern)) - known)
     if foreign:  # training would read it too
         raise InputError(f"{foreign[0]} exists but is not in {path}: remove it, or choose another `out`")
     write_json(path, manifest)
     return manifest
+
+
+def _read_manifest(path: str, settings: dict[str, Any], shards: set[str]) -> dict[str, Any]:
+    """Reads the manifest of an earlier run with these settings and shards.
+
+    Raises:
+      InputError: it is damaged, or of other settings or shards.
+    """
+    try:
+        manifest = read_json(path)
+        if not _is_manifest(manifest, settings):
+            raise DamagedFileError("another structure")
+    except DamagedFileError as error:
+        raise InputError(f"{path} is not a manifest of this program: choose another `out` or `name`") from error
+    differences = [f"{key}: {value} != {manifest[key]}" for key, value in settings.items() if value != manifest[key]]
+    if differences:
+        raise InputError(
+            f"{path} was begun with other settings ({'; '.join(differences)}, asked != there): repeat its flags,"
+            " or choose another `out` or `name`"
+        )
+    unknown = sorted(set(manifest["shards"]) - shards)
+    if unknown:
+        raise InputError(f"{path} lists {unknown[0]}, which is not of this run: choose another `out` or `name`")
+    return manifest
+
+
+def _is_manifest(value: Any, settings: dict[str, Any]) -> bool:
+    """Whether a JSON value has the fields of a manifest, and each of them the type that this program writes."""
+    fields: dict[str, type] = {key: type(setting) for key, setting in settings.items()}
+    return _has_types(value, {**fields, "shards": dict}) and all(
+        _has_types(entry, {"records": int, "bytes": int, "sha256": str, "skipped": dict})
+        and _has_types(entry["skipped"], dict.fromkeys(entry["skipped"], str))
+        for entry in value["shards"].values()
+    )
+
+
+def _has_types(value: Any, types: Mapping[str, type]) -> bool:
+    """Whether a JSON value is an object with these keys and values of these types."""
+    return isinstance(value, dict) and {key: type(item) for key, item in value.items()} == types
 
 
 def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, Any], executor: Executor) -> None:
@@ -174,7 +207,8 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                     bar.write(f"skipped {key}: {reason}", file=sys.stderr)
                 entries[os.path.basename(shard.path)] = entry
                 check_skipped({key: why for e in entries.values() for key, why in e["skipped"].items()}, shard)
-                _publish(shard)
+                if entry["records"]:
+                    _publish(shard)
                 write_json(manifest_path, {**manifest, "shards": dict(sorted(entries.items()))})
                 bar.update(len(shard.images.keys))
         except BaseException as error:
@@ -182,15 +216,17 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                 worker.terminate()  # the executor would wait minutes for the shards in progress
             if isinstance(error, BrokenProcessPool):
                 raise InputError(
-                    "a worker died (short of memory, or the disk of `source` lost?): repeat the command to continue; a"
-                    " smaller `num_workers` needs less memory"
+                    "a worker died (short of memory, a damaged LMDB, or the disk of `source` lost?): repeat the command"
+                    " to continue; a smaller `num_workers` needs less memory"
                 ) from error
             raise
 
 
 def _is_whole(path: str, entry: dict[str, Any] | None) -> bool:
-    """Whether a shard is in the manifest, and its file has the size stated there."""
-    return entry is not None and tf.io.gfile.exists(path) and tf.io.gfile.stat(path).length == entry["bytes"]
+    """Whether a shard is in the manifest, and its file has the size stated there; one without records has no file."""
+    if entry is None or not tf.io.gfile.exists(path):
+        return entry is not None and entry["records"] == 0
+    return tf.io.gfile.stat(path).length == entry["bytes"]
 
 
 def _publish(shard: Shard) -> None:

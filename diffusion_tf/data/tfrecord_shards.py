@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import PIL
 import tensorflow as tf
 
 from diffusion_tf.data.image_folders import EncodedImages, decode_square
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecords import serialize, tfrecord_source
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.storage.files import first_line, write_reason
+from diffusion_tf.storage.files import write_reason
 
 _READ_BACK_IMAGES = 64  # images that are read back at once
 _DIGEST_BYTES = 2**24  # bytes of a file that are digested at once
@@ -50,6 +49,8 @@ class Shard:
 def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = serialize) -> dict[str, Any]:
     """Writes `shard.temporary`, then reads it back as training would and compares all pixels.
 
+    No file stays if none of the images can be read.
+
     Args:
       shard: the shard.
       serialize: maps a uint8 [C, H, W] image to a record.
@@ -63,7 +64,8 @@ def write_shard(shard: Shard, serialize: Callable[[np.ndarray], bytes] = seriali
     try:
         num_records, pixels_sha256, skipped = _write_records(shard, serialize)
         if not num_records:
-            raise InputError(f"{shard.path}: none of its {len(skipped)} images can be read: use a smaller `num_shards`")
+            tf.io.gfile.remove(shard.temporary)  # a file without records could not be read
+            return {"records": 0, "bytes": 0, "sha256": "", "skipped": skipped}
         if _read_back_sha256(shard, num_records) != pixels_sha256:
             raise InputError(f"{shard.path} does not read back as it was written: is its disk sound?")
         with tf.io.gfile.GFile(shard.temporary, "rb") as file:
@@ -97,12 +99,12 @@ def _write_records(shard: Shard, serialize: Callable[[np.ndarray], bytes]) -> tu
     pixels, num_records = hashlib.sha256(), 0
     skipped: dict[str, str] = {}
     shard.remove_temporary()  # it may be a link
-    with tf.io.TFRecordWriter(shard.temporary) as writer:
-        for key, encoded in shard.images.read():
+    with tf.io.TFRecordWriter(shard.temporary) as writer, shard.images.reader() as read:
+        for key in shard.images.keys:
             try:
-                image = decode_square(encoded, shard.resolution)
-            except Exception as error:
-                skipped[key] = "no image" if isinstance(error, PIL.UnidentifiedImageError) else first_line(error)
+                image = decode_square(read(key), shard.resolution)
+            except InputError as error:
+                skipped[key] = str(error)
                 check_skipped(skipped, shard)
                 continue
             writer.write(serialize(image))

@@ -17,8 +17,10 @@ from diffusion_tf.evaluation.scores import (
     RunSamples,
     compute_scores,
     is_alike,
+    read_best,
     record_evaluation,
     reference_features,
+    score_notes,
 )
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import remove
@@ -46,10 +48,11 @@ class Scorer:
         self._metrics = metrics
         self._real = reference_features(extractor, real, cache)
 
-    def scores(self, images: Images) -> dict[str, float]:
-        """Scores of images, by the names of `score_names`."""
-        generated = self._extractor(images, "samples")
-        return compute_scores(self._metrics, self._extractor.network.name, self._real, generated)
+    def scores(self, images: Images) -> tuple[dict[str, float], dict[str, str]]:
+        """Scores of images, by the names of `score_names`, and what `score_notes` says about them."""
+        sets = self._real, self._extractor(images, "samples")
+        network = self._extractor.network.name
+        return compute_scores(self._metrics, network, *sets), score_notes(self._metrics, network, *sets)
 
     def forget(self, images: Images) -> None:
         """Removes the features of images that are kept so that an interrupted extraction can be resumed."""
@@ -66,6 +69,9 @@ class CheckpointScorer:
       samples: draws the samples.
       best_by: the score by which `checkpoints/best/` is chosen.
       results: where scores and the best checkpoint are kept; default: the run's folder.
+
+    Raises:
+      DamagedFileError: the record of the best checkpoint is damaged.
     """
 
     workdir: Workdir
@@ -76,6 +82,7 @@ class CheckpointScorer:
 
     def __post_init__(self):
         self._results = self.results or self.workdir
+        read_best(self._results)  # before the work, not after it
         num_samples = {"num_samples": self.samples.num_samples}
         self._description = {**self.samples.sampling, **num_samples, **self.scorer.description}
         # Checkpoints that are being scored are copied here, where training does not remove them.
@@ -130,9 +137,9 @@ class CheckpointScorer:
     def _score(self, step: int, held: str) -> dict[str, Any]:
         """Scores and records a copied checkpoint, and removes the copy."""
         images = self.samples.of_checkpoint(held)
-        scores = self.scorer.scores(images)
+        scores, notes = self.scorer.scores(images)
         result = {"step": step, "checkpoint_sha256": images.description["checkpoint"], **self._description}
-        record_evaluation(self._results, held, result, scores, self.best_by)
+        record_evaluation(self._results, held, result, scores, self.best_by, notes)
         self.scorer.forget(images)
         remove(held)
-        return {**result, **scores}
+        return {**result, **scores, "notes": notes}

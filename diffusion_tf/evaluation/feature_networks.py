@@ -89,7 +89,7 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
         with strategy.scope():
             classify = _load_frozen_graph(path) if not tf.io.gfile.isdir(path) else _load_saved_model(path)
         outputs = classify(tf.zeros([1, _INCEPTION_SIZE, _INCEPTION_SIZE, 3]))
-    except (OSError, ValueError, KeyError, TypeError, tf.errors.OpError) as error:
+    except Exception as error:  # TensorFlow raises a dozen types for a damaged graph
         raise ConfigError(
             "inception", f"={source} is no Inception network ({first_line(error)}): {_LOCAL_COPY}"
         ) from error
@@ -101,6 +101,13 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
             f"={source} has no output named {' or '.join(sorted(missing))}; named outputs:"
             f" {', '.join(sorted(found)) or 'none'}",
         )
+    for name in ("pool_3", "logits"):
+        if outputs[name].dtype != tf.float32 or not outputs[name].shape.rank or outputs[name].shape[0] != 1:
+            raise ConfigError(
+                "inception",
+                f"={source} is no Inception network: {name} of one image is {outputs[name].dtype.name}"
+                f" {tuple(outputs[name].shape)}, not float32 (1, ...)",
+            )
 
     def apply(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs = classify(inception_input(pixels))

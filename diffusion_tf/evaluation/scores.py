@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
-from diffusion_tf.diffusion_utils import x_to_pixels
+from diffusion_tf.diffusion_utils import check_finite, x_to_pixels
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.evaluation import METRICS, metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
@@ -26,7 +27,17 @@ from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.event_files import EventFile
-from diffusion_tf.storage.files import Arrays, read_json, read_npz, write_json, write_npz
+from diffusion_tf.storage.files import (
+    Arrays,
+    describe_arrays,
+    listed,
+    parse_json,
+    read_json,
+    read_npz,
+    write_json,
+    write_npz,
+)
+from diffusion_tf.storage.records import BestEvaluation
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel, load_ema
@@ -41,7 +52,7 @@ _HIGHER_IS_BETTER = ("inception_score", "classifier_score_digits", "precision", 
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
-_KERNEL_BLOCK = 1024  # images per block of TF-GAN's kernel distance
+_BEST = "evaluation.json"  # beside the best checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +90,13 @@ def file_images(path: str, image_shape: tuple[int, int, int]) -> Images:
     Raises:
       InputError: the file cannot be read, or holds no images of this shape.
     """
-    images = read_npz(path).get("samples")
+    arrays = read_npz(path)
+    images = arrays.pop("samples", None)
     if images is None or images.dtype != np.uint8 or images.shape[1:] != image_shape:
-        found = "no array named samples" if images is None else f"{images.dtype} {images.shape}"
+        there = f"no array named samples (there are: {describe_arrays(arrays)})"
+        found = there if images is None else f"{images.dtype} {images.shape}"
         raise InputError(f"{path} holds {found}, not samples uint8 {('N', *image_shape)}".replace("'", ""))
-    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
     description = {"file": os.path.basename(path), "file_sha256": digest, "num_images": len(images)}
     return Images(description, len(images), lambda first, count: images[first : first + count])
 
@@ -132,6 +145,7 @@ class RunSamples:
           InputError: the file is damaged, or holds another network.
         """
         load_ema(self.trained.model, path)
+        self.trained.name = path
         digest = checkpoints.load_digest(path)
         description = {"checkpoint": digest, "num_images": self.num_samples, **self.sampling}
         return Images(description, self.num_samples, lambda first, count: x_to_pixels(self.sampler(first)[:count]))
@@ -175,14 +189,14 @@ class FeatureExtractor:
           are those of pixels.
 
         Raises:
-          InputError: a feature is not finite.
+          NotFiniteError: a feature is not finite.
         """
 
         def compute(first: int, count: int) -> Arrays:
             pixels = tf.cast(images.pixels(first, count), tf.float32)
             arrays = {name: value.numpy() for name, value in self._apply(first, pixels).items()}
-            if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise InputError(f"{self.network.name} features of {label} {first}.. hold NaN or infinity: no score")
+            for array in arrays.values():
+                check_finite(array, f"{self.network.name} features of {label}", first=first)
             return arrays
 
         parts = list(self.parts(images).compute(compute, f"{self.network.name} features, {label}"))
@@ -205,8 +219,8 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
     if tf.io.gfile.exists(path):
         arrays = read_npz(path)
         try:
-            there = dict(json.loads(str(arrays.pop("description", "{}"))))
-        except (ValueError, TypeError, RecursionError) as error:
+            there = parse_json(str(arrays.pop("description", "{}")), dict, path)
+        except DamagedFileError as error:
             raise DamagedFileError(f"{path} is not a reference, or is damaged: remove it") from error
         differing = [name for name in {**there, **description} if there.get(name) != description.get(name)]
         if differing:
@@ -215,11 +229,28 @@ def reference_features(extractor: FeatureExtractor, images: Images, path: str) -
                 f"{path} holds a reference with {name} {there.get(name)}, not {description.get(name)}: remove it, or"
                 " choose another file with `reference_cache`"
             )
+        _check_reference(path, arrays, extractor.network, images)
         return arrays
     arrays = extractor(images, "real images")
     write_npz(path, **arrays, description=np.array(json.dumps(description)))
     extractor.parts(images).remove()
     return arrays
+
+
+def _check_reference(path: str, arrays: Arrays, network: FeatureNetwork, images: Images) -> None:
+    """Raises DamagedFileError unless a file holds the features that `network` computes of `images`."""
+    spec = tf.TensorSpec(images.pixels(0, 1).shape, tf.float32)
+    outputs = tf.function(network.apply).get_concrete_function(spec).structured_outputs
+    wanted = {name: tf.TensorShape([images.count, output.shape[-1]]) for name, output in outputs.items()}
+    valid = arrays.keys() == wanted.keys() and all(
+        array.dtype == np.float32 and wanted[name].is_compatible_with(array.shape) and np.isfinite(array).all()
+        for name, array in arrays.items()
+    )
+    if not valid:
+        expected = listed(f"{name} float32 {tuple(shape)}" for name, shape in wanted.items())
+        raise DamagedFileError(
+            f"{path} is not a reference, or is damaged: it holds {describe_arrays(arrays)}, not {expected}: remove it"
+        )
 
 
 def choose_metrics(names: Sequence[str] | None, network: str) -> list[str]:
@@ -263,7 +294,7 @@ def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
     # TF-GAN splits both sets into the same number of blocks, each of which needs two images of either set.
-    blocks = -(-max(num_samples, num_real) // _KERNEL_BLOCK)
+    blocks = metrics.kernel_blocks(num_real, num_samples)
     least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
     for name in names:
         for count, images in ((num_samples, "samples"), (num_real, "real images")):
@@ -311,12 +342,37 @@ def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: 
     return scores
 
 
+def score_notes(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, str]:
+    """Why a score is doubtful, or undefined, by its name; the arguments are those of `compute_scores`."""
+    (num_real, num_features), num_samples = real["features"].shape, len(generated["features"])
+    notes = {}
+    if "fid" in names:
+        for count, images in ((num_samples, "samples"), (num_real, "real images")):
+            if count <= num_features:
+                notes[score_names("fid", network)[0]] = (
+                    f"{count} {images} for {num_features} features: their covariance is singular, which biases the"
+                    f" distance; take more than {num_features}"
+                )
+                break
+    if "kid" in names and metrics.kernel_blocks(num_real, num_samples) == 1:
+        notes[score_names("kid", network)[1]] = (
+            f"undefined: the distance is that of one block, and its error needs several, which is more than"
+            f" {metrics.KERNEL_BLOCK:,} samples or real images"
+        )
+    return notes
+
+
 def _shuffled(features: np.ndarray) -> np.ndarray:
     return np.random.default_rng(0).permutation(features)
 
 
 def record_evaluation(
-    workdir: Workdir, checkpoint: str, result: dict[str, Any], scores: dict[str, float], best_by: str
+    workdir: Workdir,
+    checkpoint: str,
+    result: dict[str, Any],
+    scores: dict[str, float],
+    best_by: str,
+    notes: dict[str, str],
 ) -> None:
     """Adds a line to `evaluations.jsonl` and scalars to TensorBoard, and keeps the best checkpoint.
 
@@ -329,23 +385,54 @@ def record_evaluation(
       result: what was measured, and how.
       scores: the scores.
       best_by: the score that decides.
+      notes: what `score_notes` says about them.
     """
-    line = {**result, **scores}
+    line = {**result, **scores, "notes": notes}
     workdir.append_evaluation(line)
+    finite = {
+        f"evaluation/{name}": score for name, score in scores.items() if np.isfinite(score)
+    }  # an error may be NaN
     events = EventFile(os.path.join(workdir.tensorboard, "evaluation"))
-    events.scalars(result["step"], {f"evaluation/{name}": score for name, score in scores.items()})
+    events.scalars(result["step"], finite)
     events.close()
 
-    folder = os.path.join(workdir.checkpoints, "best")
-    record = os.path.join(folder, "evaluation.json")
-    best = workdir.complete([read_json(record)])[0] if tf.io.gfile.exists(record) else None
+    folder = best_folder(workdir)
+    try:
+        best = read_best(workdir)
+    except DamagedFileError as error:  # since the evaluation began
+        logging.warning("%s stays: %s", folder, error)
+        return
     if best and not (is_alike(best, result) and best["best_by"] == best_by):
         print(f"{folder} keeps step {best['step']}, which another measurement chose: remove it to choose by this one")
         return
     sign = -1.0 if best_by.startswith(_HIGHER_IS_BETTER) else 1.0
     if best is None or sign * scores[best_by] < sign * best[best_by]:
         checkpoints.copy_into(folder, checkpoint)
-        write_json(record, {**line, "best_by": best_by})
+        write_json(os.path.join(folder, _BEST), {**line, "best_by": best_by})
+
+
+def best_folder(workdir: Workdir) -> str:
+    """The folder of the best checkpoint."""
+    return os.path.join(workdir.checkpoints, "best")
+
+
+def read_best(workdir: Workdir) -> dict[str, Any] | None:
+    """The evaluation of the best checkpoint; None if there is none, or its score was not finite.
+
+    Raises:
+      DamagedFileError: its file is damaged.
+    """
+    path = os.path.join(best_folder(workdir), _BEST)
+    if not tf.io.gfile.exists(path):
+        return None
+    try:
+        best = read_json(path, BestEvaluation)
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}: remove it") from error
+    score = best.get(best["best_by"])
+    if not isinstance(score, float | None):
+        raise DamagedFileError(f"{path} is damaged, its {best['best_by']} is not a score: remove it")
+    return None if score is None else workdir.complete([best])[0]
 
 
 def is_alike(line: dict[str, Any], result: dict[str, Any]) -> bool:

@@ -79,8 +79,9 @@ def from_diffusers(name: str, array: np.ndarray) -> np.ndarray:
 def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim: str | None) -> Arrays:
     """Reads a saved DDPMPipeline or UNet2DModel, named as in a checkpoint of a run at step 0.
 
-    Its weights also serve as EMA weights. The files lie in `folder` itself, or in its subfolders `unet` and
-    `scheduler`; without a scheduler, only the configuration of the network is checked.
+    The files lie in `folder` itself, or in its subfolders `unet` and `scheduler`; without a scheduler, only the
+    configuration of the network is checked. The EMA weights are those of a subfolder `unet_ema`, as diffusers' training
+    scripts write it, or the same weights.
 
     Args:
       folder: a folder written by `save_pretrained`, or cloned from the hub.
@@ -91,22 +92,48 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
     Raises:
       InputError: a file is missing, damaged or a pickle, or belongs to another network or diffusion.
     """
-    unet_config, scheduler_config = diffusers_config.config_paths(folder)
-    diffusers_config.check_unet(unet_config, preset, attention_head_dim)
-    if scheduler_config:
-        diffusers_config.check_scheduler(scheduler_config, preset)
-    path = os.path.join(os.path.dirname(unet_config), _WEIGHTS)
+    networks, scheduler = diffusers_config.network_folders(folder), diffusers_config.find_scheduler(folder)
+    for network in networks:
+        diffusers_config.check_unet(os.path.join(network, "config.json"), preset, attention_head_dim)
+    if scheduler:
+        diffusers_config.check_scheduler(scheduler, preset)
+    weights = [_read_network(network, preset, model) for network in networks]
+    return state_arrays(weights[0], weights[-1])
+
+
+def check_size(folder: str, preset: Preset) -> None:
+    """Checks, before a network takes memory, that the files in a diffusers folder are large enough for its weights.
+
+    Raises:
+      InputError: a file is missing, or too small.
+    """
+    for network in diffusers_config.network_folders(folder):
+        path = _weights_path(network)
+        found, least = tf.io.gfile.stat(path).length, 4 * preset.least_weights
+        if found < least:
+            raise InputError(
+                f"{path} holds another network: it has {found:,} bytes, and the weights of config.json take {least:,}"
+                " at least"
+            )
+
+
+def _weights_path(network: str) -> str:
+    path = os.path.join(network, _WEIGHTS)
     pickled = path.replace(".safetensors", ".bin")
     if tf.io.gfile.exists(pickled) and not tf.io.gfile.exists(path):
         raise InputError(f"{pickled} is a pickle, which may run code, and is not read: save the weights as {_WEIGHTS}")
+    return diffusers_config.require_file(path)
+
+
+def _read_network(network: str, preset: Preset, model: UNet) -> Arrays:
+    """Returns the weights in a folder by our names; they are read only if they are those of the preset's network."""
     names = {name: diffusers_name(name, len(preset.ch_mult)) for name in model.weight_names}
     wanted = {
         names[name]: ArraySpec("float32", to_diffusers(name, np.empty(v.shape, np.float32)).shape)
         for name, v in zip(model.weight_names, model.trainable_variables, strict=True)
     }
-    found = _read_weights(path, wanted)
-    weights = {ours: np.ascontiguousarray(from_diffusers(ours, found[theirs])) for ours, theirs in names.items()}
-    return state_arrays(weights, weights)
+    found = _read_weights(_weights_path(network), wanted)
+    return {ours: np.ascontiguousarray(from_diffusers(ours, found[theirs])) for ours, theirs in names.items()}
 
 
 def _read_weights(path: str, wanted: Mapping[str, ArraySpec]) -> Arrays:

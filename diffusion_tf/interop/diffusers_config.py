@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -9,7 +10,7 @@ import tensorflow as tf
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.layers import NUM_GROUPS
 from diffusion_tf.presets import Preset
-from diffusion_tf.storage.files import first_line, read_json
+from diffusion_tf.storage.files import first_line, listed, read_json
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",
@@ -34,6 +35,23 @@ _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None,
     "prediction_type": "epsilon", "variance_type": "fixed_small", "rescale_betas_zero_snr": False,
 }  # fmt: skip
+# How the schedulers of diffusers clip and choose timesteps. The samplers here do as these defaults say.
+_SAMPLING_DEFAULTS = {
+    "clip_sample": True, "clip_sample_range": 1.0, "thresholding": False, "timestep_spacing": "leading",
+    "steps_offset": 0, "timestep_values": None,
+}  # fmt: skip
+_SCHEDULERS = {
+    "DDPMScheduler": {**_SCHEDULER_DEFAULTS, **_SAMPLING_DEFAULTS, "predict_epsilon": True},
+    "DDIMScheduler": {**_SCHEDULER_DEFAULTS, **_SAMPLING_DEFAULTS, "set_alpha_to_one": True},
+}
+del _SCHEDULERS["DDIMScheduler"]["variance_type"]
+# Further fields, which change nothing: parameters of a thresholding that is off; what EMAModel notes beside a network.
+_UNUSED_BY_SCHEDULERS = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
+_EMA_NOTES = (
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+)  # fmt: skip
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+_COMPONENTS = ("unet", "scheduler")
 # The settings of a preset that decide a field.
 _SETTINGS = {
     "sample_size": "`image_size`", "in_channels": "`channels`", "out_channels": "`channels`",
@@ -104,47 +122,78 @@ def check_unet(path: str, preset: Preset, attention_head_dim: str | None) -> Non
       attention_head_dim: the value if the file has none, as JSON: `null` or a number.
 
     Raises:
-      InputError: a field belongs to another network; the message names it.
+      InputError: a field is unknown, or belongs to another network; the message names it.
     """
-    config = _read(path)
-    config.pop("dropout", None)  # a choice of the preset: weights do not depend on it
+    config = _read_unet(path)
     wanted = unet_config(preset)
+    # Weights do not depend on the dropout, which the preset chooses.
     wanted = {name: wanted[name] for name in _UNET_DEFAULTS}
     _check_attention(path, config, preset, attention_head_dim)
-    for name, value in config.items():
-        if name not in wanted and name != "attention_head_dim" and not name.startswith("_") and value:
-            raise InputError(f"{path} has {name}={json.dumps(value)}, which this program does not know")
-    _compare(path, {**_UNET_DEFAULTS, **config}, wanted)
+    _compare(path, config, wanted, "the preset's network or diffusion has {}")
 
 
 def check_scheduler(path: str, preset: Preset) -> None:
-    """Checks that the scheduler's configuration at `path` is that of the preset's diffusion.
+    """Checks that the scheduler's configuration at `path` is that of the preset's diffusion and of the samplers here.
 
     Raises:
-      InputError: a field belongs to another diffusion; the message names it.
+      InputError: the class or a field is unknown, or belongs to another diffusion; the message names it.
     """
-    config = _read(path)
+    config = _read_scheduler(path)
     wanted = {name: value for name, value in scheduler_config(preset).items() if name in _SCHEDULER_DEFAULTS}
-    if config.get("_class_name") != "DDPMScheduler":
-        del wanted["variance_type"]  # other schedulers have none
-    _compare(path, {**_SCHEDULER_DEFAULTS, **config}, wanted)
+    wanted = {name: value for name, value in wanted.items() if name in _SCHEDULERS[config["_class_name"]]}
+    _compare(path, config, wanted, "the preset's network or diffusion has {}")
 
 
-def _read(path: str) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a configuration: it is not a JSON object")
+def _read_unet(path: str) -> dict[str, Any]:
+    """Returns the configuration of a network, with diffusers' defaults; without a default of `attention_head_dim`."""
+    return _read(path, {"UNet2DModel": _UNET_DEFAULTS}, ("attention_head_dim", "dropout", *_EMA_NOTES))
+
+
+def _read_scheduler(path: str) -> dict[str, Any]:
+    """Returns the configuration of a scheduler, with diffusers' defaults, after checking how it samples."""
+    config = _read(path, _SCHEDULERS, _UNUSED_BY_SCHEDULERS)
+    fields = _SCHEDULERS[config["_class_name"]]
+    fixed = {name: value for name, value in fields.items() if name not in _SCHEDULER_DEFAULTS}
+    _compare(path, config, fixed, "samples are drawn here with {}: change the file to accept that")
     return config
 
 
-def _compare(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _read(path: str, classes: Mapping[str, Mapping[str, Any]], unused: Collection[str]) -> dict[str, Any]:
+    """Returns a configuration of diffusers, with defaults for fields that it leaves out.
+
+    Args:
+      path: the file.
+      classes: the defaults of each known class.
+      unused: fields that are known, and have no default.
+
+    Raises:
+      InputError: the file cannot be read, or its class or a field is unknown.
+    """
+    config = read_json(require_file(path))
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a configuration: it is not a JSON object")
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in classes:
+        raise InputError(f"{path} has _class_name={_shown(name)}: only {' and '.join(classes)} can be read")
+    known = {*classes[name], *unused}
+    for field, value in config.items():
+        if not field.startswith("_") and field not in known:  # diffusers ignores fields that start with "_"
+            raise InputError(f"{path} has {field}={_shown(value)}, which this program does not know")
+    return {**classes[name], **config}
+
+
+def _shown(value: Any) -> str:
+    """A JSON value in an error message, which is one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _compare(path: str, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Raises InputError for the first field that is not as wanted; the message ends with `what` of the wanted value."""
     for name, value in wanted.items():
-        if found[name] != value:
+        if found[name] != value or isinstance(found[name], bool) != isinstance(value, bool):
             setting = f" ({_SETTINGS[name]})" if name in _SETTINGS else ""
-            raise InputError(
-                f"{path} has {name}={json.dumps(found[name])}, and the preset's network or diffusion has"
-                f" {json.dumps(value)}{setting}"
-            )
+            raise InputError(f"{path} has {name}={_shown(found[name])}, and {what.format(_shown(value))}{setting}")
 
 
 def _check_attention(path: str, config: dict[str, Any], preset: Preset, default: str | None) -> None:
@@ -166,24 +215,48 @@ def _check_attention(path: str, config: dict[str, Any], preset: Preset, default:
         raise InputError(f"{path}: attention_head_dim={head_dim} makes several heads, and this network has one")
 
 
-def config_paths(folder: str) -> tuple[str, str | None]:
-    """The configurations of the network and of the scheduler (None where there is none) in a diffusers folder.
+def require_file(path: str) -> str:
+    """Returns the path of a file; raises InputError if there is none, with the names of those that there are."""
+    if not tf.io.gfile.exists(path):
+        folder = os.path.dirname(path)
+        there = f"{folder} holds {listed(sorted(tf.io.gfile.listdir(folder)))}" if tf.io.gfile.isdir(folder) else ""
+        raise InputError(f"cannot read {path}: {there or 'there is no such folder'}")
+    return path
 
-    They lie in `unet` and `scheduler`, as a pipeline is saved, or flat in the folder, as on the hub.
+
+def network_folders(folder: str) -> list[str]:
+    """The folders of the network in a diffusers folder: `unet`, `unet_ema`, or both; the folder itself if none exists.
+
+    `unet_ema` is what the training scripts of diffusers write beside `unet`: the same network with its EMA weights.
     """
-    unet = os.path.join(folder, "unet") if tf.io.gfile.isdir(os.path.join(folder, "unet")) else folder
-    schedulers = (os.path.join(folder, *parts, "scheduler_config.json") for parts in (("scheduler",), ()))
-    return os.path.join(unet, "config.json"), next(filter(tf.io.gfile.exists, schedulers), None)
+    paths = [os.path.join(folder, name) for name in ("unet", "unet_ema")]
+    return list(filter(tf.io.gfile.isdir, paths)) or [folder]
+
+
+def find_scheduler(folder: str) -> str | None:
+    """The configuration of the scheduler in a diffusers folder, in `scheduler` or, as on the hub, flat; None if none.
+
+    Raises:
+      InputError: the folder holds a pipeline with other parts than a network and a scheduler, such as an autoencoder.
+    """
+    path = os.path.join(folder, "model_index.json")
+    if tf.io.gfile.exists(path):
+        _read(path, {name: {} for name in _PIPELINES}, _COMPONENTS)
+    places = (os.path.join(folder, *parts, "scheduler_config.json") for parts in (("scheduler",), ()))
+    return next(filter(tf.io.gfile.exists, places), None)
 
 
 def is_diffusers_folder(folder: str) -> bool:
-    """Whether the folder holds the configuration of a diffusers network; the config.json of a run is another one.
+    """Whether the folder holds a diffusers network; the config.json of a run is another one.
 
     Raises:
       InputError: the configuration is damaged.
     """
-    path = config_paths(folder)[0]
-    return tf.io.gfile.exists(path) and "_class_name" in _read(path)
+    if network_folders(folder) != [folder]:
+        return True
+    path = os.path.join(folder, "config.json")
+    config = read_json(path) if tf.io.gfile.exists(path) else None
+    return isinstance(config, dict) and "_class_name" in config
 
 
 def preset_from_folder(folder: str) -> Preset:
@@ -197,15 +270,14 @@ def preset_from_folder(folder: str) -> Preset:
     Raises:
       InputError: a configuration is missing or damaged, or no preset describes its network or diffusion.
     """
-    unet_path, scheduler_path = config_paths(folder)
-    unet = _read(unet_path)
+    unet_path, scheduler_path = os.path.join(network_folders(folder)[0], "config.json"), find_scheduler(folder)
+    unet = _read_unet(unet_path)
     if "attention_head_dim" not in unet:
         raise InputError(
             f"{unet_path} has no attention_head_dim, which means heads of 8 channels to diffusers: if the network was"
             ' trained with one head, add "attention_head_dim": null to the file'
         )
-    unet = {**_UNET_DEFAULTS, **unet}
-    scheduler = {**_SCHEDULER_DEFAULTS, **(_read(scheduler_path) if scheduler_path else {})}
+    scheduler = {**_SCHEDULER_DEFAULTS, **(_read_scheduler(scheduler_path) if scheduler_path else {})}
     try:
         size, widths, kinds = unet["sample_size"], unet["block_out_channels"], unet["down_block_types"]
         preset = Preset(

@@ -1,15 +1,16 @@
 """The paper's figures for a trained model: each as a picture, and as numbers that say what it shows.
 
 Times are the paper's t: x_t has t steps of noise, x_0 is an image, x_T is noise. The same seed gives the same picture.
+The argument `subject` of each figure is the first line of its caption: it says which model draws the samples, and how.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf import figures
 from diffusion_tf.data.source import ImageReader, ImageSource
@@ -17,9 +18,11 @@ from diffusion_tf.diffusion_utils import images_to_x, x_to_images, x_to_pixels
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.evaluation.neighbors import nearest_neighbors
 from diffusion_tf.evaluation.scores import compute_scores, score_names
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import over_replicas
-from diffusion_tf.samplers import ProgressiveSampler, ReverseProcess, Sampler
+from diffusion_tf.samplers import ReverseProcess, Sampler
+from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.storage.files import Arrays
 from diffusion_tf.trained_model import TrainedModel
 
@@ -66,126 +69,228 @@ def _in_batches(
     return outputs_of
 
 
-def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, caption: str) -> PaperFigure:
-    """Samples 0, 1, ..., not selected, under a caption (Figs. 11, 13, 16-19).
+@contextlib.contextmanager
+def _reverse_process(
+    trained: TrainedModel, name: str, *, steps: int, batch_size: int, seed: int, shared_noise: bool = False
+) -> Iterator[ReverseProcess]:
+    """A reverse process with a progress bar of `steps`, counted for each image."""
+    with progress_bar(total=steps, desc=name, unit="image step", unit_scale=True) as bar:
+        yield ReverseProcess(
+            trained, batch_size=batch_size, seed=seed, shared_noise=shared_noise, on_progress=bar.update
+        )
+
+
+def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, subject: str) -> PaperFigure:
+    """Samples 0, 1, ..., not selected (Figs. 11, 13, 16-19).
 
     Args:
       trained: the model.
       count: number of samples.
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
-      caption: text above the grid.
+      subject: the caption.
     """
     images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
-    picture = figures.captioned_grids({caption: figures.square_grid(images)})
+    picture = figures.captioned_grids({subject: figures.square_grid(images)})
     return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Uncurated samples.")
 
 
-def animation(trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int) -> PaperFigure:
+def animation(
+    trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int, subject: str
+) -> PaperFigure:
     """Sampling as a GIF: x_t of some samples over the reverse process.
 
     Args:
       trained: the model.
       count: number of samples.
-      frames: number of frames after x_T.
+      frames: number of frames after x_T, at most.
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
     num_timesteps = trained.diffusion.num_timesteps
-    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
-    times = np.unique(np.linspace(num_timesteps, 0, frames + 1).astype(int))[::-1].tolist()
-    x_t, grids = process.noise(count), []
-    for before, time in zip([num_timesteps, *times[:-1]], times, strict=True):
-        x_t = process(x_t, before, time)
-        grids.append(figures.square_grid(_to_images(x_t)))
-    return PaperFigure(figures.animation(grids, seconds=4.0), {"t": times}, "Sampling, from noise to images.")
+    times, grids = animation_times(trained.diffusion.schedule, frames), []
+    with _reverse_process(
+        trained, "animation", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+    ) as process:
+        x_t = process.noise(count)
+        for before, time in zip([num_timesteps, *times[:-1]], times, strict=True):
+            x_t = process(x_t, before, time)
+            grids.append(figures.square_grid(_to_images(x_t)))
+    captions = [f"{subject}\nx_t at t = {time}" for time in times]
+    return PaperFigure(figures.animation(grids, captions, seconds=4.0), {"t": times}, "Sampling, from noise to images.")
+
+
+def animation_times(schedule: NoiseSchedule, frames: int) -> list[int]:
+    """Times T, ..., 0 between which x_t changes by equal amounts: at most `frames` + 1.
+
+    x_t = cos(a) x_0 + sin(a) noise moves as the angle a = arccos(sqrt(alphas_cumprod)) does. With the paper's schedule
+    half of the frames have t < T / 4. Even steps of t would spend half of the time on pictures that look like noise.
+    """
+    angles = np.arccos(np.append(1.0, schedule.sqrt_alphas_cumprod))  # at t = 0, ..., T
+    wanted = np.linspace(angles[-1], 0.0, frames + 1)
+    return np.unique(np.abs(angles - wanted[:, None]).argmin(axis=1))[::-1].tolist()
 
 
 # --- Progressive generation (Section 4.3) ----------------------------------------------------------------------
 
 
-def _progressive_sampler(trained: TrainedModel, batch_size: int, seed: int) -> tuple[ProgressiveSampler, list[int]]:
-    """A sampler that returns about ten predictions of x_0, and the t of the x_t from which it makes each."""
-    num_timesteps = trained.diffusion.num_timesteps
-    freq = max(1, num_timesteps // 10)
-    sampler = ProgressiveSampler(trained, batch_size=batch_size, seed=seed, include_xstartpred_freq=freq)
-    return sampler, [k * freq + 1 for k in range(num_timesteps // freq)]
+class XstartEstimate:
+    """The estimate of x_0 from the network's predictions at K times that has the least squared error.
+
+    At time k it is mean_k(x_0) + weight_k (prediction - mean_k(prediction)), by linear regression over N images.
+
+    Eq. 15 multiplies the network's error in eps by sqrt((1 - alphas_cumprod) / alphas_cumprod), which is 157 at t = T
+    for the paper's schedule. Near T the prediction of a small network is that error, clipped to black and white, where
+    the conditional mean of x_0 is close to the mean of all images. The regression gives it the weight that it deserves:
+    nearly 0 there, and nearly 1 where x_t shows x_0.
+
+    Args:
+      predictions: predictions of x_0, float32 [K, N, H, W, C].
+      x_start: the x_0 of the same images, float32 [N, H, W, C]. One image gives no regression: the weights are 1.
+
+    Attributes:
+      weights: float64 [K], in [0, 1].
+    """
+
+    def __init__(self, predictions: np.ndarray, x_start: np.ndarray):
+        self._mean, self._prediction_mean = x_start.mean(axis=0), predictions.mean(axis=1, keepdims=True)
+        deviations = (predictions - self._prediction_mean).astype(np.float64)
+        axes = (1, 2, 3, 4)
+        covariance, variance = (deviations * (x_start - self._mean)).sum(axes), np.square(deviations).sum(axes)
+        self.weights = np.ones(len(predictions))
+        if len(x_start) > 1:
+            self.weights = np.clip(covariance / np.maximum(variance, np.finfo(float).tiny), 0.0, 1.0)
+        else:
+            self._prediction_mean = self._mean = np.zeros_like(self._mean)
+
+    def __call__(self, predictions: np.ndarray) -> np.ndarray:
+        """The estimates float32 [K, N, H, W, C] from predictions of the same shape."""
+        weights = self.weights.astype(np.float32)[:, None, None, None, None]
+        return self._mean + weights * (predictions - self._prediction_mean)
 
 
-def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: int) -> PaperFigure:
-    """The x_0 predicted at ten times of the reverse process (Figs. 6, 14).
+def _progressive_times(num_timesteps: int) -> list[int]:
+    """About ten times of the reverse process, in its order: those of Table 4 if T = 1000."""
+    every = max(1, num_timesteps // 10)
+    return [k * every + 1 for k in range(num_timesteps // every)][::-1]
+
+
+def _predictions(process: ReverseProcess, count: int, first_image: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions of x_0 at `_progressive_times` [K, count, H, W, C], and the samples x_0 [count, H, W, C]."""
+    before = process.trained.diffusion.num_timesteps
+    x_t, predictions = process.noise(count, first_image=first_image), []
+    for time in _progressive_times(before):
+        x_t, before = process(x_t, before, time, first_image=first_image), time
+        predictions.append(process.predict_xstart(x_t, time))
+    return np.stack(predictions), np.clip(process(x_t, before, 0, first_image=first_image), -1.0, 1.0)
+
+
+_ESTIMATE = "x_0 as estimated from x_t: the network's prediction (Eq. 15), shrunk to the mean image by least squares"
+
+
+def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: int, subject: str) -> PaperFigure:
+    """The x_0 estimated at ten times of the reverse process (Figs. 6, 14).
+
+    It draws a whole batch to fit `XstartEstimate`.
 
     Args:
       trained: the model.
       chains: number of samples, one row each.
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
-    sampler, times = _progressive_sampler(trained, batch_size, seed)
-    batches = [sampler(first) for first in range(0, chains, batch_size)]
-    final, predictions = (np.concatenate([batch[i].numpy() for batch in batches])[:chains] for i in range(2))
-    times, predictions = times[::-1], predictions[:, ::-1]  # in the order of the reverse process
+    num_timesteps, count = trained.diffusion.num_timesteps, max(chains, batch_size)
+    with _reverse_process(
+        trained, "progressive", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+    ) as process:
+        predictions, final = _predictions(process, count)
+    times, estimate = _progressive_times(num_timesteps), XstartEstimate(predictions, final)
+    estimates = estimate(predictions)
+    columns = np.concatenate([estimates, final[None]])[:, :chains]
     picture = figures.labelled_grid(
-        [_to_images(np.concatenate([row, last[None]])) for row, last in zip(predictions, final, strict=True)],
+        [_to_images(row) for row in columns.swapaxes(0, 1)],
         row_labels=[f"sample {i}" for i in range(chains)],
         column_labels=[*(f"t={time}" for time in times), "x_0"],
-        caption="The x_0 that is predicted from x_t, over the reverse process",
+        caption=f"{subject}\n{_ESTIMATE}",
     )
-    distance = _rmse(predictions, final[:, None], axis=(0, 2, 3, 4))
-    numbers = {"t": times, "rmse_to_the_sample": distance.tolist()}
+    numbers = {
+        "t": times,
+        "chains": count,
+        "weight_of_the_prediction": estimate.weights.tolist(),
+        "rmse_to_the_sample": _rmse(estimates, final, axis=(1, 2, 3, 4)).tolist(),
+        "rmse_of_the_prediction": _rmse(predictions, final, axis=(1, 2, 3, 4)).tolist(),
+    }
     return PaperFigure(picture, numbers, "Large features appear first, details last.")
 
 
 def progressive_quality(
-    trained: TrainedModel, network: FeatureNetwork, real: Arrays, *, count: int, batch_size: int, seed: int
+    trained: TrainedModel,
+    network: FeatureNetwork,
+    real: Arrays,
+    *,
+    count: int,
+    batch_size: int,
+    seed: int,
+    subject: str,
 ) -> PaperFigure:
-    """Scores of the predicted x_0 over the reverse process (Fig. 10).
+    """Scores of the x_0 estimated over the reverse process (Fig. 10).
 
     Args:
       trained: the model.
       network: a classifier; the scores compare its features.
       real: its outputs for the training images.
-      count: how many samples.
+      count: how many samples; the first batch fits `XstartEstimate`.
       batch_size: images computed at once.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
-    sampler, times = _progressive_sampler(trained, batch_size, seed)
+    num_timesteps = trained.diffusion.num_timesteps
     outputs_of = _in_batches(network, trained.strategy, batch_size)
-    features: list[list[Arrays]] = []  # of each batch at each time
-    for first in tqdm.trange(0, count, batch_size, desc="samples", unit="batch"):
-        _, predictions = sampler(first)
-        pixels = x_to_pixels(predictions[: count - first])
-        features.append([outputs_of(pixels[:, k]) for k in range(len(times))])
-    times = times[::-1]
+    estimate, features = None, []  # of each batch at each time
+    with _reverse_process(
+        trained, "progressive_quality", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+    ) as process:
+        for first in range(0, count, batch_size):
+            predictions, final = _predictions(process, min(batch_size, count - first), first)
+            estimate = estimate or XstartEstimate(predictions, final)
+            features.append([outputs_of(x_to_pixels(x_start)) for x_start in estimate(predictions)])
     metrics = ("fid", "inception_score")
     scores: dict[str, list[float]] = {score_names(metric, network.name)[0]: [] for metric in metrics}
-    for batches in reversed(list(zip(*features, strict=True))):
+    for batches in zip(*features, strict=True):
         generated = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         at_time = compute_scores(metrics, network.name, real, generated)
         for name, values in scores.items():
             values.append(at_time[name])
-    steps = trained.diffusion.num_timesteps + 1 - np.array(times)
+    times = _progressive_times(num_timesteps)
+    steps = num_timesteps + 1 - np.array(times)
     panels = [
-        figures.Curve(
-            f"{name} of the predicted x_0", "reverse process steps (T - t + 1)", name, steps, np.array(values)
-        )
+        figures.Curve(name, "reverse process steps (T - t + 1)", name, steps, np.array(values))
         for name, values in scores.items()
     ]
-    numbers = {"num_samples": count, "t": times, **scores}
-    explanation = "The predicted x_0 becomes a good sample late in the reverse process."
-    return PaperFigure(figures.curves(panels), numbers, explanation)
+    picture = figures.curves(panels, caption=f"{subject}, {count:,} samples\n{_ESTIMATE}")
+    assert estimate is not None
+    numbers = {"num_samples": count, "t": times, "weight_of_the_prediction": estimate.weights.tolist(), **scores}
+    return PaperFigure(picture, numbers, "The estimated x_0 becomes a good sample late in the reverse process.")
 
 
 # --- Shared latents and interpolation --------------------------------------------------------------------------
 
 
 def shared_latents(
-    trained: TrainedModel, network: FeatureNetwork | None, *, chains: int, batch_size: int, seed: int
+    trained: TrainedModel,
+    network: FeatureNetwork | None,
+    *,
+    chains: int,
+    batch_size: int,
+    seed: int,
+    subject: str,
 ) -> PaperFigure:
     """Samples of p(x_0 | x_t) that share x_t, at t = T, 3/4 T, T/2 and T/4 of a chain (Fig. 7).
 
-    The picture shows the first chain. With a classifier, the numbers say how often two samples that share x_t have the
-    same class, over all chains.
+    Sample i has the same reverse noise for every x_t. The picture shows the first chain. With a classifier, the numbers
+    say how often two samples that share x_t have the same class, over all chains.
 
     Args:
       trained: the model.
@@ -193,24 +298,27 @@ def shared_latents(
       chains: how many chains.
       batch_size: images computed at once.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
     num_timesteps = trained.diffusion.num_timesteps
-    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
+    times = [num_timesteps * quarter // 4 for quarter in (4, 3, 2, 1)]
     outputs_of = network and _in_batches(network, trained.strategy, batch_size)
-    x_t, before = process.noise(chains), num_timesteps
-    rows, shares, times = [], [], [num_timesteps * quarter // 4 for quarter in (4, 3, 2, 1)]
-    for row, time in enumerate(times):
-        x_t, before = process(x_t, before, time), time
-        first = chains * (1 + row * SAMPLES_PER_LATENT)  # indices of their own, so each sample has its own noise
-        x_start = process(np.repeat(x_t, SAMPLES_PER_LATENT, axis=0), time, 0, first_image=first)
-        rows.append(_to_images(np.concatenate([x_t[:1], x_start[:SAMPLES_PER_LATENT]])))
-        if outputs_of:
-            shares.append(_same_class_share(outputs_of(x_to_pixels(x_start))["logits"]))
+    rows, shares = [], []
+    steps = chains * (num_timesteps - times[-1] + SAMPLES_PER_LATENT * sum(times))
+    with _reverse_process(trained, "shared_latents", steps=steps, batch_size=batch_size, seed=seed) as process:
+        x_t, before = process.noise(chains), num_timesteps
+        for time in times:
+            x_t, before = process(x_t, before, time), time
+            # Indices that no chain has, so that the noise of a sample is not that of its chain.
+            x_start = process(np.repeat(x_t, SAMPLES_PER_LATENT, axis=0), time, 0, first_image=chains)
+            rows.append(_to_images(np.concatenate([x_t[:1], x_start[:SAMPLES_PER_LATENT]])))
+            if outputs_of:
+                shares.append(_same_class_share(outputs_of(x_to_pixels(x_start))["logits"]))
     picture = figures.labelled_grid(
         rows,
         row_labels=[f"t={time}" for time in times],
         column_labels=["x_t", *(f"x_0, {i + 1}" for i in range(SAMPLES_PER_LATENT))],
-        caption=f"{SAMPLES_PER_LATENT} samples of x_0 that share x_t",
+        caption=f"{subject}\n{SAMPLES_PER_LATENT} samples of x_0 that share x_t",
     )
     numbers: dict[str, Any] = {"t": times, "chains": chains}
     if shares:
@@ -225,6 +333,19 @@ def _same_class_share(logits: np.ndarray) -> float:
     return float(same.mean() / (SAMPLES_PER_LATENT * (SAMPLES_PER_LATENT - 1)))
 
 
+def interpolation_time(schedule: NoiseSchedule, image_size: int) -> int:
+    """The t at which `interpolation` mixes by default: x_t keeps what the image shows, but not its details.
+
+    The multiple of T / 8, but 0, nearest to the step where the signal-to-noise ratio of a pixel is
+    (8 / image_size)^(3/4): large images show the same with more pixels, over which noise averages out. With the paper's
+    schedule this is T / 4 for digits and T / 2 for 256x256 images, where the paper mixes them (Figure 8).
+    """
+    snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+    steps = np.count_nonzero(snr >= (8.0 / image_size) ** 0.75)
+    num_timesteps = schedule.num_timesteps
+    return max(1, num_timesteps * max(1, round(8 * steps / num_timesteps)) // 8)
+
+
 def interpolate(
     trained: TrainedModel,
     source_a: np.ndarray,
@@ -236,7 +357,7 @@ def interpolate(
 ) -> np.ndarray:
     """Diffuses two images to t with the same noise, mixes them, and decodes (Section 4.4).
 
-    At t = 0 it mixes the pixels.
+    All mixes have the same reverse noise too, so that they differ by what is mixed only. At t = 0 it mixes the pixels.
 
     Args:
       trained: the model.
@@ -258,8 +379,11 @@ def interpolate(
     mixed = [
         (1.0 - mix) * diffused(source_a, time) + mix * diffused(source_b, time) for time in times for mix in LAMBDAS
     ]
-    process = ReverseProcess(trained, batch_size=batch_size, seed=seed)
-    decoded = process(np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS)), 0)
+    steps = len(LAMBDAS) * sum(times)
+    with _reverse_process(
+        trained, "interpolation", steps=steps, batch_size=batch_size, seed=seed, shared_noise=True
+    ) as process:
+        decoded = process(np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS)), 0)
     return decoded.reshape(len(times), len(LAMBDAS), *source_a.shape)
 
 
@@ -271,6 +395,7 @@ def interpolation(
     times: Sequence[int],
     batch_size: int,
     seed: int,
+    subject: str,
 ) -> PaperFigure:
     """`interpolate` as a picture with a row for each t (Fig. 8; with many values of t, Fig. 9).
 
@@ -281,6 +406,7 @@ def interpolation(
       times: steps of noise before mixing, each in [0, T].
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
     decoded = interpolate(trained, source_a, source_b, times=times, batch_size=batch_size, seed=seed)
     x_a, x_b = (images_to_x(source).numpy() for source in (source_a, source_b))
@@ -289,12 +415,13 @@ def interpolation(
         "rmse_to_source_a": [float(_rmse(row[0], x_a)) for row in decoded],
         "rmse_to_source_b": [float(_rmse(row[-1], x_b)) for row in decoded],
         "rmse_between_sources": float(_rmse(x_a, x_b)),
+        "rmse_between_neighboring_columns": [float(_rmse(row[1:], row[:-1])) for row in decoded],
     }
     picture = figures.labelled_grid(
         [np.concatenate([source_a[None], _to_images(row), source_b[None]]) for row in decoded],
         row_labels=[f"t={time}" for time in times],
         column_labels=["source", "rec.", *(f"{mix:.1f}" for mix in LAMBDAS[1:-1]), "rec.", "source"],
-        caption="Two images, mixed after t steps of the forward process",
+        caption=f"{subject}\nTwo images, mixed after t steps of the forward process; all columns share their noise",
     )
     return PaperFigure(picture, numbers, "With little noise it mixes pixels, with much noise what the images show.")
 
@@ -311,6 +438,7 @@ def neighbors(
     crop: int | None,
     batch_size: int,
     seed: int,
+    subject: str,
 ) -> PaperFigure:
     """Samples beside their nearest training images, by pixels and by features of a network (Figs. 12, 15).
 
@@ -322,6 +450,7 @@ def neighbors(
       crop: compare the pixels of the central crop x crop only, as the paper does for faces; None compares all.
       batch_size: images computed at once.
       seed: seed of the noise.
+      subject: the first line of the caption.
     """
     images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
     columns, labels = [images[:, None]], ["sample"]
@@ -331,7 +460,7 @@ def neighbors(
     def add_columns(name: str, featurize: Callable[[np.ndarray], np.ndarray]) -> None:
         chunks = (
             featurize(reader(first, min(_CHUNK, source.num_examples - first)))
-            for first in tqdm.trange(0, source.num_examples, _CHUNK, desc=f"neighbours by {name}", unit="chunk")
+            for first in progress_bar(range(0, source.num_examples, _CHUNK), desc=f"neighbours by {name}", unit="chunk")
         )
         indices, distances = nearest_neighbors(featurize(images), chunks, _NEIGHBORS)
         numbers[f"{name}_indices"], numbers[f"{name}_distances"] = indices.tolist(), distances.tolist()
@@ -346,7 +475,7 @@ def neighbors(
         list(np.concatenate(columns, axis=1)),
         row_labels=[f"{i}" for i in range(count)],
         column_labels=labels,
-        caption=f"Samples, and the nearest of {source.num_examples:,} training images ({source.name})",
+        caption=f"{subject}\nSamples, and the nearest of {source.num_examples:,} training images ({source.name})",
     )
     return PaperFigure(picture, numbers, "Copies of training images would show here.")
 

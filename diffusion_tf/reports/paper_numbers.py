@@ -25,12 +25,12 @@ TABLE_1 = (
     ("PixelIQN", "5.29", "49.46", ""),
     ("EBM", "6.78", "38.2", ""),
     ("NCSNv2", "", "31.75", ""),
-    ("NCSN", "8.87 +- 0.12", "25.32", ""),
-    ("SNGAN", "8.22 +- 0.05", "21.7", ""),
-    ("SNGAN-DDLS", "9.09 +- 0.10", "15.42", ""),
-    ("StyleGAN2 + ADA (v1)", "9.74 +- 0.05", "3.26", ""),
-    ("DDPM, L, fixed isotropic variance", "7.67 +- 0.13", "13.51", "<= 3.70 (3.69)"),
-    ("DDPM, L_simple", "9.46 +- 0.11", "3.17", "<= 3.75 (3.72)"),
+    ("NCSN", "8.87 ± 0.12", "25.32", ""),
+    ("SNGAN", "8.22 ± 0.05", "21.7", ""),
+    ("SNGAN-DDLS", "9.09 ± 0.10", "15.42", ""),
+    ("StyleGAN2 + ADA (v1)", "9.74 ± 0.05", "3.26", ""),
+    ("DDPM, L, fixed isotropic variance", "7.67 ± 0.13", "13.51", "<= 3.70 (3.69)"),
+    ("DDPM, L_simple", "9.46 ± 0.11", "3.17", "<= 3.75 (3.72)"),
 )
 
 # Table 3, FID on LSUN 256x256: (model, Bedroom, Church, Cat). StyleGAN2's authors measured the starred numbers.
@@ -41,6 +41,20 @@ TABLE_3 = (
     ("DDPM, L_simple", "6.36", "7.89", "19.75"),
     ("DDPM, L_simple, large", "4.90", "", ""),
 )
+
+# What the paper reports for its own runs of a preset: the last rows of Tables 1 and 3.
+RESULTS = {
+    "cifar10": {
+        "bits/dim, test": "<= 3.75",
+        "bits/dim, train": "<= 3.72",
+        "fid": TABLE_1[-1][2],
+        "inception_score": TABLE_1[-1][1],
+    },
+    "lsun_bedroom": {"fid": TABLE_3[-2][1]},
+    "lsun_church": {"fid": TABLE_3[-2][2]},
+    "lsun_cat": {"fid": TABLE_3[-2][3]},
+    "lsun_bedroom_large": {"fid": TABLE_3[-1][1]},
+}
 
 # Appendix B, on a TPU v3-8: (training batch, steps per second, sampling batch, seconds for all T steps).
 _SPEED_256 = (64, 2.2, 128, 300.0)

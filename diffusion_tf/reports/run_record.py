@@ -2,16 +2,21 @@
 
 import dataclasses
 import fnmatch
+import io
+import math
 import os
 from typing import Any
 
+import PIL.Image
 import tensorflow as tf
 
-from diffusion_tf.solvers import default_spacing
-from diffusion_tf.storage.files import read_json
+from diffusion_tf.errors import DamagedFileError
+from diffusion_tf.storage.files import first_line, read_file, read_json
+from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
 
 _SPLITS = ("train", "test")
+_MAX_PIXELS = 2**26  # of a picture; a grid of samples has a few millions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +43,6 @@ class RunRecord:
     samples: str | None
     reconstructions: str | None
 
-    def sampler_name(self, evaluation: dict[str, Any]) -> str:
-        """The sampler of an evaluation, with the settings that are not its defaults; without the number of steps."""
-        name, spacing = evaluation["sampler"], evaluation.get("sampler_spacing")
-        eta = f"eta {evaluation['ddim_eta']:g}" if evaluation.get("ddim_eta") else ""
-        if spacing == default_spacing(name, self.config["dataset"]):
-            spacing = None
-        return ", ".join(filter(None, (name, eta, spacing)))
-
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
         """Whether the samples of an evaluation took all T steps of ancestral sampling, as the paper's did."""
         return (evaluation["sampler"], evaluation["sampler_steps"]) == ("ancestral", self.config["num_timesteps"])
@@ -63,18 +60,6 @@ class RunRecord:
         ]
         return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
 
-    def sampler_comparison(self) -> list[dict[str, Any]]:
-        """Evaluations that differ in sampler or number of steps only, sorted by both; empty if there are none.
-
-        They share checkpoint, number of samples and reference. If several groups do, it takes the last one.
-        """
-        groups: dict[tuple, list[dict[str, Any]]] = {}
-        for line in self.evaluations:
-            groups.setdefault((line["step"], line["num_samples"], reference_name(line)), []).append(line)
-        sampler_of = lambda line: (line["sampler"], line["sampler_steps"])
-        comparisons = [lines for lines in groups.values() if len(set(map(sampler_of, lines))) > 1]
-        return sorted(comparisons[-1], key=sampler_of) if comparisons else []
-
 
 def scores(evaluation: dict[str, Any]) -> dict[str, float]:
     """The entries of an evaluation that are scores."""
@@ -84,32 +69,53 @@ def scores(evaluation: dict[str, Any]) -> dict[str, float]:
 def reference_name(evaluation: dict[str, Any]) -> str:
     """The real images of an evaluation, such as "50,000 of cifar10, train"."""
     reference = evaluation["reference"]
-    return f"{reference['num_images']:,} of {reference.get('images') or reference['file']}"
+    return f"{reference['num_images']:,} of {reference.get('images') or reference.get('file', '?')}"
 
 
 def read_run(workdir: Workdir) -> RunRecord:
     """Collects the results in `workdir`.
 
     Raises:
-      InputError: the folder holds no run.
+      InputError: the folder holds no run, or a file in it is damaged.
     """
     config = dataclasses.asdict(workdir.read_preset())
 
-    def by_split(name: str) -> dict[str, dict[str, Any]]:
+    def by_split(name: str, schema: type) -> dict[str, dict[str, Any]]:
         paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
-        return {split: read_json(path) for split, path in paths.items() if tf.io.gfile.exists(path)}
+        return {split: read_json(path, schema) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
     def last(folder: str, pattern: str) -> str | None:
         names = fnmatch.filter(tf.io.gfile.listdir(folder), pattern) if tf.io.gfile.isdir(folder) else []
-        return os.path.join(folder, max(names)) if names else None
+        if not names:
+            return None
+        path = os.path.join(folder, max(names))
+        _check_picture(path)
+        return path
 
     return RunRecord(
         config=config,
-        metrics=workdir.read_metrics(),
-        likelihood=by_split("likelihood"),
-        rate_distortion=by_split("rate_distortion"),
-        compression=by_split("compression"),
+        metrics=[_numbers(line) for line in workdir.read_metrics()],
+        likelihood=by_split("likelihood", Likelihood),
+        rate_distortion=by_split("rate_distortion", RateDistortion),
+        compression=by_split("compression", Compression),
         evaluations=workdir.read_evaluations(),
         samples=last(workdir.samples, "step_*.png"),
         reconstructions=last(workdir.path, "compression_*.png"),
     )
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a line of metrics; null, which stands for what is not finite, and a missing loss become NaN."""
+    numbers = {name: math.nan if v is None else v for name, v in line.items() if isinstance(v, int | float | None)}
+    return {"loss": math.nan, "grad_norm": math.nan, **numbers}
+
+
+def _check_picture(path: str) -> None:
+    """Raises DamagedFileError unless the file at `path` is a picture, of no absurd size."""
+    try:
+        with PIL.Image.open(io.BytesIO(read_file(path))) as picture:
+            if math.prod(picture.size) > _MAX_PIXELS:
+                raise ValueError(f"it has {picture.size} pixels")
+            picture.load()
+    except Exception as error:  # Pillow raises a dozen types
+        raise DamagedFileError(f"{path} is not a picture, or is damaged ({first_line(error)}): remove it") from error

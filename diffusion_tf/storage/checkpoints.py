@@ -5,7 +5,6 @@ the step, the versions of the packages that wrote it, whatever else the run reco
 the rest of the manifest. Format 1, whose header holds only the SHA-256, can still be read.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import Arrays, copy_file, first_line, remove, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, digest_arrays, first_line, listed, remove, write_file
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2
@@ -209,15 +208,8 @@ def _is_sound(path: str) -> bool:
 
 def _digest(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> str:
     """Returns the SHA-256 over the arrays and the manifest without its own `sha256`."""
-    digest = hashlib.sha256()
     stated = {name: value for name, value in manifest.items() if name != "sha256"}
-    if stated:  # empty in format 1
-        digest.update(json.dumps(stated, sort_keys=True).encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+    return digest_arrays(arrays, json.dumps(stated, sort_keys=True).encode() if stated else b"")  # format 1: none
 
 
 def _read_header(path: str) -> tuple[dict[str, Any], Header]:
@@ -245,9 +237,10 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
     Raises:
       InputError: a name is missing or unknown, or a dtype or shape differs.
     """
-    if mismatched := sorted(wanted.keys() ^ found.keys()):
-        what = "missing" if mismatched[0] in wanted else "unknown"
-        raise InputError(f"{path} holds another network: {mismatched[0]} is {what}")
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(f"{path} holds another network: {missing[0]} is missing; there are: {listed(found)}")
+    if unknown := [name for name in found if name not in wanted]:
+        raise InputError(f"{path} holds another network: {unknown[0]} is unknown")
     for name, (dtype, shape) in wanted.items():
         if found[name] != (dtype, shape):
             found_dtype, found_shape = found[name]

@@ -6,10 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
-from diffusion_tf.storage.files import Arrays, read_npz, remove, write_npz
+from diffusion_tf.errors import DamagedFileError
+from diffusion_tf.storage.files import Arrays, digest_arrays, read_npz, remove, write_npz
 
 
 class ResumableBatches:
@@ -31,6 +34,8 @@ class ResumableBatches:
     def compute(self, compute: Callable[[int, int], Arrays], label: str) -> Iterator[Arrays]:
         """Yields the arrays of each batch, read from disk or computed and written; shows a progress bar.
 
+        A damaged batch is named in a warning and computed again.
+
         Args:
           compute: compute(first, count) returns the arrays of examples first .. first + count - 1.
           label: the text beside the progress bar.
@@ -39,14 +44,26 @@ class ResumableBatches:
             for first in range(0, self.num_examples, self.batch_size):
                 count = min(self.batch_size, self.num_examples - first)
                 path = os.path.join(self.folder, f"part_{first:08d}.npz")
-                if tf.io.gfile.exists(path):
-                    arrays = read_npz(path)
-                else:
+                arrays = _read(path) if tf.io.gfile.exists(path) else None
+                if arrays is None:
                     arrays = compute(first, count)
-                    write_npz(path, **arrays)
+                    write_npz(path, **arrays, sha256=np.array(digest_arrays(arrays)))
                 yield arrays
                 bar.update(count)
 
     def remove(self) -> None:
         """Removes the batches, once the result of the measurement is written."""
         remove(self.folder)
+
+
+def _read(path: str) -> Arrays | None:
+    """Returns the arrays of a batch; None if the file is damaged."""
+    try:
+        arrays = read_npz(path)
+        if str(arrays.pop("sha256", "")) == digest_arrays(arrays):
+            return arrays
+        reason = f"{path} is damaged, its contents do not match their SHA-256"
+    except DamagedFileError as error:
+        reason = str(error)
+    logging.warning("%s: it is computed again", reason)
+    return None

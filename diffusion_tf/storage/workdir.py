@@ -4,19 +4,20 @@ import contextlib
 import dataclasses
 import fcntl
 import io
-import json
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import CHANGEABLE, Preset
 from diffusion_tf.storage.files import (
     UNSUPPORTED,
     append_line,
+    first_line,
     is_local,
+    parse_json,
     read_file,
     read_json,
     sync,
@@ -26,6 +27,7 @@ from diffusion_tf.storage.files import (
     write_json,
     writing,
 )
+from diffusion_tf.storage.records import Config, Evaluation, Metrics
 
 
 class _Config(NamedTuple):
@@ -35,11 +37,21 @@ class _Config(NamedTuple):
       preset: the configuration.
       num_examples: the number of training images; None: unknown.
       history: each change of the recipe: the step, and the old and new values by field.
+      earlier: the configurations before each of these changes, the newest first.
     """
 
     preset: Preset
     num_examples: int | None
     history: list[dict[str, Any]]
+    earlier: list[Preset]
+
+
+def _earlier_recipes(preset: Preset, history: list[dict[str, Any]]) -> list[Preset]:
+    earlier = []
+    for entry in reversed(history):
+        preset = dataclasses.replace(preset, **{name: change["old"] for name, change in entry["changes"].items()})
+        earlier.append(preset)
+    return earlier
 
 
 class Workdir:
@@ -170,14 +182,7 @@ class Workdir:
 
     def earlier_recipes(self) -> list[Preset]:
         """Returns the configurations of this run before each recorded change of its recipe, the newest first."""
-        if not tf.io.gfile.exists(self._config):
-            return []
-        preset, _, history = self._read_config()
-        earlier = []
-        for entry in reversed(history):
-            preset = dataclasses.replace(preset, **{name: change["old"] for name, change in entry["changes"].items()})
-            earlier.append(preset)
-        return earlier
+        return self._read_config().earlier if tf.io.gfile.exists(self._config) else []
 
     def read_preset(self) -> Preset:
         """Returns the configuration of the run in this folder.
@@ -191,18 +196,18 @@ class Workdir:
 
     def _read_config(self) -> _Config:
         try:
-            fields: dict[str, Any] = read_json(self._config)
+            fields = read_json(self._config, Config)
             num_examples, history = fields.pop("num_examples"), fields.pop("history", [])
-            fields.update({name: tuple(value) for name, value in fields.items() if isinstance(value, list)})
-            return _Config(Preset(**fields), num_examples, history)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise InputError(f"{self._config} is not a configuration of this version ({error})") from error
+            preset = Preset(**fields)
+            return _Config(preset, num_examples, history, _earlier_recipes(preset, history))
+        except (InputError, TypeError) as error:
+            raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 
     def rewind_metrics(self, step: int) -> None:
         """Removes the metrics after `step`, which a run that resumes from there writes again."""
         if not tf.io.gfile.exists(self._metrics):
             return
-        kept = [line for line, metrics in _parse_lines(self._metrics) if metrics["step"] <= step]
+        kept = [line for line, metrics in _parse_lines(self._metrics, Metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
@@ -219,26 +224,22 @@ class Workdir:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Returns the lines of `metrics.jsonl`."""
-        return _read_lines(self._metrics)
+        return _read_lines(self._metrics, Metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the lines of `evaluations.jsonl`."""
-        return self.complete(_read_lines(self._evaluations))
+        return self.complete(_read_lines(self._evaluations, Evaluation))
 
     def complete(self, evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Returns evaluations with their sampler and compute dtype, which older versions did not record.
 
         They used ancestral sampling at first. Their compute dtype is taken to be the run's.
         """
-        if all({"compute_dtype", "sampler"} <= evaluation.keys() for evaluation in evaluations):
+        if all({"compute_dtype", "sampler", "sampler_steps"} <= evaluation.keys() for evaluation in evaluations):
             return evaluations
         preset = self.read_preset()
-        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps}
-        return [
-            {**evaluation, **({} if "sampler" in evaluation else ancestral)}
-            | {"compute_dtype": evaluation.get("compute_dtype", preset.precision)}
-            for evaluation in evaluations
-        ]
+        ancestral = {"sampler": "ancestral", "sampler_steps": preset.num_timesteps, "compute_dtype": preset.precision}
+        return [{**ancestral, **evaluation} for evaluation in evaluations]
 
     def append_evaluation(self, evaluation: dict[str, Any]) -> None:
         """Appends one line to `evaluations.jsonl`."""
@@ -249,23 +250,18 @@ class Workdir:
         append_line(self._metrics, to_json(metrics))
 
 
-def _read_lines(path: str) -> list[dict[str, Any]]:
+def _read_lines(path: str, schema: type) -> list[dict[str, Any]]:
     """Returns the objects in a file of JSON lines; none if there is no file."""
-    return [value for _, value in _parse_lines(path)] if tf.io.gfile.exists(path) else []
+    return [value for _, value in _parse_lines(path, schema)] if tf.io.gfile.exists(path) else []
 
 
-def _parse_lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _parse_lines(path: str, schema: type) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields each line and its object, without an incomplete last line, which a killed process leaves.
 
     Raises:
-      DamagedFileError: a line is not a JSON object with a step.
+      DamagedFileError: a line is not an object of the type `schema`.
     """
     for number, line in enumerate(read_file(path).splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             return
-        try:
-            value = json.loads(line)
-            value["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DamagedFileError(f"{path} is damaged: line {number} is not a JSON object with a step") from error
-        yield line, value
+        yield line, parse_json(line, schema, f"{path}, line {number},")

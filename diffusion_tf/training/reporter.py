@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 import tqdm
+from absl import logging
 
 from diffusion_tf import figures
+from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import event_files
 from diffusion_tf.storage.event_files import EventFile
@@ -97,7 +99,12 @@ class Reporter:
         return self._preset.sample_every > 0 and step % self._preset.sample_every == 0
 
     def _report_samples(self, step: int) -> None:
-        report_samples(self._workdir, self._events, step, self._draw())
+        try:
+            samples = self._draw()
+        except NotFiniteError as error:
+            logging.warning("no grid of samples at step %d: %s", step, error)
+            return
+        report_samples(self._workdir, self._events, step, samples)
 
 
 def samples_path(workdir: Workdir, step: int) -> str:

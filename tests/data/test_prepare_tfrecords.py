@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import mmap
 import os
 import pathlib
+import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -17,12 +20,12 @@ import pytest
 import tensorflow as tf
 
 from diffusion_tf.data import open_source
-from diffusion_tf.data.image_folders import find_images
+from diffusion_tf.data.image_folders import counts, find_images
 from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecord_shards import Shard, write_shard
 from diffusion_tf.data.tfrecords import serialize
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -128,6 +131,48 @@ def test_photos_are_turned_upright(tmp_path):
     np.testing.assert_array_equal(read(pattern)[0], by_hand(upright, 16))
 
 
+def test_every_picture_of_a_folder_is_listed_or_counted(folder, tmp_path):
+    for name in ("d.gif", "d.tif", "d.tiff", "d.jfif", "d.jpe", "d.pgm", "d.PPM", "d.webp", ".hidden.png", "raw.heic"):
+        (folder / name).touch()
+    (folder / ".thumbnails").mkdir()
+    (folder / "README").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/far.png").touch()
+    (folder / "a/far").symlink_to(tmp_path / "elsewhere")
+    (folder / "0a").symlink_to("a")  # a second way to pictures that are listed
+    (folder / "a/up").symlink_to("..")  # a loop
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "nothing.png").symlink_to("nowhere.png")
+    found = find_images(str(folder))
+    names = ["d.PPM", "d.gif", "d.jfif", "d.jpe", "d.pgm", "d.tif", "d.tiff", "d.webp", "nothing.png", "self.png"]
+    assert found.keys == ["a/c.JPG", "a/far/far.png", *(f"b{index}.jpg" for index in range(6)), *names]
+    assert found.left_out == {
+        "hidden": 2, ".txt": 1, ".heic": 1, "without an extension": 1, "folder linked twice": 2,
+    }  # fmt: skip
+    assert counts({".txt": 1, "hidden": 2000}) == "1 .txt, 2,000 hidden"
+
+
+def test_unusual_pictures_become_records(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    wide = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (16, 1))
+    (folder / "a.png").write_bytes(encode(PIL.Image.fromarray(wide), "png"))
+    (folder / "caf\udce9.png").write_bytes(encode(picture(0, (16, 16)), "png"))  # a name in Latin-1
+    (folder / "d.png").symlink_to("nowhere")
+    (folder / "e.png").touch()
+    os.mkfifo(folder / "f.png")
+    pattern, manifest = write(folder, tmp_path / "out", num_shards=1, skip_bad_images=3)
+    np.testing.assert_array_equal(read(pattern)[0], np.round(wide / 257)[..., None].repeat(3, -1))
+    np.testing.assert_array_equal(read(pattern)[1], np.asarray(picture(0, (16, 16))))
+    (entry,) = manifest["shards"].values()
+    assert entry["skipped"] == {"d.png": "it is a link to nothing", "e.png": "it is empty", "f.png": "it is not a file"}
+    assert write(folder, tmp_path / "out", num_shards=1, skip_bad_images=3)[1] == manifest
+    with pytest.raises(
+        InputError, match=r"d.png cannot be read \(it is a link to nothing\), and `skip_bad_images` is 0"
+    ):
+        write(folder, tmp_path / "again", num_shards=1)
+
+
 def test_records_equal_those_of_stylegan2s_tool():
     same = 0
     for record in records(str(ROOT / "tests/fixtures/stylegan2_4x4.tfrecords")):
@@ -173,6 +218,30 @@ def test_a_killed_run_continues(folder, tmp_path):
     total = sum(path.stat().st_size for path in after)
     assert f"{pattern}: 120 images (0 skipped), {total:,} bytes, 40 files" in again.stdout
     assert f"--workdir=runs/church --dataset=lsun_church --image_size=128 --tfrecord='{pattern}'" in again.stdout
+    assert "left out, since they are not pictures: 1 .txt\n" in again.stdout
+
+
+@pytest.mark.slow
+def test_the_programs_last_line_trains(folder, tmp_path):
+    (folder / "e.png").touch()
+    args = [f"--source={folder}", f"--out={tmp_path}/out", "--resolution=16", "--num_workers=1"]
+    refused = subprocess.run(run(*args), cwd=ROOT, capture_output=True, text=True, check=False)
+    last = refused.stderr.splitlines()[-1]
+    assert refused.returncode == 1 and f"--source={folder}: e.png cannot be read (it is empty), and --skip_bad" in last
+    ended = subprocess.run(run(*args, "--skip_bad_images=1"), cwd=ROOT, capture_output=True, text=True, check=True)
+    summary, left_out, command = ended.stdout.splitlines()
+    assert ": 7 images (1 skipped), " in summary and left_out == "left out, since they are not pictures: 1 .txt"
+    program, *flags = shlex.split(command.removeprefix("train: "))
+    trained = subprocess.run(
+        [sys.executable if program == "python" else program, *flags, "--dry_run"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "parameters: 17,587,715" in trained.stdout
+
+
+def test_errors_of_workers_arrive_whole():
+    error = pickle.loads(pickle.dumps(ConfigError("source", "=a: b.jpg cannot be read")))
+    assert (type(error), error.field, str(error)) == (ConfigError, "source", "source=a: b.jpg cannot be read")
 
 
 def test_lost_and_truncated_shards_are_written_again(folder, tmp_path):
@@ -202,12 +271,36 @@ def test_other_settings_are_refused(folder, tmp_path):
     folder.rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"\(source: .*/moved != .*/images; names_sha256"):
         write(tmp_path / "moved", tmp_path / "out")
-    (tmp_path / "out/church.json").write_text("[]")
-    with pytest.raises(InputError, match="church.json is not a manifest of this program"):
-        write(tmp_path / "moved", tmp_path / "out")
     (tmp_path / "out/church.json").unlink()
     with pytest.raises(InputError, match=r"church-r04-00000-of-00003.tfrecords exists but is not in .*church.json"):
         write(tmp_path / "moved", tmp_path / "out")
+
+
+def test_a_manifest_of_another_structure_is_refused(folder, tmp_path):
+    _, manifest = write(folder, tmp_path / "out")
+    name, entry = next(iter(manifest["shards"].items()))
+    not_ours = "church.json is not a manifest of this program: choose another `out` or `name`"
+    for damaged, message in (
+        ([], not_ours),
+        (None, not_ours),
+        ({}, not_ours),
+        ({**manifest, "shards": []}, not_ours),
+        ({**manifest, "shards": {name: 5}}, not_ours),
+        ({**manifest, "shards": {name: {}}}, not_ours),
+        ({**manifest, "shards": {name: {**entry, "bytes": "9"}}}, not_ours),
+        ({**manifest, "shards": {name: {**entry, "skipped": [1]}}}, not_ours),
+        ({**manifest, "shards": {name: {**entry, "skipped": {"a.jpg": 1}}}}, not_ours),
+        ({**manifest, "resolution": 16.0}, not_ours),
+        ({**manifest, "source": json.loads("[" * 500 + "]" * 500)}, not_ours),
+        ({**manifest, "more": json.loads("[" * 500 + "]" * 500)}, not_ours),
+        ({**manifest, "shards": {"x": entry}}, "church.json lists x, which is not of this run"),
+    ):
+        (tmp_path / "out/church.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=message):
+            write(folder, tmp_path / "out")
+    (tmp_path / "out/church.json").write_text("[" * 10**5)
+    with pytest.raises(InputError, match=not_ours):
+        write(folder, tmp_path / "out")
 
 
 def test_unreadable_images_are_skipped_only_on_request(folder, tmp_path, capsys):
@@ -216,14 +309,20 @@ def test_unreadable_images_are_skipped_only_on_request(folder, tmp_path, capsys)
     (folder / "b5.jpg").write_bytes(b"<html>")
     with pytest.raises(InputError, match=r"b1.jpg cannot be read \(.*truncated.*\), and `skip_bad_images` is 0"):
         write(folder, tmp_path / "out")
-    with pytest.raises(InputError, match=r"b5.jpg cannot be read \(no image\), and `skip_bad_images` is 1"):
+    with pytest.raises(InputError, match=r"b5.jpg cannot be read \(it is none of .*\), and `skip_bad_images` is 1"):
         write(folder, tmp_path / "out", skip_bad_images=1)
     pattern, manifest = write(folder, tmp_path / "out", skip_bad_images=2)
-    assert "skipped b5.jpg: no image" in capsys.readouterr().err.splitlines()
+    assert "skipped b5.jpg: it is none of AVIF, BMP" in capsys.readouterr().err
     assert len(read(pattern)) == 5 and [entry["records"] for entry in manifest["shards"].values()] == [2, 1, 2]
     assert [list(entry["skipped"]) for entry in manifest["shards"].values()] == [[], ["b1.jpg"], ["b5.jpg"]]
-    with pytest.raises(InputError, match="none of its 1 images can be read: use a smaller `num_shards`"):
-        write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
+    for _ in range(2):  # shards without a readable image have no file
+        pattern, manifest = write(folder, tmp_path / "single", skip_bad_images=2, num_shards=7)
+        assert len(read(pattern)) == len(tf.io.gfile.glob(pattern)) == 5
+        assert [entry["records"] for entry in manifest["shards"].values()] == [1, 1, 0, 1, 1, 1, 0]
+    for key in find_images(str(folder)).keys:
+        (folder / key).write_bytes(b"")
+    with pytest.raises(InputError, match=r"source=.*images: none of its 7 images can be read"):
+        write(folder, tmp_path / "none", skip_bad_images=7)
 
 
 def test_a_failing_disk_is_reported(folder, tmp_path):
@@ -243,6 +342,7 @@ def test_a_failing_disk_is_reported(folder, tmp_path):
         ({"num_shards": 8}, "num_shards=8 is more than the 7 images"),
         ({"name": "a/b"}, "name=a/b: letters, digits"),
         ({"out": "/tmp/a*"}, r"out=/tmp/a\*: without \* \?"),
+        ({"out": "/tmp/caf\udce9"}, "must be UTF-8"),
         ({"out": "/proc/nothing"}, "cannot write /proc/nothing/church.json"),
     ],
 )
@@ -251,12 +351,39 @@ def test_bad_options_are_refused(folder, tmp_path, options, message):
         write(folder, **{"out": tmp_path / "out", **options})
 
 
+def test_a_damaged_lmdb_is_refused(tmp_path):
+    path = tmp_path / "lmdb/data.mdb"
+    with lmdb.open(str(tmp_path / "lmdb"), map_size=2**22) as database:
+        for index in range(40):
+            with database.begin(write=True) as transaction:
+                transaction.put(b"%040x" % index, encode(picture(index, (60, 60)), "png"))
+    whole = path.read_bytes()
+    page = mmap.PAGESIZE
+    assert len(find_images(str(tmp_path / "lmdb")).keys) == 40
+    for size in (0, 1, page, page + 100, page + 900, 2 * page, 3 * page, len(whole) // 2, len(whole) - page):
+        path.write_bytes(whole[:size])  # reading it would end the process by SIGBUS
+        with pytest.raises(InputError, match="lmdb (is truncated: data.mdb has|cannot be read as an LMDB)"):
+            find_images(str(tmp_path / "lmdb"))
+    # In both meta pages: signature, version, and the root of the tree of images (LMDB's MDB_meta).
+    for place, length, message in (
+        (16, 4, "not an LMDB"),
+        (20, 4, "is not supported|VERSION"),
+        (128, 8, "PAGE_NOTFOUND|is damaged"),
+    ):
+        damaged = bytearray(whole)
+        for meta in (0, page):
+            damaged[meta + place : meta + place + length] = b"\x7f" * length
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"lmdb .*({message})"):
+            find_images(str(tmp_path / "lmdb"))
+
+
 def test_bad_sources_are_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "lmdb").mkdir()
     for source, message in (
         (tmp_path / "nowhere", "source=.*nowhere does not exist: name the folder of an LMDB"),
         (folder / "notes.txt", "notes.txt is a file .unpack it first.: name the folder"),
-        (tmp_path / "lmdb", "lmdb holds no images: neither an LMDB .data.mdb. nor .bmp, .jpeg"),
+        (tmp_path / "lmdb", "lmdb holds no images: neither an LMDB .data.mdb. nor .apng, .*, .jpeg, "),
     ):
         with pytest.raises(InputError, match=message):
             find_images(str(source))
@@ -272,8 +399,8 @@ def test_bad_sources_are_refused(folder, tmp_path, monkeypatch):
         find_images(str(tmp_path / "lmdb"))
     images = find_images(str(folder))
     (folder / "b3.jpg").unlink()
-    with pytest.raises(InputError, match="cannot read .*b3.jpg"):
+    with pytest.raises(InputError, match=r"b3.jpg cannot be read \(it does not exist\)"):
         prepare(
-            images, str(tmp_path), name="a", resolution=4, num_shards=1, num_workers=1, skip_bad_images=9,
+            images, str(tmp_path), name="a", resolution=4, num_shards=1, num_workers=1, skip_bad_images=0,
             make_executor=ThreadPoolExecutor,
         )  # fmt: skip

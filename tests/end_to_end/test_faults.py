@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 from support.forked_programs import ROOT, run_fork
 
 from diffusion_tf.data.digits import load_digits
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow  # minutes: each fault starts a program
 PRESET = get_preset("digits", ch_mult=(1,), num_timesteps=4, batch_size=8, num_steps=8)
 RECORDS = (ROOT / "tests/fixtures/stylegan2_4x4.tfrecords").read_bytes()
 RECORD = len(RECORDS) // 24
+DIGIT = Image.fromarray(load_digits()[0, :, :, 0])
 
 
 # --- How files are broken -----------------------------------------------------------------------------------
@@ -61,6 +63,10 @@ def several(*breaks):
 
 def npz(name, **arrays):
     return lambda run: np.savez(run / name, **arrays)
+
+
+def saved(name, picture, file_format="PNG"):
+    return lambda run: picture.save(run / name, file_format)
 
 
 def bomb(name):
@@ -203,6 +209,24 @@ SAMPLES = [
     ("another dtype", npz("x.npz", samples=np.zeros((9, 8, 8, 1))), "x.npz holds float64 (9, 8, 8, 1), not samples"),
     ("another shape", npz("x.npz", samples=np.zeros((9, 4, 4, 1), np.uint8)), "x.npz holds uint8 (9, 4, 4, 1), not"),
 ]
+ENCODE = ["encode", "--images=run/x.png", "--out=new"]
+PICTURES = [
+    ("no file", sound, "cannot read the picture run/x.png (it does not exist)"),
+    ("an empty file", data("x.png", b""), "run/x.png (it is empty)"),
+    ("a text", text("x.png", "<html>"), "run/x.png (it is none of "),
+    ("a link to nothing", lambda run: (run / "x.png").symlink_to("nowhere"), "run/x.png (it is a link to nothing)"),
+    ("another size", saved("x.png", Image.new("L", (9, 8))), "run/x.png (its size is 9 x 8 pixels, and must be 8 x 8"),
+    ("a bomb", saved("x.png", Image.new("1", (20000, 8000))), "run/x.png (its size is 20000 x 8000 pixels, and"),
+    ("Lab colours", saved("x.png", Image.new("LAB", (8, 8)), "TIFF"), "run/x.png (its mode is LAB, of which black"),
+    ("cut off", several(saved("x.png", DIGIT), change("x.png", lambda c: c[:-20])), "run/x.png (it is damaged: "),
+]
+EXTENSIONS = [
+    ("sample", ["--out=new.npz", "--png=new.jpg"], "--png=new.jpg must end in .png"),
+    ("sample", ["--out=new.npy"], "--out=new.npy must end in .npz"),
+    ("figures", ["--figure=samples", "--out=new.jpg"], "--out=new.jpg must end in .png"),
+    ("figures", ["--figure=animation", "--out=new.png"], "--out=new.png must end in .gif"),
+]
+FIGURE = ["--figure=interpolation", "--source_a=run/x.png", "--out=new.png"]
 digits = npz("x.npz", samples=load_digits()[:32])
 cache = "reference_pixels_train.npz"
 STATISTICS = [
@@ -229,9 +253,12 @@ TABLE = [
     ("train", "checkpoints: all damaged", both_damaged, TRAIN,
      "run/checkpoints holds only damaged checkpoints, of steps [2, 4]"),
     ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
-    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl is damaged: line 2 is not a JSON object"),
+    ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl, line 2, is not JSON, or is damaged"),
     *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
     *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
+    *[("compress", f"pictures: {name}", fault, ENCODE, line) for name, fault, line in PICTURES],
+    ("figures", "pictures: another size", saved("x.png", Image.new("RGB", (8, 9))), FIGURE, "run/x.png (its size is"),
+    *[(program, f"extensions: {line}", sound, args, line) for program, args, line in EXTENSIONS],
     *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],
 ]  # fmt: skip
 

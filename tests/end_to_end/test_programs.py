@@ -332,7 +332,7 @@ def test_compressed_files_decode_to_their_images(trained, tmp_path):
     [
         (["--figure=interpolation", "--t=5", "--out=a.png"], "--t=5 must be from 0 to the run's 4 steps"),
         (["--figure=interpolation", "--t=4", "--out=a.png", "--index_b=179"], "there is no image 179 in scikit-learn"),
-        (["--figure=interpolation", "--t=4", "--out=a.png", "--source_a=docs/demo.png"], "docs/demo.png is uint8 ("),
+        (["--figure=interpolation", "--t=4", "--out=a.png", "--source_a=docs/demo.png"], "docs/demo.png (its size is"),
     ],
 )
 def test_bad_input_of_a_figure_gets_one_line(trained, args, message):

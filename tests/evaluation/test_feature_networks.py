@@ -72,6 +72,31 @@ def test_bad_inception_files_are_refused_by_name(tmp_path):
         inception_network(str(tmp_path / "other.pb"), strategy)
 
 
+def test_a_graph_that_does_not_run_is_refused_by_name(tmp_path):
+    inception_files.save_frozen_graph(tmp_path / "graph.pb")
+    sound = tf.compat.v1.GraphDef.FromString((tmp_path / "graph.pb").read_bytes())
+
+    def change(changed, **fields):
+        graph = tf.compat.v1.GraphDef()
+        graph.CopyFrom(sound)
+        (node,) = (node for node in graph.node if node.name == changed)
+        for field, value in fields.items():
+            setattr(node, field, value)
+        return graph.SerializeToString()
+
+    for content in (
+        change("pool_3/shape", op="Placeholder"),  # depends on another input
+        change("matmul", op="NoSuchOperation"),
+        change("logits", op="Shape"),
+        change("Relu", name="matmul"),
+        sound.SerializeToString()[:-30],
+    ):
+        (tmp_path / "graph.pb").write_bytes(content)
+        with pytest.raises(InputError, match=r"graph.pb is no Inception network") as error:
+            inception_network(str(tmp_path / "graph.pb"), make_strategy("one_device"))
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("scale", [True, False])
 def test_batch_norm_of_the_published_graph_runs(scale, tmp_path):
     """TensorFlow 2 does not run that operation itself."""

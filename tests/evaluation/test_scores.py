@@ -10,7 +10,7 @@ from support import inception_files
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
-from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.evaluation import metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
 from diffusion_tf.evaluation.scores import (
@@ -18,12 +18,14 @@ from diffusion_tf.evaluation.scores import (
     FeatureExtractor,
     Images,
     RunSamples,
+    best_folder,
     check_metrics,
     choose_best_by,
     choose_metrics,
     compute_scores,
     file_images,
     is_alike,
+    read_best,
     record_evaluation,
     reference_features,
     score_names,
@@ -33,9 +35,11 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import write_npz
+from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.state import TrainState
+
+REFERENCE = {"num_images": 9, "images": "digits, train"}
 
 
 def array_images(images):
@@ -112,7 +116,7 @@ def test_metrics_and_the_deciding_score_have_defaults_and_known_names():
 def test_nan_in_features_is_refused(tmp_path):
     network = FeatureNetwork("pixels", "none", "none", lambda pixels: {"features": pixels[:, 0, :, 0] / 0.0})
     extractor = FeatureExtractor(network, make_strategy("one_device"), 4, str(tmp_path))
-    with pytest.raises(InputError, match="pixels features of samples 0.. hold NaN or infinity"):
+    with pytest.raises(InputError, match=r"pixels features of samples 0, 1, 2, ... \(4 in all\) hold NaN or infinity"):
         extractor(array_images(load_digits()[:8]), "samples")
 
 
@@ -121,7 +125,10 @@ def test_files_of_samples_are_checked(tmp_path):
     with pytest.raises(InputError, match="cannot read .*samples.npz"):
         file_images(path, (8, 8, 1))
     for arrays, message in (
-        ({"images": load_digits()}, "samples.npz holds no array named samples"),
+        (
+            {"images": load_digits()},
+            r"holds no array named samples \(there are: images uint8 \(1797, 8, 8, 1\)\), not samples",
+        ),
         ({"samples": load_digits() / 255.0}, r"holds float64 \(1797, 8, 8, 1\), not samples uint8 \(N, 8, 8, 1\)"),
         ({"samples": load_digits()[:, :4]}, r"holds uint8 \(1797, 4, 8, 1\)"),
     ):
@@ -150,12 +157,58 @@ def test_reference_features_are_computed_once_and_checked(tmp_path):
     traced = len(applied)
     np.testing.assert_array_equal(first["features"], load_digits("test")[:, :, 0, 0])
     again = reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), test, path)
-    assert len(applied) == traced and np.array_equal(again["features"], first["features"])
+    assert len(applied) == traced + 1 and np.array_equal(again["features"], first["features"])  # for its shape
     with pytest.raises(InputError, match=r"reference.npz holds a reference with split test, not train: remove it"):
         reference_features(FeatureExtractor(network, strategy, 100, str(tmp_path / "p")), train, path)
     other = FeatureNetwork("pixels", "b2", "none", apply)
     with pytest.raises(InputError, match="with sha256 a1, not b2: remove it"):
         reference_features(FeatureExtractor(other, strategy, 100, str(tmp_path / "p")), test, path)
+
+
+def test_a_reference_without_an_array_or_of_other_shapes_is_refused(tmp_path):
+    network = FeatureNetwork("pixels", "a1", "none", lambda pixels: {"features": pixels[:, :, 0, 0]})
+    extractor = FeatureExtractor(network, make_strategy("one_device"), 10, str(tmp_path / "p"))
+    images, path = array_images(load_digits()[:20]), str(tmp_path / "reference.npz")
+    sound = reference_features(extractor, images, path)["features"]
+    description = np.array(json.dumps(extractor.describe(images)))
+    for arrays in (
+        {},
+        {"logits": sound},
+        {"features": sound, "logits": sound},
+        {"features": sound[:9]},
+        {"features": sound[:, :3]},
+        {"features": sound.astype(np.float64)},
+        {"features": np.full_like(sound, np.nan)},
+    ):
+        write_npz(path, **arrays, description=description)
+        with pytest.raises(InputError, match=r"it holds .*, not features float32 \(20, 8\): remove it"):
+            reference_features(extractor, images, path)
+    write_npz(path, features=sound, description=description)
+    np.testing.assert_array_equal(reference_features(extractor, images, path)["features"], sound)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        "{}",
+        '{"step": 4, "num_samples": 9, "reference": {"num_images": 9}}',
+        '{"step": 4, "num_samples": 9, "reference": {"num_images": 9}, "best_by": "fid"}',
+        '{"step": 4, "num_samples": 9, "reference": {"num_images": 9}, "best_by": "fid", "fid": "low"}',
+        '{"step": 4, "num_samples": 9, "reference": {"num_images": 9}, "best_by": "fid", "fid": NaN}',
+    ],
+)
+def test_a_damaged_record_of_the_best_checkpoint_is_refused_and_costs_no_result(tmp_path, text):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 1437, "")
+    write_file(f"{best_folder(workdir)}/evaluation.json", text.encode())
+    if '"best_by": "fid"}' not in text:  # a score that was not finite is null, or absent
+        with pytest.raises(DamagedFileError, match=r"best/evaluation.json is .*: remove it"):
+            read_best(workdir)
+    checkpoint = checkpoints.save(workdir.checkpoints, 5, {"x": np.asarray(5)})
+    record_evaluation(workdir, checkpoint, {"step": 5, "num_samples": 9, "reference": REFERENCE}, {"fid": 1.0}, "fid")
+    assert [line["fid"] for line in workdir.read_evaluations()] == [1.0]
 
 
 def test_an_interrupted_extraction_resumes_to_the_same_features(tmp_path):
@@ -193,7 +246,7 @@ def test_results_of_different_samplers_and_precisions_are_not_mixed(tmp_path):
     """A line of an earlier version without them means ancestral sampling over all steps, in the run's precision."""
     workdir = Workdir(tmp_path)
     workdir.write_config(get_preset("digits"), 1437, "")
-    workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "fid": 1.0})
+    workdir.append_evaluation({"step": 10, "seed": 0, "num_samples": 100, "reference": REFERENCE, "fid": 1.0})
     (line,) = workdir.read_evaluations()
     described = {
         settings: {"seed": 0, "num_samples": 100, **settings.describe(get_preset("digits"))}
@@ -225,8 +278,9 @@ def test_the_best_checkpoint_is_kept(tmp_path, capsys):
 
     def record(step, score, best_by="fid", num_samples=100):
         checkpoint = checkpoints.save(workdir.checkpoints, step, {"x": np.asarray(step)})
-        result = {"step": step, "checkpoint_sha256": checkpoints.load_digest(checkpoint), "num_samples": num_samples}
-        record_evaluation(workdir, checkpoint, result, {"fid": score, "inception_score": score}, best_by)
+        result = {"step": step, "checkpoint_sha256": checkpoints.load_digest(checkpoint)}
+        result |= {"num_samples": num_samples, "reference": REFERENCE}
+        record_evaluation(workdir, checkpoint, result, {"fid": score, "inception_score": score}, best_by, {})
         checkpoints.remove_old(workdir.checkpoints, keep=1, keep_every=0)
 
     for step, fid in ((10, 5.0), (20, 3.0), (30, 4.0)):

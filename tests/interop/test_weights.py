@@ -1,6 +1,7 @@
 """Importing weights from real files of the authors' program and of diffusers, and refusing other files."""
 
 import json
+import math
 import pathlib
 import pickle
 import zipfile
@@ -13,8 +14,9 @@ import tensorflow as tf
 from support import golden
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop.diffusers import read_diffusers, write_diffusers
-from diffusion_tf.interop.tf1 import read_tf1, tf1_name
+from diffusion_tf.interop.diffusers import check_size, read_diffusers, write_diffusers
+from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
+from diffusion_tf.interop.tf1 import find_prefix, read_tf1, tf1_name
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
@@ -107,7 +109,10 @@ def test_a_tf1_checkpoint_without_moments_starts_from_step_0(model, tmp_path):
     ("change", "message"),
     [
         (lambda v: {n: a for n, a in v.items() if "Exponential" not in n}, "model.ckpt has no EMA weights"),
-        (lambda v: {n: a for n, a in v.items() if n != "global_step"}, "it has no global_step"),
+        (
+            lambda v: {n: a for n, a in v.items() if n != "global_step"},
+            "it has no global_step; there are: beta1_power, .* 570 others",
+        ),
         (
             lambda v: {n: a for n, a in v.items() if n != "model/conv_out/b/ExponentialMovingAverage"},
             "holds another network: model/conv_out/b/ExponentialMovingAverage is missing",
@@ -145,8 +150,32 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
         with pytest.raises(InputError, match=message) as error:
             read_tf1(str(tmp_path / "model.ckpt-790"), model)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"source=.*nothing is not a TF1 checkpoint .*: give its prefix"):
+    with pytest.raises(
+        InputError, match=r"source=.*nothing is not a TF1 checkpoint: give its prefix.*there are: model.ckpt-790"
+    ):
         read_tf1(str(tmp_path / "nothing"), model)
+
+
+def test_a_tf1_checkpoint_is_found_by_its_files_and_its_folder(tmp_path):
+    prefix = tmp_path / "model.ckpt-790"
+    for name in ("index", "data-00000-of-00001", "meta"):
+        prefix.with_name(f"{prefix.name}.{name}").touch()
+    state = tmp_path / "checkpoint"
+    for source in (prefix, *tmp_path.iterdir(), tmp_path, f"{tmp_path}/"):
+        assert pathlib.Path(find_prefix(str(source))) == prefix
+    (tmp_path / "model.ckpt-80.index").touch()
+    for source in (tmp_path, state, tmp_path / "model.ckpt"):
+        with pytest.raises(InputError, match=r"give its prefix, .*; there are: model.ckpt-790, model.ckpt-80"):
+            find_prefix(str(source))
+    state.write_text('model_checkpoint_path: "/elsewhere/model.ckpt-80"')  # as after a move
+    for source in (tmp_path, state):
+        assert pathlib.Path(find_prefix(str(source))) == tmp_path / "model.ckpt-80"
+    for text in ('model_checkpoint_path: "model.ckpt-7"', "{", "\xff"):
+        state.write_text(text)
+        with pytest.raises(InputError, match="there are: model.ckpt-790, model.ckpt-80"):
+            find_prefix(str(tmp_path))
+    with pytest.raises(InputError, match="there are: none"):
+        find_prefix(str(tmp_path / "nothing/model.ckpt"))
 
 
 @pytest.mark.slow
@@ -289,6 +318,110 @@ def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
     read_diffusers(folder, golden.SMALL, model, None)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "DDIMScheduler", "variance_type": "absent", "set_alpha_to_one": True}, None),
+        ({"_diffusers_version": "9.9", "_name_or_path": "x", "dynamic_thresholding_ratio": 0.5}, None),
+        ({"clip_sample_range": 1, "trained_betas": None, "tensor_format": "pt", "predict_epsilon": True}, None),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+            '_class_name="FlowMatchEulerDiscreteScheduler": only DDPMScheduler and DDIMScheduler can be read',
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}, "=.DPMSolverMulti"),
+        ({"_class_name": "absent"}, "_class_name=null"),
+        ({"_class_name": ["DDPMScheduler"]}, r'_class_name=."DDPMScheduler".: only'),
+        ({"clip_sample": False}, "clip_sample=false, and samples are drawn here with true"),
+        ({"clip_sample": 1}, "clip_sample=1, and samples are drawn here with true"),
+        ({"clip_sample_range": 2.0}, "clip_sample_range=2.0, and samples are drawn here with 1.0"),
+        ({"clip_sample_range": math.nan}, "clip_sample_range=NaN"),
+        ({"thresholding": True}, "thresholding=true"),
+        ({"timestep_spacing": "trailing"}, 'timestep_spacing="trailing"'),
+        ({"steps_offset": 1}, "steps_offset=1"),
+        ({"timestep_values": [3, 2, 1]}, r"timestep_values=.3, 2, 1."),
+        ({"predict_epsilon": False}, "predict_epsilon=false"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=true"),
+        ({"trained_betas": [1e-4] * 1000}, r"trained_betas=.0.0001, .*\.\.\., and the preset"),
+        ({"num_train_timesteps": "1000"}, 'num_train_timesteps="1000"|must be a whole number'),
+        ({"beta_start": True}, "beta_start"),
+        ({"shift": 1.0}, "has shift=1.0, which this program does not know"),
+        ({"use_karras_sigmas": False}, "has use_karras_sigmas=false, which this program does not know"),
+        ({"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "variance_type": "absent"}, "set_alpha_to_one"),
+        ({"_class_name": "DDIMScheduler"}, 'variance_type="fixed_large", which this program does not know'),
+    ],
+)  # fmt: skip
+def test_every_field_of_a_scheduler_agrees_or_is_refused_by_name(config, message, model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    path = tmp_path / "scheduler/scheduler_config.json"
+    config = {**json.loads(path.read_text()), **config}
+    path.write_text(json.dumps({field: value for field, value in config.items() if value != "absent"}))
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+        if message is None:
+            read()
+            continue
+        with pytest.raises(InputError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, '="UNet2DConditionModel": only UNet2DModel can be read'),
+        ({"use_flux": False}, "has use_flux=false, which this program does not know"),
+        ({"layers_per_block": True}, "layers_per_block=true|num_res_blocks=True: must be"),
+        ({"sample_size": 16.5}, "sample_size=16.5|image_size=16.5: must be a whole"),
+        ({"block_out_channels": [32, "64"]}, "block_out_channels|no preset describes"),
+        ({"in_channels": 10**9}, "in_channels|channels=1000000000: must be 64 at most"),
+    ],
+)
+def test_every_field_of_a_network_agrees_or_is_refused_by_name(config, message, model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **config)
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+        with pytest.raises(InputError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_with_other_parts_is_refused(model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for change, message in (
+        ({"_class_name": "LDMPipeline"}, '_class_name="LDMPipeline": only DDPMPipeline and DDIMPipeline can be read'),
+        ({"vqvae": ["diffusers", "VQModel"]}, r'model_index.json has vqvae=\["diffusers", "VQModel"\], which this'),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
+        for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+            with pytest.raises(InputError, match=message):
+                read()
+
+
+def test_unet_ema_beside_unet_holds_the_ema_weights(model, tmp_path):
+    save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    ema = {key: w + np.float32(0.5) for key, w in diffusers_weights().items()}
+    notes = {"decay": 0.9999, "min_decay": 0.0, "optimization_step": 500, "update_after_step": 0}
+    notes |= {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    save_diffusers(tmp_path / "ema", "diffusers_small", ema, **notes)
+    (tmp_path / "ema/unet").rename(tmp_path / "unet_ema")
+    both = read_diffusers(str(tmp_path), golden.SMALL, model, None)
+    kernel = diffusers_weights()["conv_in.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(both["params/conv_in/kernel"], kernel)
+    np.testing.assert_array_equal(both["ema/conv_in/kernel"], kernel + np.float32(0.5))
+    only_ema = read_diffusers(str(tmp_path / "unet_ema"), golden.SMALL, model, None)
+    np.testing.assert_array_equal(only_ema["params/conv_in/kernel"], both["ema/conv_in/kernel"])
+    assert is_diffusers_folder(str(tmp_path)) and is_diffusers_folder(str(tmp_path / "unet_ema"))
+    (tmp_path / "unet_ema/config.json").write_text('{"_class_name": "UNet2DModel", "attention_head_dim": null}')
+    with pytest.raises(InputError, match="unet_ema/config.json has sample_size=null"):
+        read_diffusers(str(tmp_path), golden.SMALL, model, None)
+
+
+def test_a_network_larger_than_its_file_takes_no_memory(tmp_path):
+    widths = {"block_out_channels": [512, 1024]}
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **widths)
+    with pytest.raises(InputError, match=r"safetensors holds another network: it has .* config.json take .* at least"):
+        check_size(folder, preset_from_folder(folder))
+
+
 def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
     path = tmp_path / "unet" / WEIGHTS
@@ -316,5 +449,9 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save the weights as"):
         read_diffusers(folder, golden.SMALL, model, None)
-    with pytest.raises(InputError, match=r"cannot read .*nothing/config.json"):
+    path.with_suffix(".bin").rename(path.with_suffix(".fp16.safetensors"))
+    there = "diffusion_pytorch_model.safetensors: .*unet holds config.json, diffusion_pytorch_model.fp16.safetensors"
+    with pytest.raises(InputError, match=rf"cannot read .*{there}"):
+        read_diffusers(folder, golden.SMALL, model, None)
+    with pytest.raises(InputError, match=r"cannot read .*nothing/config.json: there is no such folder"):
         read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model, None)

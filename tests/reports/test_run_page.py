@@ -1,12 +1,13 @@
 """The page about a run shows the results in its folder, and names the commands for those that are missing."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.reports.run_page import paper_table, to_markdown, to_png
 from diffusion_tf.reports.run_record import read_run
@@ -62,7 +63,7 @@ def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
     source = "evaluations.jsonl, step 20, 5,000 samples against 9 of cifar10, train"
     source += "; likelihood_train.json; likelihood_test.json"
     assert f"| **this run** | 9.50 | 3.25 | <= 3.76 (3.72) | {source} |" in markdown
-    assert "| DDPM, L_simple | 9.46 +- 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
+    assert "| DDPM, L_simple | 9.46 ± 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
     assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "20 of 800,000 steps: loss 0.03" in markdown
     assert "| 30 | ancestral, 1000 | 5,000 | 9 of cifar10, train | frechet_pixels | 0.5 |" in markdown
     np.asarray(Image.open(io.BytesIO(to_png(record))))
@@ -91,3 +92,72 @@ def test_page_of_an_lsun_run_has_table_3(tmp_path):
     workdir.append_evaluation(evaluation(10, fid=8.0))
     source = "evaluations.jsonl, step 10, 5,000 samples against 9 of cifar10, train"
     assert f"| **this run** | 8.00 | {source} |" in paper_table(read_run(workdir))
+
+
+def write_results(workdir):
+    """One result of each kind, as the programs write them."""
+    workdir.append_metrics({"step": 20, "loss": 0.03, "grad_norm": 0.5, "images_per_sec": 9.0})
+    workdir.append_evaluation(evaluation(10, frechet_digits=4.5, sampler="ddim", sampler_steps=50))
+    subject = {"images": "digits, test", "num_images": 7, "step": 20}
+    rate = [{"reverse_process_time": 4, "rate_bits_per_dim": 2.25, "distortion_rmse": 0.5}]
+    files = [{"reverse_process_time": 4, "steps_bits_per_dim": 2.25, "distortion_rmse": 0.5}]
+    write_json(f"{workdir.path}/likelihood_test.json", likelihood("test", 3.5))
+    write_json(f"{workdir.path}/rate_distortion_test.json", {**subject, "table": rate})
+    write_json(f"{workdir.path}/compression_test.json", {**subject, "table": files})
+
+
+RESULTS = ("metrics.jsonl", "evaluations.jsonl", "likelihood_test.json", "rate_distortion_test.json")
+RESULTS += ("compression_test.json",)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_without_a_field_or_of_another_type_is_read_or_refused_by_name(tmp_path, name):
+    workdir = make_run(tmp_path, "digits")
+    write_results(workdir)
+    path = tmp_path / name
+    sound = json.loads(path.read_text())
+    refusals = []
+    for changed in mutations(sound):
+        path.write_text(json.dumps(changed) + "\n")
+        try:
+            to_markdown(read_run(workdir), "report.png")
+        except DamagedFileError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 20 and all(name in line and "\n" not in line for line in refusals)
+
+
+def test_every_value_of_a_result_that_is_read_can_be_drawn(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    write_results(workdir)
+    workdir.append_metrics({"step": 2**62, "loss": float("nan"), "grad_norm": 1e38})
+    workdir.append_metrics({"step": 40})
+    workdir.append_evaluation(evaluation(2**62, frechet_digits=1e38))
+    to_png(read_run(workdir))
+
+
+def mutations(value):
+    """The JSON value with each of its parts removed, or replaced by values of other types."""
+    yield from (None, [], {}, 1, "x", True, [value], float("nan"), 1e300)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(value, dict):
+            yield {name: kept for name, kept in value.items() if name != key}
+        for changed in mutations(item):
+            copy = dict(value) if isinstance(value, dict) else list(value)
+            copy[key] = changed
+            yield copy
+
+
+def test_a_damaged_picture_is_refused_by_name(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    picture = tmp_path / "samples/step_00000020.png"
+    picture.parent.mkdir()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64), np.uint8)).save(picture)
+    sound = picture.read_bytes()
+    assert read_run(workdir).samples == str(picture)
+    bomb = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
+    for content in (b"", b"text", sound[:40], sound[:2000], bomb.getvalue()):
+        picture.write_bytes(content)
+        with pytest.raises(DamagedFileError, match=r"step_00000020.png is not a picture, or is damaged .*: remove it"):
+            read_run(workdir)

@@ -2,20 +2,26 @@
 
 import errno
 import json
+import math
 import os
+import tracemalloc
+import zipfile
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from support.full_disks import mounted
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.storage.files import (
     append_line,
     check_writable,
     copy_file,
+    listed,
     new_folder,
     read_file,
+    read_json,
     read_npz,
     replacing,
     warn_once,
@@ -63,6 +69,72 @@ def test_errors_name_a_file_that_is_not_an_npz(tmp_path):
         write_file(path, damaged)
         with pytest.raises(InputError, match=r"a.npz is not an .npz file, or is damaged"):
             read_npz(path)
+
+
+def test_an_npz_file_is_read_in_the_memory_of_its_arrays(tmp_path):
+    arrays = {"samples": np.arange(2**22, dtype=np.uint32), "empty": np.zeros((0, 3)), "scalar": np.float32(0.5)}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", **arrays)
+        tracemalloc.start()
+        found = read_npz(str(tmp_path / "x.npz"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.2 * 2**24
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array)
+    write_file("ram://x.npz", (tmp_path / "x.npz").read_bytes())
+    np.testing.assert_array_equal(read_npz("ram://x.npz")["samples"], arrays["samples"])
+
+
+def test_an_npz_file_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", samples=np.zeros(2**27, np.uint8))
+    with pytest.raises(DamagedFileError, match="bytes unpack to 134,217,728: save the arrays without compression"):
+        read_npz(str(tmp_path / "x.npz"))
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive, archive.open("x.npy", "w") as file:
+            np.lib.format.write_array(file, np.zeros(2**20))
+        with pytest.raises(DamagedFileError, match=r"x.npy is compressed by another method than NumPy's"):
+            read_npz(str(tmp_path / "x.npz"))
+
+
+class Point(TypedDict):
+    step: int
+    name: NotRequired[str]
+    values: NotRequired[list[float]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a.json is not JSON, or is damaged"),
+        ("[1]", r"a.json is damaged, or not of this program \(Expected `object`, got `array`\)"),
+        ('{"name": "x"}', r"Object missing required field `step`; there are: name\)"),
+        ('{"step": true}', r"Expected `int`, got `bool` - at `\$.step`; there are: step"),
+        ('{"step": 1.0}', r"Expected `int`, got `float`"),
+        ('{"step": "1"}', r"Expected `int`, got `str`"),
+        ('{"step": 1, "values": [1, null]}', r"Expected `float`, got `null` - at `\$.values\[1\]`"),
+        ('{"step": 1, "values": [NaN]}', "the number NaN is too large, or not finite"),
+        ('{"step": 1, "values": [1e39]}', "the number 1e39 is too large, or not finite"),
+        ('{"step": 99999999999999999999999999}', "the number 99999999999999999999... is too large"),
+    ],
+)
+def test_json_of_another_type_is_refused(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DamagedFileError, match=message):
+        read_json(str(tmp_path / "a.json"), Point)
+
+
+def test_json_keeps_further_keys_and_what_others_write_may_hold_nan(tmp_path):
+    (tmp_path / "a.json").write_text('{"step": 1, "values": [1, 0.5], "more": [{}]}')
+    assert read_json(str(tmp_path / "a.json"), Point) == {"step": 1, "values": [1, 0.5], "more": [{}]}
+    (tmp_path / "a.json").write_text("[-Infinity]")
+    assert read_json(str(tmp_path / "a.json")) == [-math.inf]
+
+
+def test_a_list_of_names_is_one_line():
+    assert listed([]) == "none" and listed(["a", "b"]) == "a, b"
+    assert listed(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7, 2 others"
+    assert listed(["a\nb"]) == "'a\\nb'..."
 
 
 def test_a_folder_is_not_writable_as_a_file(tmp_path):

@@ -176,6 +176,8 @@ def test_a_configuration_without_a_newer_field_is_read(tmp_path):
 def test_damaged_metrics_are_refused_and_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 1}\n')
     for use in (Workdir(tmp_path).read_metrics, lambda: Workdir(tmp_path).rewind_metrics(5)):
-        with pytest.raises(InputError, match="metrics.jsonl is damaged: line 2 is not a JSON object with a step"):
+        with pytest.raises(
+            InputError, match="metrics.jsonl, line 2, is damaged.*missing required field `step`; there are: loss"
+        ):
             use()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,60 @@
+"""Captions that say which model drew the samples in a picture, and how."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusion_tf.solvers import default_spacing
+
+
+def sampler_name(sampling: Mapping[str, Any], dataset: str) -> str:
+    """The sampler, with the settings that are not its defaults; without the number of steps.
+
+    Args:
+      sampling: what `SamplerSettings.describe` gives, such as a line of `evaluations.jsonl`.
+      dataset: the preset's name.
+    """
+    name, spacing = sampling["sampler"], sampling.get("sampler_spacing")
+    eta = f"eta {sampling['ddim_eta']:g}" if sampling.get("ddim_eta") else ""
+    if spacing == default_spacing(name, dataset):
+        spacing = None
+    return ", ".join(filter(None, (name, eta, spacing)))
+
+
+def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
+    """Dataset, step of the checkpoint, sampler, number of its steps, and seed.
+
+    Args:
+      dataset: the preset's name.
+      step: step of the checkpoint.
+      sampling: the seed, and what `SamplerSettings.describe` gives.
+    """
+    sampler = f"{sampler_name(sampling, dataset)} in {sampling['sampler_steps']:,} steps"
+    return f"{dataset}, checkpoint {step:,}, {sampler}, seed {sampling['seed']}"
+
+
+def measured(
+    step: int,
+    digest: str,
+    sampling: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    likelihood: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """The newest score of samples of this checkpoint that were drawn in the same way, and its bits/dim; may be empty.
+
+    Args:
+      step: step of the checkpoint.
+      digest: the checkpoint's, as an evaluation records it.
+      sampling: seed, compute dtype and sampler, as an evaluation records them.
+      evaluations: the lines of `evaluations.jsonl`.
+      likelihood: the bound of each split, as `experiments.likelihood` wrote it.
+    """
+    same = {"step": step, "checkpoint_sha256": digest, **sampling}
+    lines = [line for line in evaluations if all(line.get(name) == value for name, value in same.items())]
+    scores = [
+        f"{name} {line[name]:.3g} ({line['num_samples']:,} samples)"
+        for line in lines
+        for name in ("fid", "frechet_digits")
+        if name in line
+    ]
+    bits = [f"{r['bits_per_dim']:.2f} bits/dim ({split})" for split, r in likelihood.items() if r["step"] == step]
+    return ", ".join([*scores[-1:], *bits])

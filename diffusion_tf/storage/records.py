@@ -1,0 +1,111 @@
+"""The types of the JSON values that a run's folder holds, as far as programs read them; further keys are allowed."""
+
+from typing import Annotated, NotRequired, TypedDict
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0)]
+Number = float | None  # NaN and infinity become null
+
+
+class Value(TypedDict):
+    """The values of a field of `Preset` before and after a change."""
+
+    old: float | str
+    new: float | str
+
+
+class Change(TypedDict):
+    """A change of a run's recipe."""
+
+    step: Count
+    changes: dict[str, Value]
+
+
+class Config(TypedDict):
+    """`config.json`: the fields of `Preset`, which checks them, and the number of training images, if known."""
+
+    num_examples: Count | None
+    history: NotRequired[list[Change]]
+
+
+class Metrics(TypedDict):
+    """A line of `metrics.jsonl`."""
+
+    step: Count
+    loss: NotRequired[Number]
+    grad_norm: NotRequired[Number]
+
+
+class Reference(TypedDict):
+    """The real images of an evaluation: a data set has `images`, its name, and a file `file`."""
+
+    num_images: Count
+    images: NotRequired[str]
+    file: NotRequired[str]
+    split: NotRequired[str]
+
+
+class Evaluation(TypedDict):
+    """A line of `evaluations.jsonl`. Its scores are further keys; old versions did not record the sampler."""
+
+    step: Count
+    num_samples: Count
+    reference: Reference
+    checkpoint_sha256: NotRequired[str]
+    compute_dtype: NotRequired[str]
+    sampler: NotRequired[str]
+    sampler_steps: NotRequired[Count]
+    ddim_eta: NotRequired[Number]
+    sampler_spacing: NotRequired[str | None]
+
+
+class BestEvaluation(Evaluation):
+    """`checkpoints/best/evaluation.json`: the evaluation of the best checkpoint, and the score that chose it."""
+
+    best_by: str
+
+
+class Measurement(TypedDict):
+    """What was measured."""
+
+    images: str
+    num_images: Count
+    step: Count
+
+
+class Likelihood(Measurement):
+    """`likelihood_SPLIT.json`."""
+
+    bits_per_dim: float
+    bits_per_dim_standard_error: Number
+    prior_bits_per_dim: float
+    middle_bits_per_dim: float
+    decoder_bits_per_dim: float
+    terms_bits_per_dim: list[float]
+
+
+class RateDistortionRow(TypedDict):
+    """A point of the rate-distortion curve."""
+
+    rate_bits_per_dim: float
+    distortion_rmse: float
+
+
+class RateDistortion(Measurement):
+    """`rate_distortion_SPLIT.json`."""
+
+    table: Annotated[list[RateDistortionRow], Meta(min_length=1)]
+
+
+class CompressionRow(TypedDict):
+    """The files of `compress`, cut off after a step."""
+
+    steps_bits_per_dim: float
+    distortion_rmse: float
+
+
+class Compression(Measurement):
+    """`compression_SPLIT.json`."""
+
+    table: Annotated[list[CompressionRow], Meta(min_length=1)]
