@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.schedules import NoiseSchedule
@@ -183,7 +183,7 @@ def bound_of_images(
       NotFiniteError: the bound of an image is not finite.
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
-    firsts = tqdm.trange(0, len(images), batch_size, unit="batch", desc="bits/dim")
+    firsts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="bits/dim")
     batches = [_batch_bound(evaluator, first, images[first : first + batch_size]) for first in firsts]
     return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
 

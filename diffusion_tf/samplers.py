@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 from numpy.typing import ArrayLike
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
 from diffusion_tf.solvers import (
@@ -22,7 +22,6 @@ from diffusion_tf.solvers import (
 from diffusion_tf.trained_model import TrainedModel
 
 _CALLS = 20  # device calls for one batch, between which the progress bar moves
-_BAR_DELAY = 10  # seconds until it appears
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -209,7 +208,7 @@ class Sampler:
         x_t = self._noise(first_image, seed)
         pred_xstart = tf.zeros_like(x_t)
         stride = -(-self.num_steps // _CALLS)
-        with tqdm.tqdm(total=self.num_steps, unit="step", desc="batch", leave=False, delay=_BAR_DELAY) as bar:
+        with progress_bar(total=self.num_steps, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
@@ -226,11 +225,19 @@ class Sampler:
           NotFiniteError: a sample is not finite.
         """
         batches = []
-        with tqdm.tqdm(total=num_samples, unit="sample", desc="sampling") as bar:
+        with progress_bar(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
-                batches.append(x_to_images(self(first)[: num_samples - first]).numpy())
+                batches.append(self.images(first, min(self._batch_size, num_samples - first)))
                 bar.update(len(batches[-1]))
         return np.concatenate(batches)
+
+    def images(self, first_image: int, count: int) -> np.ndarray:
+        """Samples first_image, ..., first_image + count - 1, uint8 [count, H, W, C], for count <= batch_size.
+
+        Raises:
+          NotFiniteError: a sample is not finite.
+        """
+        return x_to_images(self(first_image)[:count]).numpy()
 
 
 class ReverseProcess:
@@ -376,7 +383,7 @@ def ddim_inversion(
         return results
 
     invert, batches = trained.over_replicas(both_ways, batch_size), []
-    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="inverting"):
+    for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="inverting"):
         latents, x = invert(first, images_to_x(images[first : first + batch_size]))
         for values, what in ((latents, "latents"), (x, "samples")):
             trained.check_finite(values, what, first=first)

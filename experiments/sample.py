@@ -7,6 +7,8 @@
 Sample i depends only on --seed and i: another batch size or number of replicas gives the same images up to float
 rounding. The file holds `samples`, uint8 [N, H, W, C].
 
+The same command continues after an interruption: finished batches are kept until the file is written.
+
 --encode runs DDIM from the `samples` of a file to their latents and back, and writes `latents`, float32, beside the
 `samples` that they decode to.
 """
@@ -15,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.solvers import SamplerSettings
 
 from . import _flags, _program
 
@@ -47,7 +50,9 @@ from diffusion_tf import figures
 from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.reports import captions
 from diffusion_tf.samplers import Sampler, ddim_inversion
+from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file, write_npz
+from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
 from ._measured_run import MeasuredRun
@@ -65,6 +70,15 @@ def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
     return {"samples": samples, "latents": latents}
 
 
+def _sampled_batches(run: MeasuredRun, checkpoint: str, settings: SamplerSettings) -> ResumableBatches:
+    """The finished batches of the samples that the flags ask for."""
+    description = {"samples_of": checkpoints.load_digest(checkpoint), "seed": FLAGS.seed}
+    description |= {"compute_dtype": run.preset.precision, **settings.describe(run.preset)}
+    return ResumableBatches(
+        run.results.partial, description, num_examples=FLAGS.num_samples, batch_size=FLAGS.batch_size
+    )
+
+
 def main() -> None:
     run = MeasuredRun.from_flags()
     settings = _flags.sampler_from_flags(run.preset)
@@ -75,10 +89,14 @@ def main() -> None:
     if FLAGS.encode:
         assert settings.steps
         arrays = _encode(trained, settings.steps)
+        write_npz(FLAGS.out, **arrays)
     else:
+        batches = _sampled_batches(run, checkpoint, settings)
         sampler = Sampler(trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings)
-        arrays = {"samples": sampler.draw(FLAGS.num_samples)}
-    write_npz(FLAGS.out, **arrays)
+        drawn = batches.compute(lambda first, count: {"samples": sampler.images(first, count)}, "sampling")
+        arrays = {"samples": np.concatenate([batch["samples"] for batch in drawn])}
+        write_npz(FLAGS.out, **arrays)
+        batches.remove()
     samples = arrays["samples"]
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:

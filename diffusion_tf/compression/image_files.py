@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import tqdm
 
 from diffusion_tf.compression import CHUNK_BITS, bitstream
 from diffusion_tf.compression.bitstream import HEADER_BYTES, Header
@@ -15,6 +14,7 @@ from diffusion_tf.compression.codec import Codec, Encoded
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.files import read_file
 
 EXTENSION = ".dtfc"
@@ -124,7 +124,7 @@ def encode_images(
     """
     targets.check(images[0].size)
     batch_size = codec.table.batch_size
-    for first in tqdm.trange(0, len(images), batch_size, unit="batch", desc="encoding"):
+    for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="encoding"):
         batch = images[first : first + batch_size]
         streams = [(seed + first + i) % 2**32 for i in range(len(batch))]
         encoded = codec.encode(batch, streams)
@@ -192,7 +192,7 @@ def decode_images(tables: TableStore, files: Mapping[str, bytes]) -> Iterator[np
             raise InputError(
                 f"{name} was made by another model, or another table, than {tables.path(table.chunk_bits)}"
             )
-    with tqdm.tqdm(total=len(parsed), unit="image", desc="decoding") as bar:
+    with progress_bar(total=len(parsed), unit="image", desc="decoding") as bar:
         for chunk_bits, group in itertools.groupby(parsed, key=lambda file: file[1].chunk_bits):
             codec, rest = codecs[chunk_bits], list(group)
             while rest:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf.compression import CHUNK_BITS
 from diffusion_tf.compression.bitstream import StepModel
@@ -20,6 +19,7 @@ from diffusion_tf.compression.coarse_schedule import StepCosts, cheapest_path, m
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.storage.files import check_writable, first_line, read_json, write_file
 from diffusion_tf.trained_model import TrainedModel
@@ -289,7 +289,7 @@ def _predictions(
     x_start = images_to_x(images).numpy()
     pred_xstart = np.empty_like(x_start)
     errors = np.empty((len(timesteps), len(images)))
-    for i, t in enumerate(tqdm.tqdm(timesteps, unit="timestep", desc="compression table")):
+    for i, t in enumerate(progress_bar(timesteps, unit="timestep", desc="compression table")):
         for first in range(0, len(images), batch_size):
             x = x_start[first : first + batch_size]
             noise = CounterRng(seed, int(t), first).normal("compression", x.shape)

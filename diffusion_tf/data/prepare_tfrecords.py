@@ -22,11 +22,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import tensorflow as tf
-import tqdm
 
 from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.tfrecord_shards import Shard, check_skipped, write_shard
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.files import check_writable, read_json, write_json, writing
 
 # A killed run loses at most one shard per worker, and training's shuffle buffer holds 5,461 images of 256x256.
@@ -198,7 +198,7 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
     total = manifest["num_images"]
     done = total - sum(len(shard.images.keys) for shard in missing)
     others = set(multiprocessing.active_children())
-    with tqdm.tqdm(initial=done, total=total, unit="image", desc="writing") as bar, executor:
+    with progress_bar(initial=done, total=total, unit="image", desc="writing") as bar, executor:
         try:
             futures = {executor.submit(write_shard, shard): shard for shard in missing}
             for future in as_completed(futures):

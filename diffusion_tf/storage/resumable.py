@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 from absl import logging
 
 from diffusion_tf.errors import DamagedFileError
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.files import Arrays, digest_arrays, read_npz, remove, write_npz
 
 
@@ -40,7 +40,7 @@ class ResumableBatches:
           compute: compute(first, count) returns the arrays of examples first .. first + count - 1.
           label: the text beside the progress bar.
         """
-        with tqdm.tqdm(total=self.num_examples, unit="image", desc=label) as bar:
+        with progress_bar(total=self.num_examples, unit="image", desc=label) as bar:
             for first in range(0, self.num_examples, self.batch_size):
                 count = min(self.batch_size, self.num_examples - first)
                 path = os.path.join(self.folder, f"part_{first:08d}.npz")

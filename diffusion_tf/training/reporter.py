@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tqdm
 from absl import logging
 
 from diffusion_tf import figures
 from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.presets import Preset
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage import event_files
 from diffusion_tf.storage.event_files import EventFile
 from diffusion_tf.storage.files import write_file
@@ -47,7 +47,7 @@ class Reporter:
     ):
         self._workdir, self._preset = workdir, preset
         self._learning_rate, self._draw, self._save, self._callbacks = learning_rate, draw, save, callbacks
-        self._bar = tqdm.tqdm(initial=step, total=preset.num_steps, unit="step", desc=preset.dataset)
+        self._bar = progress_bar(initial=step, total=preset.num_steps, unit="step", desc=preset.dataset)
         self._start(step)
 
     def start(self, step: int) -> None:

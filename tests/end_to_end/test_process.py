@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support import killed_runs
-from support.forked_programs import ROOT
+from support.forked_programs import ROOT, run_fork
 
 # Prints through the project's own process, without TensorFlow.
 _PRINTS = """
@@ -93,3 +94,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number, exit_code
     straight, _ = start(tmp_path, "train", f"--workdir={tmp_path}/straight", *flags[1:])
     assert straight.wait(timeout=120) == 0
     killed_runs.assert_same_run(pathlib.Path(tmp_path / "straight"), pathlib.Path(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_finished_batches_of_samples(tmp_path):
+    run = tmp_path / "run"
+    trained = run_fork("train", f"--workdir={run}", *killed_runs.TINY, "--num_steps=5")
+    assert trained.returncode == 0, trained.stderr
+    flags = [f"--workdir={run}", "--num_samples=10000", "--batch_size=10"]
+    process, log = start(tmp_path, "sample", *flags, f"--out={tmp_path}/interrupted.npz")
+    killed_runs.wait_for(lambda: len(list(run.glob("partial/*/*.npz"))) > 20)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and log.read_text().endswith("sample: interrupted\n")
+    kept = {path: path.stat().st_mtime_ns for path in run.glob("partial/*/*.npz")}
+    assert len(kept) >= 20 and not (tmp_path / "interrupted.npz").exists()
+    process, log = start(tmp_path, "sample", *flags, f"--out={tmp_path}/interrupted.npz")
+    killed_runs.wait_for(lambda: len(list(run.glob("partial/*/*.npz"))) > len(kept))
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert process.wait(timeout=300) == 0, log.read_text()
+    straight = run_fork("sample", *flags, f"--out={tmp_path}/straight.npz")
+    assert straight.returncode == 0, straight.stderr
+    with np.load(tmp_path / "interrupted.npz") as ours, np.load(tmp_path / "straight.npz") as theirs:
+        np.testing.assert_array_equal(ours["samples"], theirs["samples"])
+    assert not list(run.glob("partial/*"))

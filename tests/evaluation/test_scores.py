@@ -207,7 +207,9 @@ def test_a_damaged_record_of_the_best_checkpoint_is_refused_and_costs_no_result(
         with pytest.raises(DamagedFileError, match=r"best/evaluation.json is .*: remove it"):
             read_best(workdir)
     checkpoint = checkpoints.save(workdir.checkpoints, 5, {"x": np.asarray(5)})
-    record_evaluation(workdir, checkpoint, {"step": 5, "num_samples": 9, "reference": REFERENCE}, {"fid": 1.0}, "fid")
+    record_evaluation(
+        workdir, checkpoint, {"step": 5, "num_samples": 9, "reference": REFERENCE}, {"fid": 1.0}, "fid", {}
+    )
     assert [line["fid"] for line in workdir.read_evaluations()] == [1.0]
 
 
