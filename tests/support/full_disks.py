@@ -1,4 +1,4 @@
-"""Small disks that fill up."""
+"""Small disks that fill up, and disks that cannot be written."""
 
 import contextlib
 import pathlib
@@ -19,3 +19,8 @@ def mounted(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def make_read_only(folder: pathlib.Path) -> None:
+    """Makes a mounted file system read-only."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
