@@ -75,6 +75,8 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\n{_process.program_name()}: interrupted", file=sys.stderr)
         sys.exit(StoppedError.exit_code)
+    except UnicodeEncodeError as error:  # TensorFlow takes no other paths
+        sys.exit(f"{_process.program_name()}: the path {error.object!r} is not UTF-8: rename it")
     except Exception as error:
         if not _is_out_of_memory(error):
             raise

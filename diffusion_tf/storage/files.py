@@ -131,10 +131,10 @@ def _remove_abandoned(folder: str) -> None:
     """Removes, once in each process, what killed processes of this machine left in a local folder."""
     if not is_local(folder):
         return  # an object store shows a file when it is complete
-    temporary = re.compile(rf".+\.{re.escape(os.uname().nodename)}-(\d{{1,9}})-([0-9a-f]{{8}})\.tmp")
+    pattern = re.compile(rf"(.+)\.{re.escape(os.uname().nodename)}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp")
     for name in os.listdir(folder):
-        match = temporary.fullmatch(name)
-        if match and match[2] != _PROCESS and not _is_other_process(int(match[1])):
+        match = pattern.fullmatch(name)
+        if match and name != _temporary(match[1]) and not _is_other_process(int(match[2])):
             with contextlib.suppress(tf.errors.OpError, OSError):  # it may be another user's
                 remove(os.path.join(folder, name))
 

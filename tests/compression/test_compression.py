@@ -315,6 +315,10 @@ def test_files_decode_to_their_images(gaussian_codec, tmp_path):
     tables = TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail)
     (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
     assert tables.get(12) == table
+    elsewhere = TableStore(
+        str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail, new_folder=str(tmp_path / "elsewhere")
+    )
+    assert elsewhere.get(12) == table and elsewhere.path(11) == f"{tmp_path}/elsewhere/step_00000005_bits_11.json"
     measurement = Measurement(table.timesteps)
     encoded = list(encode_images(codec, images, targets=Targets(lossless=True)))
     for image in encoded:

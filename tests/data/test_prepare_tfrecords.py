@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
+from support.full_disks import mounted
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.image_folders import counts, find_images
@@ -323,6 +325,19 @@ def test_unreadable_images_are_skipped_only_on_request(folder, tmp_path, capsys)
         (folder / key).write_bytes(b"")
     with pytest.raises(InputError, match=r"source=.*images: none of its 7 images can be read"):
         write(folder, tmp_path / "none", skip_bad_images=7)
+
+
+def test_a_full_disk_is_reported_and_the_command_continues_on_a_larger_one(folder, tmp_path):
+    with mounted(tmp_path / "disk", 2**16) as disk:
+        with pytest.raises(InputError, match=r"church-r06.*tfrecords \(the disk is full.*: repeat the command"):
+            write(folder, disk / "out", resolution=64)
+        assert not list((disk / "out").glob("*.tmp"))
+        shutil.copytree(disk / "out", tmp_path / "out")
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "out/church-r06-00002-of-00003.tfrecords.tmp").symlink_to(tmp_path / "victim")
+    pattern, _ = write(folder, tmp_path / "out", resolution=64)
+    assert len(records(pattern)) == 7 and (tmp_path / "victim").read_text() == "kept"
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_a_failing_disk_is_reported(folder, tmp_path):

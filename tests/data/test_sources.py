@@ -1,15 +1,20 @@
 """Image sources: contents, order and damaged files."""
 
 import dataclasses
+import itertools
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorboard.summary.writer.record_writer import masked_crc32c
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
+from diffusion_tf.data.record_files import check_lengths
 from diffusion_tf.data.source import ImageReader, shuffle_buffer_size, training_batches
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
@@ -123,13 +128,13 @@ def test_a_file_of_stylegan2s_tool_is_read():
     assert (means > 10).all()
 
 
-@pytest.fixture(scope="module")
-def tfds_folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["tfrecord", "array_record"])
+def tfds_folder(request, tmp_path_factory):
     """A prepared TFDS cifar10 of ten images, and the images."""
-    folder = tmp_path_factory.mktemp("tfds")
+    folder = tmp_path_factory.mktemp("tfds") / "a[1]*"  # not a glob
     pixels = np.random.RandomState(1).randint(0, 256, (10, 32, 32, 3)).astype(np.uint8)
     examples = lambda: ((f"{i}", {"id": f"{i}", "image": image, "label": i}) for i, image in enumerate(pixels))
-    builder = tfds.builder("cifar10", data_dir=folder)
+    builder = tfds.builder("cifar10", data_dir=folder, file_format=request.param)
     builder._split_generators = lambda *_, **__: {split: examples() for split in ("train", "test")}
     builder.download_and_prepare()
     return str(folder), pixels
@@ -151,6 +156,30 @@ def test_a_prepared_tfds_dataset_is_read(tfds_folder):
 def test_a_tfds_dataset_of_another_size_is_refused(tfds_folder):
     with pytest.raises(InputError, match=r"images are \(32, 32, 3\), the preset wants \(64, 64, 3\)"):
         open_source(get_preset("cifar10", image_size=64), data_dir=tfds_folder[0])
+
+
+def test_a_data_dir_beside_the_right_one_is_told_the_right_one(tfds_folder):
+    folder = tfds_folder[0]
+    preset = get_preset("cifar10")
+    for wrong in ("/cifar10", "/cifar10/", "/cifar10/3.0.2", "/.."):
+        with pytest.raises(InputError) as raised:
+            open_source(preset, data_dir=folder + wrong)
+        assert str(raised.value).startswith(f"data_dir={folder}{wrong} holds no prepared cifar10, but ")
+        assert os.path.samefile(str(raised.value).split("but ")[1].removesuffix(" does: name that"), folder)
+
+
+def test_a_damaged_tfds_dataset_is_named(tfds_folder, tmp_path):
+    shutil.copytree(tfds_folder[0], tmp_path, dirs_exist_ok=True)
+    [file] = (tmp_path / "cifar10/3.0.2").glob("*train*")
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 0xFF
+    file.write_bytes(content)
+    source = open_source(get_preset("cifar10"), data_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"cifar10/3.0.2, train cannot be read: .*record 1 \("):
+        ImageReader(source)(0, 10)
+    file.write_bytes(b"x" * 70000)
+    with pytest.raises(InputError, match=r"cifar10/3.0.2"):
+        ImageReader(open_source(get_preset("cifar10"), data_dir=str(tmp_path)))(0, 10)
 
 
 def test_errors_name_the_setting_of_missing_data(tmp_path):
@@ -212,6 +241,49 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
     source = open_source(SMALL_IMAGES, tfrecord=str(bad))
     with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: repair the file, or"):
         ImageReader(source)(0, 9)
+
+
+def claim(content, index, num_bytes):
+    """Equal records of which one claims, with a matching CRC, to be `num_bytes` long."""
+    record = len(content) // 24
+    length = num_bytes.to_bytes(8, "little")
+    header = length + masked_crc32c(length).to_bytes(4, "little")
+    return content[: index * record] + header + content[index * record + len(header) :]
+
+
+def test_a_record_that_claims_more_than_its_file_is_not_allocated(tmp_path):
+    preset = get_preset("lsun_church", image_size=4, ch_mult=(1,), attn_resolutions=(4,))
+    path, content = tmp_path / "a.tfrecords", TINY_TFRECORD.read_bytes()
+    for index, num_bytes in itertools.product((1, 23), (2**12, 2**35, 2**40, 2**62, 2**63 + 1, 2**64 - 1)):
+        path.write_bytes(claim(content, index, num_bytes))
+        with pytest.raises(InputError, match=rf"a.tfrecords: record {index} \(its bytes claim .*: repair the file, or"):
+            open_source(preset, tfrecord=str(path))
+    path.write_bytes(claim(claim(content, 7, 2**40), 23, 2**62))
+    source = open_source(preset, tfrecord=str(path), skip_bad_records=2)
+    wanted = ImageReader(open_source(preset, tfrecord=str(TINY_TFRECORD)))(0, 24)
+    wanted[[7, 23]] = wanted[[6, 22]]
+    np.testing.assert_array_equal(ImageReader(source)(0, 24), wanted)
+
+
+def test_a_short_record_that_leads_to_a_long_one_is_found(tmp_path):
+    path, content = tmp_path / "a.tfrecords", TINY_TFRECORD.read_bytes()
+    record = len(content) // 24
+    short = claim(content, 3, record // 2 - 16)
+    place = 3 * record + record // 2  # where the next record begins then
+    path.write_bytes(short[:place] + claim(content, 0, 2**40)[:12] + short[place + 12 :])
+    with pytest.raises(InputError, match=r"record 4 \(its bytes claim to be more than the file has\): prepare it"):
+        check_lengths([str(TINY_TFRECORD), str(path)], "prepare it")
+
+
+def test_what_exists_is_no_glob(tmp_path, images):
+    folder = tmp_path / "a[1]"
+    folder.mkdir()
+    for name in ("b[2].tfrecords", "b2.tfrecords", "c?.tfrecords"):
+        write_tfrecord(folder / name, images[:5])
+    count = lambda pattern: open_source(SMALL_IMAGES, tfrecord=str(pattern)).num_examples
+    assert count(folder / "b[2].tfrecords") == count(folder / "c?.tfrecords") == 5
+    assert count(folder / "*.tfrecords") == 15 and count(folder / "b*") == 10
+    assert count(tmp_path / "a*" / "b2.tfrecords") == 5
 
 
 def test_the_shuffle_buffer_has_bounded_memory():

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pathlib
 import pickle
 import re
@@ -13,6 +14,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from support.forked_programs import ROOT, run_fork
+from support.full_disks import make_read_only, mounted
 
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.presets import get_preset
@@ -332,6 +334,71 @@ def test_a_full_disk_changes_nothing(tmp_path, sound_run):
     ended = run_fork("train", "--workdir=run", *TRAIN, "--num_steps=9", folder=tmp_path, most_bytes=100)
     assert ended.returncode == 1 and ended.stderr.startswith("train: cannot write run/config.json (")
     assert digests(run) == before
+
+
+def fill(disk, *, free):
+    """Leaves `free` bytes of a disk."""
+    space = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - free))
+
+
+@pytest.mark.parametrize(
+    ("program", "args", "free", "file"),
+    [
+        ("train", ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"], 0, "run/lock"),
+        (
+            "train",
+            ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"],
+            3 * 2**12,
+            "tensorboard",
+        ),
+        ("train", ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"], 2**16, "checkpoints"),
+        ("sample", ["--workdir=run", "--out=disk/x.npz", "--num_samples=200"], 2**12, "x.npz"),
+        ("sample", ["--workdir=run", "--out=x.npz", "--png=disk/x.png", "--num_samples=64"], 2**12, "x.png"),
+        ("export", ["--workdir=run", "--what=denoiser", "--out=disk/export"], 2**20, "export/saved_model "),
+        ("export", ["--workdir=run", "--what=denoiser", "--out=disk/export"], 2**12, "export/denoiser.stablehlo.mlir"),
+        ("import_checkpoint", ["--workdir=run", "--export_diffusers=disk/folder"], 2**16, "folder"),
+        ("report", ["--workdir=run", "--out=disk/report.md"], 2**12, "report.png"),
+    ],
+)
+def test_each_program_names_what_a_full_disk_did_not_take(tmp_path, sound_run, program, args, free, file):
+    shutil.copytree(sound_run, tmp_path / "run")
+    with mounted(tmp_path / "disk", 2**23) as disk:
+        (disk / "run").mkdir()
+        fill(disk, free=free)
+        ended = run_fork(program, *args, folder=tmp_path)
+        line = ended.stderr.splitlines()[-1]
+        assert ended.returncode == 1 and f"{program}: cannot write disk/" in line, ended.stderr
+        assert file in line and line.endswith("(the disk is full: make room on it)")
+        assert not [path for path in disk.rglob("*") if "tmp" in path.name]
+
+
+def test_a_read_only_run_is_measured_with_out(tmp_path, sound_run):
+    def measure(program, *args):
+        return run_fork(program, *args, "--workdir=disk/run", folder=tmp_path)
+
+    score = ["--features=pixels", "--metrics=fid", "--num_samples=10", "--num_reference=20", "--batch_size=10"]
+    with mounted(tmp_path / "disk", 2**25) as disk:
+        shutil.copytree(sound_run, disk / "run")
+        make_read_only(disk)
+        refused = measure("evaluate", *score)
+        assert refused.returncode == 1 and "(Read-only file system): --out puts the results elsewhere" in refused.stderr
+        for program, *args in (
+            ("evaluate", *score, "--out=out/scores.json"),
+            ("evaluate", *score, "--out=out/again.json"),
+            ("likelihood", "--num_images=4", "--out=out/likelihood.json"),
+            ("compress encode", "--split=test", "--num_images=2", "--num_table_images=4", "--out=out/files"),
+            ("compress decode", "--source=out/files", "--out=out/decoded"),
+        ):
+            name, *command = program.split()
+            ended = measure(name, *command, *args)
+            assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "out"
+    assert (out / "scores.json").read_text() == (out / "again.json").read_text()
+    assert len((out / "run.results/evaluations.jsonl").read_text().splitlines()) == 1
+    assert len(list((out / "decoded").iterdir())) == 2
+    kept = {path.name for path in (out / "run.results").iterdir()}
+    assert {"evaluations.jsonl", "reference_pixels_train.npz", "compression", "partial"} <= kept
 
 
 def test_the_table_has_at_least_forty_faults():

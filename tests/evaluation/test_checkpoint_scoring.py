@@ -51,3 +51,15 @@ def test_an_interrupted_evaluation_scores_its_copy_of_a_removed_checkpoint(score
     (tmp_path / "checkpoints/step_00000002.safetensors").unlink()
     assert [result["step"] for result in scorer.follow(eval_every=2)] == [2, 4, 6]
     assert not list((tmp_path / "checkpoints/evaluating").glob("*/*"))
+
+
+def test_the_results_may_lie_elsewhere(scorer, tmp_path):
+    elsewhere = Workdir(str(tmp_path / "elsewhere"))
+    scorer = CheckpointScorer(scorer.workdir, scorer.scorer, scorer.samples, scorer.best_by, elsewhere)
+    before = sorted(path for path in tmp_path.rglob("*") if path.name != "partial")
+    path = checkpoints.checkpoint_path(scorer.workdir.checkpoints, 4)
+    result = scorer.score_once(4, path)
+    assert scorer.score_once(4, path) == result and elsewhere.read_evaluations() == [result]
+    assert checkpoints.all_steps(f"{elsewhere.checkpoints}/best") == [4]
+    after = sorted(path for path in tmp_path.rglob("*") if path.name != "partial" and "elsewhere" not in path.parts)
+    assert after == before

@@ -1,26 +1,34 @@
 """Files are written atomically, and errors name them."""
 
+import errno
 import json
 import math
+import os
 import tracemalloc
 import zipfile
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from support.full_disks import mounted
 
 from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.storage.files import (
     append_line,
     check_writable,
+    copy_file,
     listed,
     new_folder,
     read_file,
     read_json,
     read_npz,
+    replacing,
+    warn_once,
     write_file,
     write_json,
     write_npz,
+    writing,
 )
 
 
@@ -159,3 +167,122 @@ def test_a_new_folder_is_complete_or_absent(tmp_path):
             pass
     with pytest.raises(InputError, match="cannot write /proc/nothing"), new_folder("/proc/nothing/here") as folder:
         write_file(f"{folder}/a", b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "the disk is full: make room on it"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full: make room on it"),
+        (tf.errors.ResourceExhaustedError(None, None, "x; No space left on device\n\tdetails"), "the disk is full"),
+        (tf.errors.ResourceExhaustedError(None, None, "x; Disk quota exceeded"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "Permission denied"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), "it is a symbolic link: remove it"),
+        (tf.errors.PermissionDeniedError(None, None, "x; Permission denied\n\tdetails"), "x; Permission denied"),
+    ],
+)
+def test_a_failed_write_is_one_line_with_the_reason(error, reason):
+    with pytest.raises(InputError) as raised, writing("runs/a.json"):
+        raise error
+    assert str(raised.value).startswith(f"cannot write runs/a.json ({reason}") and "\n" not in str(raised.value)
+
+
+def test_a_full_disk_keeps_what_is_there_and_leaves_nothing_else(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(2**17))
+    with mounted(tmp_path / "disk", 2**16) as disk:
+        (disk / "old").write_bytes(b"kept\n")
+
+        def fill_folder():
+            with new_folder(f"{disk}/new") as folder:
+                write_file(f"{folder}/a", b"small")
+                write_file(f"{folder}/b", bytes(2**17))
+
+        for path, use in (
+            ("old", lambda: write_file(f"{disk}/old", bytes(2**17))),
+            ("old", lambda: append_line(f"{disk}/old", "x" * 2**17)),
+            ("old", lambda: copy_file(str(tmp_path / "large"), f"{disk}/old")),
+            ("new.npz", lambda: write_npz(f"{disk}/new.npz", x=np.zeros(2**16))),
+            ("new", fill_folder),
+        ):
+            with pytest.raises(InputError, match=f"cannot write {disk}/{path}.*the disk is full"):
+                use()
+            assert {path.name: path.read_bytes() for path in disk.iterdir()} == {"old": b"kept\n"}
+
+
+def test_a_line_is_appended_after_the_last_whole_line(tmp_path):
+    path = tmp_path / "lines"
+    for before, after in (("", "c\n"), ("a\nb\n", "a\nb\nc\n"), ("a\nhal", "a\nc\n"), ("hal", "c\n")):
+        path.write_text(before)
+        append_line(str(path), "c")
+        assert path.read_text() == after
+
+
+def fork(work):
+    """Runs `work` in a process that ends without cleaning up, and returns its number."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_what_a_killed_process_left_is_removed_and_what_others_write_stays(tmp_path):
+    folder = tmp_path / "folder"
+
+    def die():
+        with replacing(f"{folder}/a.npz") as file:
+            with open(file, "wb") as opened:
+                opened.write(b"half")
+            os._exit(0)
+
+    child = fork(die)
+    [left] = [path.name for path in folder.iterdir()]
+    alive = left.replace(f"-{child}-", "-1-")
+    restarted = left.replace(f"-{child}-", f"-{os.getpid()}-").replace(left[-12:-4], "0123abcd")
+    others = [alive, left.replace(os.uname().nodename, "elsewhere"), "a.npz.tmp", "mine.tmp"]
+    for name in (restarted, *others):
+        (folder / name).write_bytes(b"")
+    write_file(f"{folder}/b", b"")
+    assert {path.name for path in folder.iterdir()} == {"b", *others}
+
+
+def test_processes_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a"
+    with replacing(str(path)) as ours:
+        with open(ours, "wb") as file:
+            file.write(b"ours")
+        fork(lambda: write_file(str(path), b"theirs"))
+        assert path.read_bytes() == b"theirs"
+    assert path.read_bytes() == b"ours" and [path] == list(tmp_path.iterdir())
+
+
+def test_no_link_is_followed(tmp_path):
+    victim, links = tmp_path / "victim", tmp_path / "links"
+    victim.write_text("kept")
+    links.mkdir()
+    for name in ("a.json", "a.json.tmp"):
+        (links / name).symlink_to(victim)
+    write_json(str(links / "a.json"), 1)
+    assert victim.read_text() == "kept" and (links / "a.json").read_text() == "1\n"
+    (tmp_path / "link").symlink_to(links)  # a folder may be one
+    write_json(str(tmp_path / "link" / "a.json"), 2)
+    assert (links / "a.json").read_text() == "2\n"
+
+
+def test_a_mount_that_cannot_flush_is_warned_about_once(tmp_path, monkeypatch, caplog):
+    def fail(_):
+        raise OSError(code, os.strerror(code))
+
+    warn_once.cache_clear()
+    monkeypatch.setattr(os, "fsync", fail)
+    for code in (errno.EINVAL, errno.ENOTSUP):
+        for name in "ab":
+            write_file(str(tmp_path / name), b"")
+        assert caplog.text.count(f"cannot flush to the disk ({os.strerror(code)})") == 1
+    code = errno.EIO
+    with pytest.raises(InputError, match="cannot write .*/c .Input/output error"):
+        write_file(str(tmp_path / "c"), b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,6 +1,10 @@
 """The folder of a run: its configuration, metrics and lock."""
 
+import dataclasses
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 
@@ -32,6 +36,37 @@ def test_another_recipe_is_refused_and_writes_nothing(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
     assert (tmp_path / "flags.txt").read_text() == "first"
     workdir.refuse_other_run(get_preset("digits", num_steps=9000), 100)
+
+
+def test_some_fields_may_change_when_the_user_allows_it_and_the_change_is_recorded(tmp_path):
+    workdir, first = Workdir(tmp_path), get_preset("digits")
+    workdir.write_config(first, 100, "", allow_recipe_change=True)
+    before = json.loads((tmp_path / "config.json").read_text())
+    assert "history" not in before and workdir.earlier_recipes() == []
+    second = dataclasses.replace(first, learning_rate=1e-4, ema_decay=0.99)
+    with pytest.raises(InputError, match="learning_rate: 0.0001 != 0.001.* allow the change by `allow_recipe_change`"):
+        workdir.write_config(second, 100, "")
+    for other, num_examples in ((dataclasses.replace(second, batch_size=32), 100), (second, 24)):
+        with pytest.raises(InputError, match=r"another recipe \([bn][^;]*\): only .*learning_rate.* may change"):
+            workdir.write_config(other, num_examples, "", allow_recipe_change=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == before
+    third = dataclasses.replace(second, learning_rate=1e-5)
+    for step, preset in ((400, second), (500, second), (600, third)):
+        workdir.write_config(preset, 100, "", step=step, allow_recipe_change=True)
+    assert workdir.read_preset() == third and workdir.earlier_recipes() == [second, first]
+    changes = {"learning_rate": {"old": 1e-3, "new": 1e-4}, "ema_decay": {"old": first.ema_decay, "new": 0.99}}
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        **dataclasses.asdict(third),
+        "ch_mult": [1, 2],
+        "attn_resolutions": [],
+        "num_examples": 100,
+        "history": [
+            {"step": 400, "changes": changes},
+            {"step": 600, "changes": {"learning_rate": {"old": 1e-4, "new": 1e-5}}},
+        ],
+    }
+    workdir.write_config(third, 100, "")
+    assert workdir.earlier_recipes() == [second, first]
 
 
 def test_imported_weights_may_train_on_any_number_of_images(tmp_path):
@@ -93,6 +128,33 @@ def test_the_lock_excludes_other_processes_until_they_end(tmp_path):
         process.communicate()
     with workdir.lock():
         assert (tmp_path / "run" / "lock").read_text().strip().isdigit()
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lock").symlink_to(tmp_path / "victim")
+    linked = Workdir(str(tmp_path / "run"))
+    with pytest.raises(InputError, match="cannot write .*run/lock .it is a symbolic link: remove"), linked.lock():
+        pass
+    assert (tmp_path / "victim").read_text() == "kept"
+    (tmp_path / "run/lock").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "run")  # the folder may be one
+    with Workdir(str(tmp_path / "link")).lock():
+        assert (tmp_path / "run/lock").exists()
+
+
+def test_a_mount_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for code in (errno.ENOLCK, errno.EOPNOTSUPP):
+        with Workdir(str(tmp_path)).lock():
+            assert f"{tmp_path} cannot be locked ({os.strerror(code)}): train there in one process" in caplog.text
+    code = errno.EIO
+    with pytest.raises(InputError, match="cannot write .*lock .Input/output error"), Workdir(str(tmp_path)).lock():
+        pass
 
 
 def test_there_is_no_lock_in_an_object_store():

@@ -19,7 +19,7 @@ from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import load_ema
-from diffusion_tf.training.loop import train
+from diffusion_tf.training.loop import train, train_in_workdir
 from diffusion_tf.training.progress import Progress
 from diffusion_tf.training.step import loss_and_gradients
 from diffusion_tf.training.trainer import Trainer, zero_sums
@@ -56,6 +56,24 @@ def test_a_run_whose_weights_diverge_stops_before_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="diverged between steps 0 and 2 .*another `workdir`"):
         run(tmp_path, dataclasses.replace(TINY, learning_rate=1e30))  # the first two losses are finite
     assert checkpoints.all_steps(str(tmp_path / "checkpoints")) == []
+
+
+def test_a_run_goes_on_with_another_learning_rate_when_the_user_allows_it(tmp_path, caplog):
+    preset, strategy, source = dataclasses.replace(TINY, num_steps=2), make_strategy("one_device"), open_source(TINY)
+    workdir, path = Workdir(str(tmp_path)), str(tmp_path)
+    workdir.write_config(preset, source.num_examples, "")
+    arrays = {**Trainer(preset, strategy).state.to_arrays(), "step": np.asarray(2, np.int64)}
+    checkpoints.save(workdir.checkpoints, 2, arrays, {"config_sha256": preset.recipe_sha256()})
+    slower = dataclasses.replace(preset, learning_rate=1e-5)
+    with pytest.raises(InputError, match="allow the change by `allow_recipe_change`"):
+        train_in_workdir(slower, strategy, source, path, command="")
+    train_in_workdir(slower, strategy, source, path, command="", allow_recipe_change=True)
+    history = json.loads((tmp_path / "config.json").read_text())["history"]
+    assert history == [{"step": 2, "changes": {"learning_rate": {"old": preset.learning_rate, "new": 1e-5}}}]
+    assert "has another recipe" not in caplog.text
+    checkpoints.save(workdir.checkpoints, 2, arrays, {"config_sha256": "of another run"})
+    train_in_workdir(slower, strategy, source, path, command="")
+    assert "has another recipe" in caplog.text
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
