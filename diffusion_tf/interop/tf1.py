@@ -45,16 +45,24 @@ def find_prefix(source: str) -> str:
     folder = path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."
     state = os.path.join(path, "checkpoint") if folder == path else path
     there = _prefixes(folder)
-    if tf.io.gfile.exists(state):
-        newest = tf.train.get_checkpoint_state(folder, os.path.basename(state))
-        if newest and os.path.basename(newest.model_checkpoint_path) in there:  # the folder may have moved
-            return os.path.join(folder, os.path.basename(newest.model_checkpoint_path))
+    newest = os.path.basename(_newest(state))  # the folder may have moved
+    if newest in there:
+        return os.path.join(folder, newest)
     if folder == path and len(there) == 1:
         return os.path.join(folder, there[0])
     raise ConfigError(
         "source",
         f"={source} is not a TF1 checkpoint: give its prefix, as .../model.ckpt-790000; there are: {listed(there)}",
     )
+
+
+def _newest(state: str) -> str:
+    """Returns the newest checkpoint that a file `checkpoint` names; empty if there is no such file, or it is damaged."""
+    try:
+        found = tf.train.get_checkpoint_state(os.path.dirname(state), os.path.basename(state))
+    except (ValueError, tf.errors.OpError):  # not text, or it names no checkpoint
+        return ""
+    return found.model_checkpoint_path if found else ""
 
 
 def _prefixes(folder: str) -> list[str]:
