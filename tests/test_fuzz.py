@@ -1,4 +1,4 @@
-"""Damaged files are read or refused with one line, in bounded memory: a few of each kind here, 100,000 in `make fuzz`."""
+"""Damaged files are read or refused with one line, in bounded memory: a few of each kind; `make fuzz` has 100,000."""
 
 import json
 import random

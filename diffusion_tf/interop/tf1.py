@@ -57,7 +57,7 @@ def find_prefix(source: str) -> str:
 
 
 def _newest(state: str) -> str:
-    """Returns the newest checkpoint that a file `checkpoint` names; empty if there is no such file, or it is damaged."""
+    """Returns the newest checkpoint that a file `checkpoint` names; empty if the file is missing or damaged."""
     try:
         found = tf.train.get_checkpoint_state(os.path.dirname(state), os.path.basename(state))
     except (ValueError, tf.errors.OpError):  # not text, or it names no checkpoint

@@ -23,6 +23,7 @@ from diffusion_tf.compression import bitstream
 from diffusion_tf.compression.image_files import read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
+from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
 from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, read_best, reference_features
@@ -200,6 +201,28 @@ def _picture(name: str, mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
+_PICTURES = {
+    "rgb.png": ("PNG", "RGB"), "palette.png": ("PNG", "P"), "bits.png": ("PNG", "1"), "alpha.png": ("PNG", "LA"),
+    "rgb.jpg": ("JPEG", "RGB"), "cmyk.jpg": ("JPEG", "CMYK"), "palette.gif": ("GIF", "P"), "rgb.tif": ("TIFF", "RGB"),
+    "rgb.bmp": ("BMP", "RGB"), "grey.pgm": ("PPM", "L"), "rgb.webp": ("WEBP", "RGB"),
+}  # fmt: skip
+
+
+def _read_pictures(folder: pathlib.Path) -> None:
+    for path in sorted(folder.iterdir()):
+        assert read_picture(str(path), (16, 16, 3)).shape == (16, 16, 3)
+
+
+def _seal_png(content: bytes) -> bytes:
+    """Corrects the checksums of a PNG's chunks, if it is one."""
+    data, place = bytearray(content), 8
+    while content.startswith(b"\x89PNG") and place + 12 <= len(data):
+        end = place + 8 + int.from_bytes(data[place : place + 4], "big")
+        data[end : end + 4] = zlib.crc32(data[place + 4 : end]).to_bytes(4, "big")
+        place = end + 4
+    return bytes(data[: len(content)])
+
+
 _RECORD = 98  # bytes of a record of the fixture
 
 
@@ -252,6 +275,7 @@ READERS = {
         _graph_files, lambda folder: inception_network(str(folder / "graph.pb"), tf.distribute.get_strategy())
     ),
     "tfrecord": Reader(_record_files, _read_records, _seal_records),
+    "picture": Reader(lambda: {name: _picture(*kind) for name, kind in _PICTURES.items()}, _read_pictures, _seal_png),
     "compressed": Reader(_compressed_files, _read_compressed, _seal_compressed),
     "table": Reader(lambda: {"x.json": TABLE.to_json()}, lambda folder: Table.read(str(folder / "x.json"))),
 }
