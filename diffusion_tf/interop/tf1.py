@@ -10,6 +10,7 @@ from collections.abc import Collection
 import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.interop.tf1_index import check_index
 from diffusion_tf.storage.checkpoints import check_specs
 from diffusion_tf.storage.files import Arrays, first_line, listed
 from diffusion_tf.storage.safetensors_header import ArraySpec
@@ -85,6 +86,7 @@ def read_tf1(source: str, model: UNet) -> Arrays:
     """
     prefix = find_prefix(source)
     try:
+        check_index(f"{prefix}.index")
         reader = tf.train.load_checkpoint(prefix)
         dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
         found = {name: ArraySpec(dtypes[name].name, tuple(shape)) for name, shape in shapes.items()}

@@ -111,14 +111,17 @@ def damaged_file(name: str, number: int) -> tuple[str, bytes]:
     return path, content
 
 
+def write_sound(name: str, folder: pathlib.Path) -> None:
+    """Writes the sound files of a reader below `folder`."""
+    for path, content in sound_files(name).items():
+        (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / path).write_bytes(content)
+
+
 def find(name: str, number: int, folder: pathlib.Path) -> str:
-    """Feeds a damaged file to a reader, and returns what is wrong with the result; empty if nothing is."""
+    """Puts a damaged file in place of a sound one, and returns what is wrong with reading it; empty if nothing is."""
     path, content = damaged_file(name, number)
-    file, files = folder / name / path, sound_files(name)
-    if not file.exists():
-        for sound, data in files.items():
-            (folder / name / sound).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name / sound).write_bytes(data)
+    file = folder / name / path
     file.write_bytes(content)
     try:
         READERS[name].read(folder / name)
@@ -127,7 +130,7 @@ def find(name: str, number: int, folder: pathlib.Path) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error} at {traceback.format_tb(error.__traceback__)[-1].strip()}"
     finally:
-        file.write_bytes(files[path])
+        file.write_bytes(sound_files(name)[path])
     return ""
 
 
@@ -158,16 +161,26 @@ def _work(cases: Sequence[tuple[str, int]], done: Any, folder: str, memory: int)
     file = os.open(os.path.join(folder, "stderr"), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(file, sys.stderr.fileno())
     warnings.simplefilter("ignore")
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    warm = ""
     for i in range(done.value, len(cases)):
         done.value = i
         signal.alarm(_SECONDS)
+        if warm != (warm := cases[i][0]):
+            _limit_memory(warm, pathlib.Path(folder), memory)
         if finding := find(*cases[i], pathlib.Path(folder)):
             with open(os.path.join(folder, "findings"), "a") as file:
                 print(*cases[i], " ".join(finding.split()), file=file, flush=True)
     done.value = len(cases)
+
+
+def _limit_memory(name: str, folder: pathlib.Path, memory: int) -> None:
+    """Limits the memory to what a reader takes that has read its sound files, and `memory` more."""
+    unlimited = resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (unlimited, unlimited))
+    write_sound(name, folder)
+    READERS[name].read(folder / name)
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, unlimited))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -177,6 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) == 2:
             path, content = damaged_file(arguments[0], int(arguments[1]))
             print(path, content[:200])
+            write_sound(arguments[0], folder)
             print(find(arguments[0], int(arguments[1]), folder))
             return 0
         total = int(arguments[0])

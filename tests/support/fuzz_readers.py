@@ -27,7 +27,7 @@ from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
 from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, read_best, reference_features
-from diffusion_tf.interop import diffusers, diffusers_config, tf1
+from diffusion_tf.interop import diffusers, diffusers_config, tf1, tf1_index
 from diffusion_tf.presets import get_preset
 from diffusion_tf.reports.run_page import to_markdown
 from diffusion_tf.reports.run_record import read_run
@@ -184,6 +184,21 @@ def save_tf1(prefix: pathlib.Path, variables: dict[str, np.ndarray]) -> None:
     tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=[shard], destination_prefix=str(prefix))
 
 
+def _seal_index(content: bytes) -> bytes:
+    """Corrects the checksums of the blocks of an index, if the file is one."""
+    data = bytearray(content)
+    try:
+        for offset, size in tf1_index.find_blocks(content):
+            data[offset + size + 1 : offset + size + 5] = _crc(content[offset : offset + size + 1])
+    except (ValueError, IndexError):
+        return content
+    return bytes(data[: len(content)])
+
+
+def _crc(data: bytes) -> bytes:
+    return masked_crc32c(data).to_bytes(4, "little")
+
+
 def _graph_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "graph.pb"
@@ -240,7 +255,7 @@ def _seal_records(content: bytes) -> bytes:
     data = bytearray(content)
     for first in range(0, len(data) - _RECORD + 1, _RECORD):
         for begin, end in ((first, first + 8), (first + 12, first + _RECORD - 4)):
-            data[end : end + 4] = masked_crc32c(bytes(data[begin:end])).to_bytes(4, "little")
+            data[end : end + 4] = _crc(bytes(data[begin:end]))
     return bytes(data)
 
 
@@ -270,7 +285,7 @@ READERS = {
     "run": Reader(_run_files, _read_run),
     "checkpoint": Reader(_checkpoint_files, _read_checkpoint),
     "diffusers": Reader(_diffusers_files, _read_diffusers),
-    "tf1": Reader(_tf1_files, lambda folder: tf1.read_tf1(str(folder), _network())),
+    "tf1": Reader(_tf1_files, lambda folder: tf1.read_tf1(str(folder), _network()), _seal_index),
     "graph": Reader(
         _graph_files, lambda folder: inception_network(str(folder / "graph.pb"), tf.distribute.get_strategy())
     ),
