@@ -30,6 +30,7 @@ from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
+from diffusion_tf.storage.records import Compression
 
 from ._measured_run import MeasuredRun, print_notes
 
@@ -59,7 +60,7 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
 def _measured_files(run: MeasuredRun, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bits/dim and RMSE of the files that `compress` wrote for this split with the checkpoint of `step`."""
     path = run.find(os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json"))
-    record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
+    record: dict[str, Any] = read_json(path, Compression) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
         return {}
     column = lambda name: np.array([row[name] for row in record["table"]])

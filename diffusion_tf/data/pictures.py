@@ -78,12 +78,11 @@ def read_bytes(path: str) -> bytes:
         raise InputError("it is not a file" if os.path.exists(path) else missing)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise InputError(f"it holds more than {MAX_BYTES:,} bytes")
+            return file.read()  # with a limit, Python would allocate all of it
     except OSError as error:
         raise InputError(error.strerror or type(error).__name__) from error
-    if len(data) > MAX_BYTES:
-        raise InputError(f"it holds more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def decode_picture(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:

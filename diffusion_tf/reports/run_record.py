@@ -109,7 +109,7 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _check_picture(path: str) -> None:
-    """Raises DamagedFileError unless the file at `path` is a picture, of no absurd size."""
+    """Raises DamagedFileError unless the file at `path` is a picture."""
     try:
         decode_picture(read_file(path), channels=3)
     except InputError as error:
