@@ -29,7 +29,11 @@ flags.DEFINE_integer(
     "chains", 6, "Rows of progressive and of neighbors; chains that shared_latents measures.", lower_bound=1
 )
 flags.DEFINE_integer("crop", None, "neighbors: compare only the central CROP x CROP pixels.", lower_bound=1)
-flags.DEFINE_integer("t", None, "interpolation: steps of noise before mixing, 0 to T. Default: T / 4 for digits.")
+flags.DEFINE_integer(
+    "t",
+    None,
+    "interpolation: steps of noise before mixing, 0 to T. Default: by schedule and image size, T / 4 for digits.",
+)
 flags.DEFINE_integer("index_a", 0, "Index of the first source image in the test split.", lower_bound=0)
 flags.DEFINE_integer("index_b", 1, "Index of the second source image.", lower_bound=0)
 _flags.define_path("source_a", None, "A picture of the run's size as the first source image, instead of --index_a.")
