@@ -87,7 +87,16 @@ def _likelihood_section(record: RunRecord) -> str:
                 f"{result['decoder_bits_per_dim']:.4f}",
             ]
         )
-    return _markdown_table(["measured on", "bits/dim", "L_T", "L_1..L_T-1", "L_0"], rows) if rows else ""
+    if not rows:
+        return ""
+    table = _markdown_table(["measured on", "bits/dim", "L_T", "L_1..L_T-1", "L_0"], rows)
+    return table + _notes(list(record.likelihood.values()))
+
+
+def _notes(results: Sequence[dict[str, Any]]) -> str:
+    """What programs noted about their results, each note once."""
+    notes = dict.fromkeys(f"- {name}: {text}" for result in results for name, text in result.get("notes", {}).items())
+    return "\n\n" + "\n".join(notes) if notes else ""
 
 
 def _tables_section(results: dict[str, dict[str, Any]]) -> str:
@@ -110,7 +119,9 @@ def _evaluation_section(record: RunRecord) -> str:
         + [score_text(line, name) if name in main_scores(line) else "" for name in names]
         for line in sorted(record.evaluations, key=lambda e: (e["step"], e["sampler"], e["sampler_steps"]))
     ]
-    return _markdown_table(["step", "sampler", "steps", "samples", "against", *names], rows)
+    return _markdown_table(["step", "sampler", "steps", "samples", "against", *names], rows) + _notes(
+        record.evaluations
+    )
 
 
 def paper_table(record: RunRecord) -> str:

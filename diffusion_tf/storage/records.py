@@ -73,6 +73,7 @@ class Measurement(TypedDict):
     images: str
     num_images: Count
     step: Count
+    notes: NotRequired[dict[str, str]]
 
 
 class Likelihood(Measurement):

@@ -107,13 +107,14 @@ def test_page_shows_every_evaluation_by_its_sampler(tmp_path):
     workdir = make_run(tmp_path, "digits")
     ddim = {"sampler": "ddim", "sampler_steps": 5, "ddim_eta": 0.0, "sampler_spacing": "early_end"}
     dpm = {"sampler": "dpm_solver++", "sampler_steps": 5, "sampler_spacing": "linspace"}
-    workdir.append_evaluation(evaluation(20, **ddim, frechet_digits=8.0))
+    workdir.append_evaluation(evaluation(20, **ddim, frechet_digits=8.0, notes={"frechet_digits": "few samples"}))
     height = picture_size(read_run(workdir))[1]
     workdir.append_evaluation({**evaluation(20, **dpm, frechet_digits=4.0), "num_samples": 300})
     record = read_run(workdir)
     markdown = to_markdown(record, "report.png")
     assert "| 20 | ddim | 5 | 5,000 | 9 of cifar10, train | 8 |" in markdown
     assert "| 20 | dpm_solver++, linspace | 5 | 300 | 9 of cifar10, train | 4 |" in markdown
+    assert markdown.count("\n- frechet_digits: few samples\n") == 1
     assert "scores of samples: `" not in markdown  # nothing says that they were not measured
     assert "| frechet_digits, dpm_solver++, linspace in 5 steps | 4 |" in markdown
     assert height > 500 and picture_size(record)[1] == height  # one panel
