@@ -34,11 +34,12 @@ from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.event_files import EventFile
 from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.training import reporter
 from diffusion_tf.training.loop import train_in_workdir
-from diffusion_tf.training.reporter import report_samples
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
@@ -78,7 +79,8 @@ def main() -> None:
     samples = Sampler(trained, batch_size=num_samples, seed=0).draw(num_samples)
     samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
     write_npz(samples_path, samples=samples)
-    report_samples(workdir, tf.summary.create_file_writer(workdir.tensorboard), step, samples[:100])
+    if not tf.io.gfile.exists(reporter.samples_path(workdir, step)):  # TensorBoard shows them once
+        reporter.report_samples(workdir, EventFile(workdir.tensorboard), step, samples[:100])
     real = load_digits()
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
