@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/digits
 BUILDIFIER := npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test test-slow soak bench scaling lint format lock clean
+.PHONY: demo test test-slow fuzz soak bench scaling lint format lock clean
 
 demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
 	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
@@ -15,6 +15,9 @@ test: $(VENV)/.installed  ## the tests, in a few minutes
 
 test-slow: $(VENV)/.installed  ## the tests that take many minutes
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow --durations=5 -rP
+
+fuzz: $(VENV)/.installed  ## 100,000 damaged files for every reader of files: FILES=1000 for fewer; twenty minutes
+	PYTHONPATH=tests:. $(BIN)/python -m support.fuzz $(or $(FILES),100000)
 
 soak: $(VENV)/.installed  ## kill a training process thirty times: the run must be the run; at most twenty minutes
 	$(BIN)/python -m pytest -m slow -s tests/end_to_end/test_soak.py

@@ -48,14 +48,14 @@ def x_to_images(x: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.round(x_to_pixels(x)), tf.uint8)
 
 
-def check_finite(values: ArrayLike, what: str, *, first: int = 0, advice: str = "") -> None:
+def check_finite(values: ArrayLike, what: str, *, first: int = 0, why: str = "") -> None:
     """Checks the results [N, ...] of examples first, first + 1, ..., outside of programs.
 
     Args:
       values: the results; or whether each of them is finite, bool [N].
       what: what they are, in the plural.
       first: index of the first example.
-      advice: why they may not be finite, and what to do.
+      why: the end of the message: where and why they may not be finite, and what to do.
 
     Raises:
       NotFiniteError: some are NaN or infinite; the message says which.
@@ -65,7 +65,7 @@ def check_finite(values: ArrayLike, what: str, *, first: int = 0, advice: str = 
     if not finite.all():
         wrong = [str(first + i) for i in np.flatnonzero(~finite)]
         named = ", ".join(wrong if len(wrong) <= _NAMED else [*wrong[:_NAMED], f"... ({len(wrong)} in all)"])
-        raise NotFiniteError(f"{what} {named} hold NaN or infinity" + (f": {advice}" if advice else ""))
+        raise NotFiniteError(f"{what} {named} hold NaN or infinity{why}")
 
 
 def mean_flat(x: tf.Tensor) -> tf.Tensor:

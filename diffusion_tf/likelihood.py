@@ -121,9 +121,9 @@ class BoundEvaluator:
         bound = BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
         finite = np.isfinite(bound.terms_bpd) & np.isfinite(bound.mse)
         if not finite.all():
-            t = np.flatnonzero(~finite.all(axis=0)).max()  # where sampling would meet it first
-            what = f"at t = {t}, the bounds of images" if self._terms_are_timesteps else "the bounds of images"
-            self._trained.check_finite(finite.all(axis=1), what, first=first_image)
+            # The highest t, where sampling would meet it first.
+            t = int(np.flatnonzero(~finite.all(axis=0)).max()) if self._terms_are_timesteps else None
+            self._trained.check_finite(finite.all(axis=1), "the bounds of images", first=first_image, t=t)
         return bound
 
 

@@ -249,7 +249,7 @@ PRESETS = {
 
 
 def resized(preset: Preset, image_size: int) -> Preset:
-    """`preset` for images of another size, a power of two of at least 4 pixels.
+    """`preset` for images of another size, a power of two from 4 to 1024.
 
     The network loses its lowest levels if they would be smaller than 4x4, and attends at the sizes nearest to those of
     `preset` that it has.

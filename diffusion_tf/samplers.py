@@ -214,7 +214,7 @@ class Sampler:
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
                 x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, *steps)
                 # Reading it waits for the device, so that the bar shows finished steps.
-                self._trained.check_finite(finite, f"at t = {self._timesteps[stop - 1]}, samples", first=first_image)
+                self._trained.check_finite(finite, "samples", first=first_image, t=self._timesteps[stop - 1])
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
@@ -309,7 +309,7 @@ class ReverseProcess:
                 limits = max(high - stride, stops.min()), high
                 spans = [np.clip(steps, *limits) for steps in (starts, stops)]
                 x = self._steps(len(x))(first_image + first, x, *spans).numpy()
-                self.trained.check_finite(x[:count], f"at t = {limits[0]}, samples", first=first_image + first)
+                self.trained.check_finite(x[:count], "samples", first=first_image + first, t=limits[0])
                 self._on_progress(int((spans[0] - spans[1])[:count].sum()))
             results.append(x[:count])
         return np.concatenate(results)
@@ -330,7 +330,7 @@ class ReverseProcess:
         results = []
         for first, count, (x, times) in self._batches(x_t, time):
             results.append(self._predict(len(x))(0, x, times)[:count].numpy())
-            self.trained.check_finite(results[-1], "predicted images", first=first)
+            self.trained.check_finite(results[-1], "predicted images", first=first, t=times.max() - 1)
         return np.concatenate(results)
 
     def _batches(self, x_t: np.ndarray, *steps: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:

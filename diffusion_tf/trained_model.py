@@ -65,14 +65,15 @@ class TrainedModel:
         trained.name = path
         return trained
 
-    def check_finite(self, values: ArrayLike, what: str, *, first: int = 0) -> None:
-        """`diffusion_utils.check_finite` of what these weights gave.
+    def check_finite(self, values: ArrayLike, what: str, *, first: int = 0, t: int | None = None) -> None:
+        """`diffusion_utils.check_finite` of results of the network, the last of them at timestep `t` if that is known.
 
         Raises:
           NotFiniteError: some values are NaN or infinite.
         """
-        advice = f"the network of {self.name} overflows: take another `checkpoint`, or `precision=float32`"
-        check_finite(values, what, first=first, advice=advice)
+        where = "" if t is None else f" at t = {t}"
+        remedy = "`precision=float32`" if self.preset.precision == "bfloat16" else "another `checkpoint`"
+        check_finite(values, what, first=first, why=f"{where}: the network of {self.name} overflows, use {remedy}")
 
     def denoise_fn(self, microbatch_pixels: int = MICROBATCH_PIXELS) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops.

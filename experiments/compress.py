@@ -62,7 +62,7 @@ from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import check_writable, read_npz, write_file, write_json
+from diffusion_tf.storage.files import check_writable, describe_arrays, read_npz, write_file, write_json
 from diffusion_tf.trained_model import TrainedModel
 
 from ._measured_run import MeasuredRun
@@ -76,10 +76,12 @@ def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
         count = min(FLAGS.num_images or source.num_examples, source.num_examples)
         images, name = ImageReader(source)(0, count), source.name
     elif FLAGS.images.lower().endswith(".npz"):
-        arrays = list(read_npz(FLAGS.images).values())
-        if len(arrays) != 1 or arrays[0].dtype != np.uint8 or arrays[0].shape[1:] != shape or not len(arrays[0]):
-            raise InputError(f"{FLAGS.images} must hold one array, uint8 (N, {', '.join(map(str, shape))})")
-        images, name = arrays[0][: FLAGS.num_images], FLAGS.images
+        arrays = read_npz(FLAGS.images)
+        images, name = next(iter(arrays.values()), np.empty(0)), FLAGS.images
+        if len(arrays) != 1 or images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            wanted = f"one array, uint8 (N, {', '.join(map(str, shape))})"
+            raise InputError(f"{FLAGS.images} must hold {wanted}; there are: {describe_arrays(arrays)}")
+        images = images[: FLAGS.num_images]
     else:
         stem = os.path.splitext(os.path.basename(FLAGS.images))[0]
         stem = os.fsencode(stem).decode(errors="backslashreplace")  # TensorFlow writes only names in UTF-8

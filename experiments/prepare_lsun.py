@@ -21,7 +21,9 @@ FLAGS = flags.FLAGS
 _flags.define_path("source", None, "An unpacked LSUN LMDB folder (with data.mdb), or a folder of images at any depth.")
 _flags.define_path("out", None, "Folder to write (may be gs://).")
 flags.DEFINE_string("name", "church", "Prefix of the files' names.")
-flags.DEFINE_integer("resolution", 256, "Height and width of the written images, a power of two.")
+flags.DEFINE_integer(
+    "resolution", 256, "Height and width of the written images, a power of two.", lower_bound=4, upper_bound=1024
+)
 flags.DEFINE_integer("num_shards", None, "Number of files. Default: one per 4,096 images, at least 16.", lower_bound=1)
 flags.DEFINE_integer("num_workers", os.cpu_count(), "Number of processes; each takes 0.7 GB of memory.", lower_bound=1)
 flags.DEFINE_integer("limit", None, "Number of images. Default: all.", lower_bound=1)

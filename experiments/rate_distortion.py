@@ -30,6 +30,7 @@ from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.storage.files import read_json, write_file, write_json
+from diffusion_tf.storage.records import Compression
 
 from ._measured_run import MeasuredRun, print_notes
 
@@ -59,7 +60,7 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
 def _measured_files(run: MeasuredRun, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Bits/dim and RMSE of the files that `compress` wrote for this split with the checkpoint of `step`."""
     path = run.find(os.path.join(run.workdir.path, f"compression_{FLAGS.split}.json"))
-    record: dict[str, Any] = read_json(path) if tf.io.gfile.exists(path) else {}
+    record: dict[str, Any] = read_json(path, Compression) if tf.io.gfile.exists(path) else {}
     if record.get("step") != step:
         return {}
     column = lambda name: np.array([row[name] for row in record["table"]])
@@ -96,10 +97,8 @@ def main() -> None:
     write_file(f"{base}.csv", _csv(rows))
     write_file(f"{base}.png", _figure(rows, _measured_files(run, subject["step"])))
     totals = {"bits_per_dim": bound.total_bpd.mean(), "decoder_bits_per_dim": bound.decoder_bpd.mean()}
-    curve = {name: [row[name] for row in rows] for name in rows[0]}
-    write_json(
-        out, {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": curve}
-    )
+    result = {**subject, **{name: float(total) for name, total in totals.items()}, "table": table, "curve": rows}
+    write_json(out, result)
     print(f"numbers: {out} {base}.csv\npicture: {base}.png")
 
 

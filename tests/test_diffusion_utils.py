@@ -133,8 +133,8 @@ def test_images_that_are_not_finite_are_refused_by_their_index():
         x[[1, 3], 0] = value
         with pytest.raises(NotFiniteError, match="images 1, 3 hold NaN or infinity"):
             diffusion_utils.x_to_images(x)
-        with pytest.raises(NotFiniteError, match=r"bounds 7, 8, 9, ... \(5 in all\) hold NaN or infinity: train again"):
-            diffusion_utils.check_finite(np.full([5, 3], value), "bounds", first=7, advice="train again")
+        with pytest.raises(NotFiniteError, match=r"bounds 7, 8, 9, ... \(5 in all\) hold NaN or infinity: why"):
+            diffusion_utils.check_finite(np.full([5, 3], value), "bounds", first=7, why=": why")
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -11,6 +11,7 @@ from support import gaussian_data, golden
 from diffusion_tf import likelihood
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.presets import PRESETS
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
@@ -233,3 +234,32 @@ def test_forward_process_keeps_unit_variance():
     for t in (0, 200, 500, 999):
         x_t = diffusion.q_sample(x_start, tf.fill([64], t), CounterRng(0, t, 0).normal("noise", x_start.shape))
         assert abs(np.var(x_t) - 1.0) < 5 * np.sqrt(2 / 65536)
+
+
+def test_a_bound_says_which_images_of_which_weights_overflow_and_when():
+    trained = golden.overflowing_model(make_strategy("one_device"), np.inf, below=2)
+    trained.name = "run/step_5"
+    images = np.full([5, 8, 8, 1], 255, np.uint8)
+    images[3] = 0  # x_t is near -1 at small t
+    message = "the bounds of images 3 hold NaN or infinity at t = 1: the network of run/step_5 overflows"
+    with pytest.raises(NotFiniteError, match=message):
+        likelihood.bound_of_images(trained, images, batch_size=2, seed=0)
+    with pytest.raises(NotFiniteError, match="the bounds of images 3 hold NaN or infinity: the network of run/step_5"):
+        likelihood.bound_of_images(trained, images, batch_size=2, seed=0, num_timesteps_estimate=7)
+
+
+def test_levels_are_those_that_occur():
+    digits = load_digits()
+    reads = []
+
+    def read(first, count):
+        reads.append((first, count))
+        return digits[first : first + count]
+
+    assert likelihood.count_levels(read, 300) == 17
+    assert reads[0][0] == 0 and sum(count for _, count in reads) == 300
+    assert likelihood.count_levels(lambda _, count: np.zeros([count, 8, 8, 3], np.uint8), 1) == 1
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert likelihood.count_levels(lambda *_: every, 1) == 256
+    assert "17 of the 256 levels" in likelihood.describe_levels(17)
+    assert "log2(17) = 4.09 bits/dim" in likelihood.describe_levels(17)

@@ -8,6 +8,7 @@ import tensorflow as tf
 from support import gaussian_data, golden
 
 from diffusion_tf.diffusion_utils import x_to_images
+from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import (
@@ -156,6 +157,30 @@ def test_ddim_inversion_leads_to_latents_and_back():
     expected = run(expected, levels[::-1])
     np.testing.assert_allclose(samples, x_to_images(expected), atol=1)
     assert samples.dtype == np.uint8 and latents.shape == images.shape
+
+
+@pytest.mark.parametrize(("name", "value"), [("ancestral", np.nan), ("ddim", np.inf), ("dpm_solver++", np.nan)])
+def test_a_sampler_says_which_samples_of_which_weights_overflow_and_when(name, value):
+    trained = golden.overflowing_model(make_strategy("one_device"), value, below=8)
+    trained.name = "run/step_5"
+    x_T = CounterRng(0, 8, 4).normal("sample", (4, 8, 8, 1)).numpy()
+    which = ", ".join(str(4 + i) for i in np.flatnonzero(x_T[:, 0, 0, 0] < 0))
+    message = f"samples {which} hold NaN or infinity at t = 7: the network of run/step_5 overflows, use another"
+    with pytest.raises(NotFiniteError, match=message):
+        Sampler(trained, batch_size=4, seed=0, settings=SamplerSettings(name, 8))(4)
+
+
+def test_nothing_that_comes_of_the_network_hides_an_overflow():
+    trained = golden.overflowing_model(make_strategy("one_device"), np.inf, below=4)
+    x_t = np.ones([3, 8, 8, 1], np.float32)
+    x_t[1] = -1.0
+    process = ReverseProcess(trained, batch_size=2, seed=0)
+    with pytest.raises(NotFiniteError, match="samples 6 hold NaN or infinity at t = 0"):
+        process(x_t, 1, 0, first_image=5)
+    with pytest.raises(NotFiniteError, match="predicted images 1 hold NaN or infinity at t = 3"):
+        process.predict_xstart(x_t, 4)
+    with pytest.raises(NotFiniteError, match="latents 1 hold NaN or infinity"):
+        ddim_inversion(trained, x_to_images(x_t).numpy(), steps=4, spacing="trailing", batch_size=3)
 
 
 def test_padding_a_partial_batch_adds_no_steps():

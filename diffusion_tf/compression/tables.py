@@ -224,7 +224,7 @@ def predictor(trained: TrainedModel, batch_size: int) -> Callable[[np.ndarray, i
 
     def checked(x_t: np.ndarray, t: int) -> np.ndarray:
         pred_xstart = call(0, x_t, np.full(len(x_t), t, np.int32)).numpy()
-        trained.check_finite(pred_xstart, f"at t = {t}, the predictions of the batch's images")
+        trained.check_finite(pred_xstart, "predictions from x_t of the batch's images", t=t)
         return pred_xstart
 
     return checked

@@ -147,8 +147,9 @@ def _open_lmdb(path: str) -> Iterator[Any]:
     except ImportError as error:
         raise ConfigError("source", f"={path} is an LMDB, and lmdb is not installed: pip install lmdb") from error
     try:
-        # A lock file could not be created in a read-only folder.
-        with lmdb.open(path, readonly=True, lock=False, readahead=False) as database, database.begin() as transaction:
+        # A lock file could not be created in a read-only folder; a name that is not UTF-8 must be bytes.
+        options = {"readonly": True, "lock": False, "readahead": False}
+        with lmdb.open(os.fsencode(path), **options) as database, database.begin() as transaction:
             pages, size = database.info()["last_pgno"] + 1, os.path.getsize(os.path.join(path, "data.mdb"))
             if pages * database.stat()["psize"] > size:  # reading beyond the file's end would kill the process
                 raise ConfigError(

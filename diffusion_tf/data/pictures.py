@@ -15,7 +15,9 @@ import contextlib
 import functools
 import io
 import os
+import threading
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -30,6 +32,7 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 _ARRAY_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode of an array with so many channels
 _MODES_8_BITS = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"))
 _MODES_16_BITS = frozenset(("I;16", "I;16B", "I;16L", "I;16N"))
+_stderr_lock = threading.Lock()
 
 
 @functools.cache
@@ -75,12 +78,11 @@ def read_bytes(path: str) -> bytes:
         raise InputError("it is not a file" if os.path.exists(path) else missing)
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise InputError(f"it holds more than {MAX_BYTES:,} bytes")
+            return file.read()  # with a limit, Python would allocate all of it
     except OSError as error:
         raise InputError(error.strerror or type(error).__name__) from error
-    if len(data) > MAX_BYTES:
-        raise InputError(f"it holds more than {MAX_BYTES:,} bytes")
-    return data
 
 
 def decode_picture(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -118,7 +120,11 @@ def decode_picture(encoded: bytes, channels: int, size: tuple[int, int] | None =
 
 def _decode(encoded: bytes, mode: str, size: tuple[int, int] | None) -> PIL.Image.Image:
     """The upright picture in one of the modes L, RGB and RGBA."""
-    with PIL.Image.open(io.BytesIO(encoded), formats=_open_formats()) as picture:
+    is_tiff = encoded.startswith((b"II", b"MM"))
+    with (
+        _quiet_stderr() if is_tiff else contextlib.nullcontext(),
+        PIL.Image.open(io.BytesIO(encoded), formats=_open_formats()) as picture,
+    ):
         _check_size(picture, size)
         _check_samples(picture)
         if picture.format == "PNG":
@@ -138,6 +144,19 @@ def _open_formats() -> list[str]:
     """The formats that this build of Pillow reads."""
     PIL.Image.init()
     return [name for name in _FORMATS if name in PIL.Image.OPEN]
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Discards what is written to the file descriptor of stderr: libtiff complains there besides failing."""
+    with _stderr_lock, open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _check_size(picture: PIL.Image.Image, size: tuple[int, int] | None) -> None:

@@ -12,8 +12,13 @@ import tensorflow as tf
 from diffusion_tf.errors import InputError
 from diffusion_tf.storage.files import first_line
 
-# tf.data raises these for damaged, missing or malformed records.
-READ_ERRORS = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+# tf.data raises these for damaged, missing or malformed records; the last, because TensorFlow's message quotes bytes.
+READ_ERRORS = (
+    tf.errors.DataLossError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    UnicodeDecodeError,
+)
 
 _SHUFFLE_BYTES = 2**30  # memory of a shuffle buffer; encoded records are no larger than their pixels
 _MAX_EPOCHS = 2**31

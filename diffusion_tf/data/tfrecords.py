@@ -145,7 +145,7 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
         if first is None:
             raise ConfigError("tfrecord", f"={path} holds no records")
         example = tf.io.parse_single_example(first, _FEATURES)
-    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(
             "tfrecord", f"={path} is not a StyleGAN TFRecord (its first record is cut off, or lacks `shape` and `data`)"
         ) from error

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import tensorflow as tf
 
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.interop.tf1_index import check_index
 from diffusion_tf.storage.checkpoints import check_specs
 from diffusion_tf.storage.files import Arrays, first_line, listed
 from diffusion_tf.storage.safetensors_header import ArraySpec
@@ -45,16 +46,24 @@ def find_prefix(source: str) -> str:
     folder = path if tf.io.gfile.isdir(path) else os.path.dirname(path) or "."
     state = os.path.join(path, "checkpoint") if folder == path else path
     there = _prefixes(folder)
-    if tf.io.gfile.exists(state):
-        newest = tf.train.get_checkpoint_state(folder, os.path.basename(state))
-        if newest and os.path.basename(newest.model_checkpoint_path) in there:  # the folder may have moved
-            return os.path.join(folder, os.path.basename(newest.model_checkpoint_path))
+    newest = os.path.basename(_newest(state))  # the folder may have moved
+    if newest in there:
+        return os.path.join(folder, newest)
     if folder == path and len(there) == 1:
         return os.path.join(folder, there[0])
     raise ConfigError(
         "source",
         f"={source} is not a TF1 checkpoint: give its prefix, as .../model.ckpt-790000; there are: {listed(there)}",
     )
+
+
+def _newest(state: str) -> str:
+    """Returns the newest checkpoint that a file `checkpoint` names; empty if the file is missing or damaged."""
+    try:
+        found = tf.train.get_checkpoint_state(os.path.dirname(state), os.path.basename(state))
+    except (ValueError, tf.errors.OpError):  # not text, or it names no checkpoint
+        return ""
+    return found.model_checkpoint_path if found else ""
 
 
 def _prefixes(folder: str) -> list[str]:
@@ -77,6 +86,7 @@ def read_tf1(source: str, model: UNet) -> Arrays:
     """
     prefix = find_prefix(source)
     try:
+        check_index(f"{prefix}.index")
         reader = tf.train.load_checkpoint(prefix)
         dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
         found = {name: ArraySpec(dtypes[name].name, tuple(shape)) for name, shape in shapes.items()}

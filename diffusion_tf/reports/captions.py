@@ -54,7 +54,7 @@ def measured(
         f"{name} {line[name]:.3g} ({line['num_samples']:,} samples)"
         for line in lines
         for name in ("fid", "frechet_digits")
-        if name in line
+        if isinstance(line.get(name), float)
     ]
     bits = [f"{r['bits_per_dim']:.2f} bits/dim ({split})" for split, r in likelihood.items() if r["step"] == step]
     return ", ".join([*scores[-1:], *bits])

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from diffusion_tf import figures
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images, x_to_pixels
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.evaluation.neighbors import nearest_neighbors
-from diffusion_tf.evaluation.scores import compute_scores, score_names
+from diffusion_tf.evaluation.scores import compute_scores, score_names, score_notes
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import over_replicas
@@ -271,7 +272,11 @@ def progressive_quality(
     ]
     picture = figures.curves(panels, caption=f"{subject}, {count:,} samples\n{_ESTIMATE}")
     assert estimate is not None
-    numbers = {"num_samples": count, "t": times, "weight_of_the_prediction": estimate.weights.tolist(), **scores}
+    notes = score_notes(metrics, network.name, real, generated)
+    for name, note in notes.items():
+        logging.warning("%s: %s", name, note)
+    weights = estimate.weights.tolist()
+    numbers = {"num_samples": count, "t": times, "weight_of_the_prediction": weights, **scores, "notes": notes}
     return PaperFigure(picture, numbers, "The estimated x_0 becomes a good sample late in the reverse process.")
 
 

@@ -107,7 +107,7 @@ def _evaluation_section(record: RunRecord) -> str:
     rows = [
         [line["step"], sampler_name(line, record.config["dataset"]), line["sampler_steps"], f"{line['num_samples']:,}"]
         + [reference_name(line)]
-        + [score_text(line, name) if name in line else "" for name in names]
+        + [score_text(line, name) if name in main_scores(line) else "" for name in names]
         for line in sorted(record.evaluations, key=lambda e: (e["step"], e["sampler"], e["sampler_steps"]))
     ]
     return _markdown_table(["step", "sampler", "steps", "samples", "against", *names], rows)
@@ -122,7 +122,7 @@ def paper_table(record: RunRecord) -> str:
         subject = f"step {best['step']}, {best['num_samples']:,} samples against {reference_name(best)}"
         sources = [f"evaluations.jsonl, {subject}"]
     if dataset == "cifar10":
-        score = f"{best['inception_score']:.2f}" if "inception_score" in best else ""
+        score = f"{best['inception_score']:.2f}" if best and "inception_score" in main_scores(best) else ""
         bits = {split: f"{result['bits_per_dim']:.2f}" for split, result in record.likelihood.items()}
         nll = f"<= {bits['test']}" if "test" in bits else ""
         nll += f" ({bits['train']})" if "train" in bits else ""

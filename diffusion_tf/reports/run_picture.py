@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
+from diffusion_tf.data.pictures import decode_picture
 from diffusion_tf.reports.run_record import RunRecord
 from diffusion_tf.reports.summary import KeyNumber, changed_fields, key_numbers, main_scores, sampling_name, title
 from diffusion_tf.storage.files import read_file
@@ -22,6 +23,7 @@ _TITLE, _NUMBERS, _ROW, _FOOTER = 0.9, 0.8, 4.0, 0.6  # heights in inches
 _MAX_LINES = 10  # evaluations in a panel
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names may hold a $
 def to_png(record: RunRecord) -> bytes:
     """The page as a PNG, with a panel for each thing that was measured."""
     panels, numbers = _panels(record), key_numbers(record)
@@ -79,7 +81,7 @@ def _panels(record: RunRecord) -> list[Callable[[Axes], None]]:
     if terms := {split: r for split, r in record.likelihood.items() if "terms_bits_per_dim" in r}:
         panels.append(partial(_plot_terms, results=terms))
     if record.rate_distortion or record.compression:
-        panels.append(partial(_plot_rate_distortion, record=record))
+        panels.append(partial(plot_rate_distortion, record=record))
     return panels
 
 
@@ -105,7 +107,7 @@ def _by_sampling(
     """The evaluations that have the scores `names`, by sampler and number of samples."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in evaluations:
-        if all(name in line for name in names):
+        if main_scores(line).keys() >= set(names):
             label = f"{sampling_name(record, line)}, {line['num_samples']:,} samples"
             groups.setdefault(label, []).append(line)
     return groups
@@ -114,12 +116,7 @@ def _by_sampling(
 def _plot_training(axes: Axes, points: Sequence[tuple[float, float]], label: str) -> None:
     axes.plot(*zip(*points, strict=True), linewidth=0.8)
     axes.set(title=f"Training: {label}", xlabel="step")
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high > 10 * low:
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 1000 * low else NullFormatter())
+    _scale_by_logarithm(axes)
     _label_steps(axes)
     axes.grid(alpha=0.3)
 
@@ -132,6 +129,16 @@ def _plot_over_training(axes: Axes, name: str, series: dict[str, list[dict[str, 
     _label_steps(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _scale_by_logarithm(axes: Axes) -> None:
+    """Makes the y axis logarithmic, with labels such as 0.02 where they have room."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high > 10 * low:
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 1000 * low else NullFormatter())
 
 
 def _label_steps(axes: Axes) -> None:
@@ -152,7 +159,9 @@ def _plot_evaluations(axes: Axes, names: Sequence[str], groups: dict[str, list[d
         for y, line in enumerate(lines if len(names) == 1 else []):
             axes.annotate(f"{line[name]:.3g}", (line[name], y), (6, -3), textcoords="offset points", fontsize=8)
     axes.set(title=" and ".join(names), ylim=(-0.5, max(3, len(lines)) - 0.3), yticks=range(len(lines)), yticklabels=[])
-    axes.set_xlim(0.0, 1.2 * max(line[name] for line in lines for name in names))
+    values = [0.0, *(line[name] for line in lines for name in names)]
+    margin = 0.2 * (max(values) - min(values)) or 1.0
+    axes.set_xlim(min(values) - margin * (min(values) < 0), max(values) + margin)
     axes.grid(alpha=0.3)
     if len(names) > 1:
         axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
@@ -160,22 +169,21 @@ def _plot_evaluations(axes: Axes, names: Sequence[str], groups: dict[str, list[d
 
 def _plot_terms(axes: Axes, results: dict[str, dict[str, Any]]) -> None:
     for split, result in results.items():
-        axes.semilogy(
-            result["terms_bits_per_dim"], linewidth=1.0, label=f"{split}: {result['bits_per_dim']:.3f} bits/dim in all"
-        )
+        label = f"{split}: {result['bits_per_dim']:.3f} bits/dim in all"
+        axes.plot(result["terms_bits_per_dim"], linewidth=1.0, label=label)
     axes.set(title="Terms of the bound", xlabel="t", ylabel="L_t (bits/dim)")
+    _scale_by_logarithm(axes)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
-def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
+def plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
     """The curve of each split, and the points of its compressed files."""
     for split, result in record.rate_distortion.items():
-        if curve := result.get("curve"):
-            axes.plot(curve["rate_bits_per_dim"], curve["distortion_rmse"], label=split)
-        else:  # of an older version; chords between its ten points would lie above the curve
-            points = [(row["rate_bits_per_dim"], row["distortion_rmse"]) for row in result["table"]]
-            axes.plot(*zip(*points, strict=True), ".", label=split)
+        # Chords between the ten points of an older version would lie above the curve.
+        rows, style = (result["curve"], "-") if result.get("curve") else (result["table"], ".")
+        points = [(row["rate_bits_per_dim"], row["distortion_rmse"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), style, label=split)
     for split, result in record.compression.items():
         points = [(row["steps_bits_per_dim"], row["distortion_rmse"]) for row in result["table"]]
         label = f"files without their header, {split}, step {result['step']:,}"
@@ -186,7 +194,7 @@ def _plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
 
 
 def _read_picture(path: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(read_file(path))))
+    return decode_picture(read_file(path), channels=3)
 
 
 def _show(axes: Axes, picture: np.ndarray, title: str = "") -> None:

@@ -2,21 +2,19 @@
 
 import dataclasses
 import fnmatch
-import io
 import math
 import os
 from typing import Any
 
-import PIL.Image
 import tensorflow as tf
 
-from diffusion_tf.errors import DamagedFileError
-from diffusion_tf.storage.files import first_line, read_file, read_json
+from diffusion_tf.data.pictures import decode_picture
+from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.storage.files import read_file, read_json
 from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
 
 _SPLITS = ("train", "test")
-_MAX_PIXELS = 2**26  # of a picture; a grid of samples has a few millions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class RunRecord:
         candidates = [
             line
             for line in self.evaluations
-            if line.get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
+            if scores(line).get("fid") and line["reference"].get("split") == "train" and self.is_algorithm_2(line)
         ]
         return min(candidates, key=lambda line: (-line["num_samples"], line["fid"]), default={})
 
@@ -111,11 +109,8 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _check_picture(path: str) -> None:
-    """Raises DamagedFileError unless the file at `path` is a picture, of no absurd size."""
+    """Raises DamagedFileError unless the file at `path` is a picture."""
     try:
-        with PIL.Image.open(io.BytesIO(read_file(path))) as picture:
-            if math.prod(picture.size) > _MAX_PIXELS:
-                raise ValueError(f"it has {picture.size} pixels")
-            picture.load()
-    except Exception as error:  # Pillow raises a dozen types
-        raise DamagedFileError(f"{path} is not a picture, or is damaged ({first_line(error)}): remove it") from error
+        decode_picture(read_file(path), channels=3)
+    except InputError as error:
+        raise DamagedFileError(f"{path} is not a picture, or is damaged ({error}): remove it") from error

@@ -9,7 +9,6 @@ from diffusion_tf.reports import paper_numbers as paper
 from diffusion_tf.reports.captions import sampler_name
 from diffusion_tf.reports.run_record import RunRecord, scores
 
-_MAX_SCORES = 4
 _DETAILS = ("_standard_error", "_splits", "_splits_std")
 
 
@@ -20,7 +19,7 @@ class KeyNumber(NamedTuple):
       name: its name.
       value: the result.
       paper: the paper's for the same, or empty.
-      note: how it was measured, where that is not how the paper does.
+      note: how it was measured, where that is not how the paper does; or what to compare it with.
     """
 
     name: str
@@ -43,14 +42,16 @@ def key_numbers(record: RunRecord) -> list[KeyNumber]:
     for split, result in record.likelihood.items():
         error = _error(result["bits_per_dim_standard_error"])
         name = f"bits/dim, {split}"
-        numbers.append(KeyNumber(name, f"{result['bits_per_dim']:.2f}{error}", papers.get(name, "")))
+        levels = result.get("levels", 256)  # older versions did not count them
+        note = f"a uniform code of the images' {levels} levels takes {math.log2(levels):.2f}" if levels < 256 else ""
+        numbers.append(KeyNumber(name, f"{result['bits_per_dim']:.2f}{error}", papers.get(name, ""), note))
     line = record.best_fid()
     if not line:  # the newest one, of Algorithm 2 if there is one
         papers, scored = {}, [line for line in record.evaluations if main_scores(line)]
         line = next(iter([*filter(record.is_algorithm_2, scored[::-1]), *scored[::-1]]), {})
     if line:
         note = "" if record.is_algorithm_2(line) else sampling_name(record, line)
-        names = list(main_scores(line))[:_MAX_SCORES]
+        names = [name for name in main_scores(line) if not name.startswith(("kid", "kernel"))]
         numbers += [KeyNumber(name, score_text(line, name), papers.get(name, ""), note) for name in names]
     return numbers
 
@@ -70,8 +71,8 @@ def sampling_name(record: RunRecord, evaluation: dict[str, Any]) -> str:
     return f"{sampler_name(evaluation, record.config['dataset'])} in {evaluation['sampler_steps']:,} steps"
 
 
-def _error(error: float | None) -> str:
-    return "" if error is None or math.isnan(error) else f" ± {error:.2g}"
+def _error(error: Any) -> str:
+    return f" ± {error:.2g}" if isinstance(error, float) and math.isfinite(error) else ""
 
 
 def changed_fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    notes: NotRequired[dict[str, str]]
 
 
 class BestEvaluation(Evaluation):
@@ -83,6 +84,7 @@ class Likelihood(Measurement):
     middle_bits_per_dim: float
     decoder_bits_per_dim: float
     terms_bits_per_dim: list[float]
+    levels: NotRequired[Annotated[int, Meta(ge=1, le=256)]]  # of the images; old versions did not count them
 
 
 class RateDistortionRow(TypedDict):
@@ -93,9 +95,10 @@ class RateDistortionRow(TypedDict):
 
 
 class RateDistortion(Measurement):
-    """`rate_distortion_SPLIT.json`."""
+    """`rate_distortion_SPLIT.json`: ten rows, and the curve at every t, which old versions did not record."""
 
     table: Annotated[list[RateDistortionRow], Meta(min_length=1)]
+    curve: NotRequired[list[RateDistortionRow]]
 
 
 class CompressionRow(TypedDict):

@@ -18,10 +18,11 @@ from diffusion_tf.compression.coarse_schedule import cheapest_path
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images
 from diffusion_tf.compression.measurement import Measurement
-from diffusion_tf.compression.tables import Table, TableStore, make_table
+from diffusion_tf.compression.tables import Table, TableStore, make_table, predictor
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import InputError, NotFiniteError
 from diffusion_tf.presets import get_preset
+from diffusion_tf.runtime.strategies import make_strategy
 
 # --- The channel -------------------------------------------------------------------------------------------
 
@@ -343,3 +344,12 @@ def test_tables_are_those_of_their_checkpoint(gaussian_codec, tmp_path):
         TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail, batch_size=3).get(12)
     with pytest.raises(InputError, match="chunk_bits=25 must be from 4 to 24"):
         TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail).get(25)
+
+
+def test_a_prediction_that_overflows_is_not_coded():
+    trained = golden.overflowing_model(make_strategy("one_device"), np.inf, below=4)
+    x_t = np.stack([np.ones([8, 8, 1], np.float32), -np.ones([8, 8, 1], np.float32)])
+    predict = predictor(trained, 4)
+    assert np.isfinite(predict(x_t, 4)).all()
+    with pytest.raises(NotFiniteError, match="x_t of the batch's images 1 hold NaN or infinity at t = 3"):
+        predict(x_t, 3)

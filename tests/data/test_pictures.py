@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -195,6 +196,17 @@ def test_truncated_pictures_are_refused_or_whole():
                 np.testing.assert_array_equal(decode_picture(encoded[:size], 3), whole, str((file_format, size)))
             except InputError:
                 continue
+
+
+def test_a_damaged_tiff_prints_nothing(capfd):
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "group4"):
+        picture = PIL.Image.fromarray(COLOURS).convert("1" if compression == "group4" else "RGB")
+        encoded = encode(picture, "TIFF", compression=compression)
+        for place in range(8, len(encoded), 7):
+            with contextlib.suppress(InputError):
+                decode_picture(encoded[:place] + b"\xff" + encoded[place + 1 :], 3)
+    os.write(2, b"still open")
+    assert capfd.readouterr() == ("", "still open")
 
 
 def test_damaged_pictures_end_in_a_picture_or_a_reason():

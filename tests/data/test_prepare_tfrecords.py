@@ -375,6 +375,8 @@ def test_a_damaged_lmdb_is_refused(tmp_path):
     whole = path.read_bytes()
     page = mmap.PAGESIZE
     assert len(find_images(str(tmp_path / "lmdb")).keys) == 40
+    (tmp_path / "caf\udce9").symlink_to("lmdb")
+    assert len(find_images(str(tmp_path / "caf\udce9")).keys) == 40
     for size in (0, 1, page, page + 100, page + 900, 2 * page, 3 * page, len(whole) // 2, len(whole) - page):
         path.write_bytes(whole[:size])  # reading it would end the process by SIGBUS
         with pytest.raises(InputError, match="lmdb (is truncated: data.mdb has|cannot be read as an LMDB)"):

@@ -19,6 +19,7 @@ from support.full_disks import make_read_only, mounted
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
+from diffusion_tf.solvers import SAMPLERS
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.state import TrainState
@@ -57,6 +58,12 @@ def flip(place):
         return content
 
     return edit
+
+
+def overflow(run):
+    arrays = dict(checkpoints.load(str(run / NEWEST)))
+    arrays["ema/conv_in/kernel"] = arrays["ema/conv_in/kernel"] * np.float32(1e25)
+    checkpoints.save(str(run / "checkpoints"), 4, arrays)
 
 
 def several(*breaks):
@@ -242,6 +249,16 @@ STATISTICS = [
     ),
     ("no JSON", several(digits, npz(cache, description=np.array("{"))), f"run/{cache} is not a reference"),
 ]
+OVERFLOWING = [
+    *[("sample", ["--out=y.npz", f"--sampler={name}", "--sampler_steps=4"]) for name in SAMPLERS],
+    ("sample", ["--out=y.npz", "--sampler=ddim", "--sampler_steps=2", "--encode=run/x.npz"]),
+    ("evaluate", ["--num_samples=10", "--batch_size=10"]),
+    ("likelihood", ["--num_images=4"]),
+    ("rate_distortion", ["--num_images=4"]),
+    ("figures", ["--figure=progressive", "--out=y.png"]),
+    ("figures", ["--figure=interpolation", "--out=y.png"]),
+    ("compress", ["encode", "--split=test", "--num_images=1", "--out=y"]),
+]
 two_bad = data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS[:-3])))
 both_damaged = several(change(NEWEST, flip(-5)), change(OLDER, flip(-5)))
 damaged_metrics = text("metrics.jsonl", '{"step": 2}\nstep 4\n')
@@ -262,6 +279,8 @@ TABLE = [
     ("figures", "pictures: another size", saved("x.png", Image.new("RGB", (8, 9))), FIGURE, "run/x.png (its size is"),
     *[(program, f"extensions: {line}", sound, args, line) for program, args, line in EXTENSIONS],
     *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],
+    *[(program, f"overflow: {' '.join(args[:2])}", several(digits, overflow), args, "000004.safetensors overflows, use")
+      for program, args in OVERFLOWING],
 ]  # fmt: skip
 
 

@@ -246,7 +246,9 @@ def test_measurements_and_the_report_agree(trained):
     assert (trained / "rate_distortion_test.csv").read_text().count("\n") == 5
     report = (trained / "report.md").read_text()
     assert f"{likelihood['bits_per_dim']:.4f}" in report and "frechet_pixels" in report
-    assert "Quality against sampling steps" in report and "| dpm_solver++ | 2 |" in report
+    assert "| dpm_solver++ | 2 |" in report and "Not measured" in report  # nothing was compressed
+    curve = json.loads((trained / "rate_distortion_test.json").read_text())["curve"]
+    assert [row["reverse_process_time"] for row in curve] == [1, 2, 3, 4]
     for picture in ("report", "likelihood_test", "rate_distortion_test"):
         assert (trained / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,6 +1,7 @@
 """Scores of images are named after their features, can be resumed, and do not depend on the number of replicas."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from support import inception_files
 
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
-from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
+from diffusion_tf.errors import ConfigError, DamagedFileError, InputError, NotFiniteError
 from diffusion_tf.evaluation import metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
 from diffusion_tf.evaluation.scores import (
@@ -29,6 +30,7 @@ from diffusion_tf.evaluation.scores import (
     record_evaluation,
     reference_features,
     score_names,
+    score_notes,
     source_images,
 )
 from diffusion_tf.presets import get_preset
@@ -100,6 +102,41 @@ def test_too_few_images_and_missing_logits_are_refused():
             check_metrics(names, network, *counts)
     few, many = np.random.RandomState(0).standard_normal((98, 8)), np.random.RandomState(1).standard_normal((50_000, 8))
     assert np.isfinite(metrics.kernel_distance(many, few)).all()
+
+
+def test_notes_say_why_a_score_is_doubtful_or_undefined(tmp_path):
+    features = lambda count: {"features": np.random.RandomState(count).standard_normal((count, 64))}
+    enough, few, many = features(100), features(64), features(1100)
+    singular = "for 64 features: their covariance is singular"
+    assert f"64 samples {singular}" in score_notes(METRICS, "digits", enough, few)["frechet_digits"]
+    assert f"64 real images {singular}" in score_notes(METRICS, "inception", few, enough)["fid"]
+    notes = score_notes(METRICS, "pixels", enough, enough)
+    assert list(notes) == ["kernel_pixels_standard_error"] and "more than 1,024 samples" in notes.popitem()[1]
+    assert score_notes(METRICS, "digits", many, many) == score_notes(["precision_recall"], "digits", few, few) == {}
+    for real, generated in itertools.product((enough, few, many), repeat=2):
+        scores = compute_scores(["kid"], "digits", real, generated)
+        undefined = "kernel_digits_standard_error" in score_notes(["kid"], "digits", real, generated)
+        assert np.isnan(scores["kernel_digits_standard_error"]) == undefined
+
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits"), 1437, "")
+    checkpoint = checkpoints.save(workdir.checkpoints, 1, {"x": np.asarray(1)})
+    scores = {"kernel_digits": 0.5, "kernel_digits_standard_error": float("nan")}
+    record_evaluation(
+        workdir, checkpoint, {"step": 1}, scores, "kernel_digits", {"kernel_digits_standard_error": "why"}
+    )
+    line = json.loads((tmp_path / "evaluations.jsonl").read_text())
+    assert line["kernel_digits_standard_error"] is None and line["notes"] == {"kernel_digits_standard_error": "why"}
+
+
+def test_samples_that_overflow_have_no_score(tmp_path):
+    strategy, preset = make_strategy("one_device"), get_preset("digits", num_timesteps=4, ch_mult=(1,))
+    arrays = TrainState(preset, strategy).to_arrays()
+    arrays["ema/conv_in/kernel"] = arrays["ema/conv_in/kernel"] * np.float32(1e25)
+    checkpoint = checkpoints.save(str(tmp_path), 7, arrays)
+    images = RunSamples(strategy, preset, num_samples=3, batch_size=2, seed=0).of_checkpoint(checkpoint)
+    with pytest.raises(NotFiniteError, match=r"samples 0, 1 hold NaN or infinity at t = 3: the network of .*step_0*7"):
+        images.pixels(0, 2)
 
 
 def test_metrics_and_the_deciding_score_have_defaults_and_known_names():

@@ -17,6 +17,7 @@ from diffusion_tf.errors import InputError
 from diffusion_tf.interop.diffusers import check_size, read_diffusers, write_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.interop.tf1 import find_prefix, read_tf1, tf1_name
+from diffusion_tf.interop.tf1_index import find_blocks
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
@@ -154,6 +155,21 @@ def test_damaged_tf1_checkpoints_are_refused(tf1_checkpoint, model, tmp_path):
         InputError, match=r"source=.*nothing is not a TF1 checkpoint: give its prefix.*there are: model.ckpt-790"
     ):
         read_tf1(str(tmp_path / "nothing"), model)
+
+
+def test_an_index_with_sound_checksums_and_another_entry_is_refused(tf1_checkpoint, model, tmp_path):
+    """TensorFlow's own reader ends the process at an entry that it cannot parse."""
+    pywrap = pytest.importorskip("tensorboard.compat.tensorflow_stub.pywrap_tensorflow")
+    content = tf1_checkpoint.with_name("model.ckpt-790.index").read_bytes()
+    (block,) = find_blocks(content)
+    for place, byte in ((40, 0xFF), (20, 0x7F), (3000, 0x80), (block[1] - 1, 0xFF)):
+        data = bytearray(content)
+        data[block[0] + place] = byte
+        end = sum(block) + 1
+        data[end : end + 4] = pywrap.masked_crc32c(bytes(data[block[0] : end])).to_bytes(4, "little")
+        (tmp_path / "model.ckpt-790.index").write_bytes(data)
+        with pytest.raises(InputError, match=r"model.ckpt-790"):
+            read_tf1(str(tmp_path / "model.ckpt-790"), model)
 
 
 def test_a_tf1_checkpoint_is_found_by_its_files_and_its_folder(tmp_path):

@@ -1,16 +1,19 @@
 """The page about a run shows the results in its folder, and names the commands for those that are missing."""
 
+import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.presets import get_preset
-from diffusion_tf.reports.run_page import paper_table, to_markdown, to_png
-from diffusion_tf.reports.run_record import read_run
+from diffusion_tf.reports.run_page import paper_table, to_markdown
+from diffusion_tf.reports.run_picture import plot_rate_distortion, to_png
+from diffusion_tf.reports.run_record import RunRecord, read_run
 from diffusion_tf.storage.files import write_json
 from diffusion_tf.storage.workdir import Workdir
 
@@ -36,15 +39,32 @@ def likelihood(split, bits_per_dim):
     return {**subject, **terms, "bits_per_dim": bits_per_dim, "terms_bits_per_dim": [1.5, 1.0, 1.0]}
 
 
+def picture_size(record):
+    return Image.open(io.BytesIO(to_png(record))).size
+
+
 def test_page_of_an_untouched_run_names_the_commands(tmp_path):
     record = read_run(make_run(tmp_path, "digits"))
     markdown = to_markdown(record, "report.png")
-    for program in ("likelihood", "rate_distortion", "evaluate"):
-        assert f"Not measured: `python -m experiments.{program}`" in markdown
-    assert "Not trained yet" in markdown and "| num_steps | " in markdown and "Beside the paper" not in markdown
-    assert Image.open(io.BytesIO(to_png(record))).size[0] > 1000
+    for program in ("likelihood", "rate_distortion", "evaluate", "compress encode"):
+        assert f": `python -m experiments.{program}`" in markdown
+    assert markdown.startswith("# digits, not trained here\n\n![") and "unchanged" in markdown
+    assert "Beside the paper" not in markdown and "## Training" not in markdown
+    width, height = picture_size(record)
+    assert width > 1000 and height < 400  # no empty panels
     with pytest.raises(InputError, match="holds no run"):
         read_run(Workdir(tmp_path / "nothing"))
+
+
+def test_page_lists_the_fields_that_differ_from_the_preset(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.write_config(get_preset("digits", num_steps=7, ch_mult=(1,)), 100, "")
+    table = to_markdown(read_run(workdir), "report.png").partition("## Configuration")[2]
+    assert "| ch_mult | (1,) |\n| num_steps | 7 |\n\n<sub>dataset=digits" in table
+    assert table.count("num_steps") == 1 and "batch_size=64" in table
+    workdir = Workdir(tmp_path / "other")
+    workdir.write_config(dataclasses.replace(get_preset("digits"), dataset="flowers"), 100, "")
+    assert "| batch_size | 64 |" in to_markdown(read_run(workdir), "report.png")  # no preset to differ from
 
 
 def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
@@ -64,12 +84,42 @@ def test_page_shows_the_papers_numbers_beside_the_runs(tmp_path):
     source += "; likelihood_train.json; likelihood_test.json"
     assert f"| **this run** | 9.50 | 3.25 | <= 3.76 (3.72) | {source} |" in markdown
     assert "| DDPM, L_simple | 9.46 ± 0.11 | 3.17 | <= 3.75 (3.72) | paper, Table 1 |" in markdown
-    assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "20 of 800,000 steps: loss 0.03" in markdown
-    assert "| 30 | ancestral, 1000 | 5,000 | 9 of cifar10, train | frechet_pixels | 0.5 |" in markdown
-    np.asarray(Image.open(io.BytesIO(to_png(record))))
+    assert "|  | this run | paper |" in markdown and "| bits/dim, test | 3.76 | <= 3.75 |" in markdown
+    assert "| fid | 3.25 | 3.17 |\n| inception_score | 9.5 | 9.46 ± 0.11 |" in markdown
+    assert "| 1000 | 2.25000 | 0.50000 |" in markdown and "# cifar10, 20 of 800,000 steps\n" in markdown
+    assert "| 30 | ancestral | 1000 | 5,000 | 9 of cifar10, train |  |  | 0.5 |" in markdown
+    assert picture_size(record)[1] > 1000
 
 
-def test_page_compares_samplers_and_keeps_them_out_of_the_papers_table(tmp_path):
+def test_page_says_what_a_code_of_few_levels_takes(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    write_json(f"{workdir.path}/likelihood_test.json", {**likelihood("test", 4.67), "levels": 17})
+    write_json(f"{workdir.path}/likelihood_train.json", {**likelihood("train", 4.6), "levels": 256})
+    markdown = to_markdown(read_run(workdir), "report.png")
+    assert "bits/dim, test, a uniform code of the images' 17 levels takes 4.09 | 4.67" in markdown
+    assert markdown.count("uniform code") == 1
+    write_json(f"{workdir.path}/likelihood_test.json", {**likelihood("test", 4.67), "levels": 0})
+    with pytest.raises(InputError, match="likelihood_test.json"):
+        read_run(workdir)
+
+
+def test_page_shows_every_evaluation_by_its_sampler(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    ddim = {"sampler": "ddim", "sampler_steps": 5, "ddim_eta": 0.0, "sampler_spacing": "early_end"}
+    dpm = {"sampler": "dpm_solver++", "sampler_steps": 5, "sampler_spacing": "linspace"}
+    workdir.append_evaluation(evaluation(20, **ddim, frechet_digits=8.0))
+    height = picture_size(read_run(workdir))[1]
+    workdir.append_evaluation({**evaluation(20, **dpm, frechet_digits=4.0), "num_samples": 300})
+    record = read_run(workdir)
+    markdown = to_markdown(record, "report.png")
+    assert "| 20 | ddim | 5 | 5,000 | 9 of cifar10, train | 8 |" in markdown
+    assert "| 20 | dpm_solver++, linspace | 5 | 300 | 9 of cifar10, train | 4 |" in markdown
+    assert "scores of samples: `" not in markdown  # nothing says that they were not measured
+    assert "| frechet_digits, dpm_solver++, linspace in 5 steps | 4 |" in markdown
+    assert height > 500 and picture_size(record)[1] == height  # one panel
+
+
+def test_page_keeps_other_samplers_out_of_the_papers_table(tmp_path):
     workdir = make_run(tmp_path, "cifar10")
     workdir.append_evaluation(evaluation(10, fid=6.0))
     few = {"sampler": "ddim", "ddim_eta": 0.0, "sampler_spacing": "trailing"}
@@ -79,10 +129,37 @@ def test_page_compares_samplers_and_keeps_them_out_of_the_papers_table(tmp_path)
         workdir.append_evaluation(evaluation(20, **line, precision=0.75, recall=0.5))
     record = read_run(workdir)
     markdown = to_markdown(record, "report.png")
-    table = "| ancestral | 1000 | 4.5 | 0.75 | 0.5 |\n| ddim | 10 | 8 | 0.75 | 0.5 |\n"
-    assert table + "| ddim, eta 1 | 20 | 7 | 0.75 | 0.5 |\n| ddim | 50 | 4 | 0.75 | 0.5 |" in markdown
-    assert "| **this run** |  | 4.50 |" in markdown and "| 20 | ddim, 10 | 5,000 |" in markdown
-    np.asarray(Image.open(io.BytesIO(to_png(record))))
+    row = "| 20 | {} | {} | 5,000 | 9 of cifar10, train | {} | 0.75 | 0.5 |"
+    rows = [("ancestral", 1000, 4.5), ("ddim", 10, 8), ("ddim, eta 1", 20, 7), ("ddim", 50, 4)]
+    assert "\n".join(row.format(*values) for values in rows) in markdown
+    assert "| **this run** |  | 4.50 |" in markdown and "| fid | 4.5 | 3.17 |" in markdown
+    assert picture_size(record)[1] > 500
+
+
+def rate_distortion_record(table, curve):
+    subject = {"images": "digits, test", "num_images": 7, "step": 20}
+    return RunRecord(
+        config=dataclasses.asdict(get_preset("digits")),
+        metrics=[],
+        likelihood={},
+        rate_distortion={"test": {**subject, "table": table, **curve}},
+        compression={},
+        evaluations=[],
+        samples=None,
+        reconstructions=None,
+    )
+
+
+def test_rate_distortion_is_drawn_at_every_t_and_never_by_chords():
+    t = np.arange(1000)
+    rate, rmse = 3.0 * 0.99**t, 100.0 * (1.0 - 0.99**t) ** 4  # convex: chords lie above it
+    curve = [{"rate_bits_per_dim": r, "distortion_rmse": d} for r, d in zip(rate.tolist(), rmse.tolist(), strict=True)]
+    axes = Figure().subplots()
+    plot_rate_distortion(axes, rate_distortion_record(curve[::100], {"curve": curve}))
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), np.stack([rate, rmse], axis=1))
+    axes = Figure().subplots()
+    plot_rate_distortion(axes, rate_distortion_record(curve[::100], {}))  # a file of an older version has ten points
+    assert len(axes.lines) == 1 and axes.lines[0].get_linestyle() == "None"
 
 
 def test_page_of_an_lsun_run_has_table_3(tmp_path):

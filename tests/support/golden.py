@@ -153,4 +153,14 @@ def known_model(
     network: diffusion_utils.DenoiseFn, strategy: tf.distribute.Strategy, preset: Preset = TINY
 ) -> KnownModel:
     """`network` with the diffusion of `preset`."""
-    return KnownModel(preset, strategy, GaussianDiffusion.from_preset(preset), network)
+    return KnownModel(preset, strategy, GaussianDiffusion.from_preset(preset, shows_overflow=True), network)
+
+
+def overflowing_model(strategy: tf.distribute.Strategy, value: float, below: int) -> KnownModel:
+    """A model of TINY whose network gives `value` for images of a negative first pixel at timesteps t < `below`."""
+
+    def network(x: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        overflows = (x[:, :1, :1] < 0.0) & (t[:, None, None, None] < below)
+        return tf.where(overflows, value, 0.1 * x)
+
+    return known_model(network, strategy)

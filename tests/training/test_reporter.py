@@ -10,6 +10,7 @@ import tensorflow as tf
 from PIL import Image
 from support.tiny_runs import TINY
 
+from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.reporter import Reporter
 
@@ -92,3 +93,17 @@ def test_a_restart_drops_the_metrics_of_later_steps(calls):
     reporter.close()
     calls.make_reporter(0).close()
     assert calls.workdir.read_metrics() == []
+
+
+def test_samples_that_are_not_finite_do_not_stop_training(calls, caplog):
+    def overflow():
+        raise NotFiniteError("samples 0 hold NaN or infinity")
+
+    calls.draw = overflow
+    reporter = calls.make_reporter(0)
+    for step in (2, 4, 5):
+        reporter.report(step, METRICS)
+    reporter.close()
+    assert calls.calls == [2, 4, "save", 5, "save"]
+    assert "no grid of samples at step 4: samples 0 hold NaN or infinity" in caplog.text
+    assert not os.path.exists(calls.workdir.samples)

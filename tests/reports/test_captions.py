@@ -1,0 +1,53 @@
+"""What captions say of samples, and which scores they take."""
+
+import pytest
+
+from diffusion_tf.presets import get_preset
+from diffusion_tf.reports.captions import caption, measured
+from diffusion_tf.solvers import SamplerSettings
+
+PRESET = get_preset("digits")
+
+
+def sampling(seed=0, dtype="float32", **settings):
+    return {"seed": seed, "compute_dtype": dtype, **SamplerSettings(**settings).describe(PRESET)}
+
+
+def line(step=20, digest="abc", score=1.5, **how):
+    return {"step": step, "checkpoint_sha256": digest, **sampling(**how), "num_samples": 1000, "frechet_digits": score}
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, "ancestral in 1,000 steps, seed 0"),
+        ({"seed": 3, "steps": 50}, "ancestral in 50 steps, seed 3"),
+        ({"name": "ddim", "steps": 5}, "ddim in 5 steps, seed 0"),
+        ({"name": "ddim", "eta": 0.5, "spacing": "leading"}, "ddim, eta 0.5, leading in 50 steps, seed 0"),
+    ],
+)
+def test_caption_names_checkpoint_sampler_and_seed(how, expected):
+    assert caption("digits", 2000, sampling(**how)) == f"digits, checkpoint 2,000, {expected}"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"name": "ddim", "steps": 5},
+        {"steps": 50},
+        {"seed": 1},
+        {"dtype": "bfloat16"},
+        {"step": 30},
+        {"digest": "another"},
+    ],
+)
+def test_a_caption_takes_no_score_of_other_samples(other):
+    assert measured(20, "abc", sampling(), [line(**other)], {}) == ""
+    evaluations = [line(score=1.0), line(score=2.0), line(**other, score=3.0)]
+    assert measured(20, "abc", sampling(), evaluations, {}) == "frechet_digits 2 (1,000 samples)"
+
+
+def test_a_caption_has_the_bound_of_its_checkpoint():
+    likelihood = {"train": {"step": 10, "bits_per_dim": 3.0}, "test": {"step": 20, "bits_per_dim": 4.126}}
+    assert measured(20, "abc", sampling(), [], likelihood) == "4.13 bits/dim (test)"
+    assert measured(20, "abc", sampling(), [line()], likelihood).endswith("samples), 4.13 bits/dim (test)")
