@@ -40,7 +40,7 @@ from diffusion_tf.storage.files import write_file, write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir
-from diffusion_tf.training.reporter import report_samples
+from diffusion_tf.training.reporter import report_samples, samples_path
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
@@ -78,10 +78,11 @@ def main() -> None:
     num_samples = FLAGS.num_samples
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
     samples = Sampler(trained, batch_size=num_samples, seed=0).draw(num_samples)
-    samples_path = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
-    write_npz(samples_path, samples=samples)
-    with contextlib.closing(EventFile(workdir.tensorboard)) as events:
-        report_samples(workdir, events, step, samples[:100])
+    drawn = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
+    write_npz(drawn, samples=samples)
+    if not tf.io.gfile.exists(samples_path(workdir, step)):  # TensorBoard shows them once
+        with contextlib.closing(EventFile(workdir.tensorboard)) as events:
+            report_samples(workdir, events, step, samples[:100])
     real = load_digits()
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
@@ -115,7 +116,7 @@ def main() -> None:
             num_examples=source.num_examples,
             num_samples=num_samples,
             picture=picture,
-            samples=samples_path,
+            samples=drawn,
             checkpoints=workdir.checkpoints,
             workdir=workdir.path,
             steps_per_loop=preset.steps_per_loop,

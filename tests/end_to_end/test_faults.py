@@ -342,17 +342,20 @@ def fill(disk, *, free):
     (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - free))
 
 
+ON_DISK = ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"]
+
+
 @pytest.mark.parametrize(
     ("program", "args", "free", "file"),
     [
-        ("train", ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"], 0, "run/lock"),
+        ("train", ON_DISK, 0, "run/lock"),
         (
             "train",
-            ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"],
+            ON_DISK,
             3 * 2**12,
             "tensorboard",
         ),
-        ("train", ["--workdir=disk/run", *TRAIN, "--checkpoint_every=100", "--steps_per_loop=4"], 2**16, "checkpoints"),
+        ("train", ON_DISK, 2**16, "checkpoints"),
         ("sample", ["--workdir=run", "--out=disk/x.npz", "--num_samples=200"], 2**12, "x.npz"),
         ("sample", ["--workdir=run", "--out=x.npz", "--png=disk/x.png", "--num_samples=64"], 2**12, "x.png"),
         ("export", ["--workdir=run", "--what=denoiser", "--out=disk/export"], 2**20, "export/saved_model "),
