@@ -16,7 +16,7 @@ test: $(VENV)/.installed  ## the tests, in a few minutes
 test-slow: $(VENV)/.installed  ## the tests that take many minutes
 	XLA_FLAGS= $(BIN)/python -m pytest -m slow --durations=5 -rP
 
-fuzz: $(VENV)/.installed  ## 100,000 damaged files for every reader of files: FILES=1000 for fewer; twenty minutes
+fuzz: $(VENV)/.installed  ## 100,000 damaged files for the readers of files; FILES=1000 for fewer
 	PYTHONPATH=tests:. $(BIN)/python -m support.fuzz $(or $(FILES),100000)
 
 soak: $(VENV)/.installed  ## kill a training process thirty times: the run must be the run; at most twenty minutes

@@ -6,7 +6,6 @@ block that lists the blocks, and a footer of 48 bytes that says where that one i
 
 from collections.abc import Iterator
 
-from google.protobuf.message import DecodeError
 from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto, BundleHeaderProto
 
@@ -22,15 +21,12 @@ def check_index(path: str) -> None:
 
     Raises:
       InputError: the file cannot be read, or is larger than an index.
-      ValueError: the file is not an index.
+      Exception: the file is not an index; protobuf's own DecodeError has no public name.
     """
     data = read_file(path, _MAX_BYTES)
-    try:
-        for offset, size in find_blocks(data):
-            for key, entry in _entries(data, offset, size):
-                _check_entry(key, entry)
-    except (IndexError, DecodeError) as error:
-        raise ValueError("an entry of the index is damaged") from error
+    for offset, size in find_blocks(data):
+        for key, entry in _entries(data, offset, size):
+            _check_entry(key, entry)
 
 
 def find_blocks(data: bytes) -> list[tuple[int, int]]:
@@ -58,7 +54,7 @@ def _entries(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes
     """Yields the keys and values of a block; each key begins with a part of the one before it."""
     block = data[offset : offset + size]
     if len(block) < size or data[offset + size] != 0:  # its type
-        raise IndexError
+        raise ValueError("a block does not fit")
     num_restarts = int.from_bytes(block[-4:], "little")
     place, key = 0, b""
     while place < size - 4 - 4 * num_restarts:
@@ -66,7 +62,7 @@ def _entries(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes
         rest, place = _varint(block, place)
         length, place = _varint(block, place)
         if shared > len(key) or place + rest + length > size:
-            raise IndexError
+            raise ValueError("an entry does not fit")
         key = key[:shared] + block[place : place + rest]
         place += rest + length
         yield key, block[place - length : place]
@@ -80,7 +76,7 @@ def _handle(data: bytes, place: int) -> tuple[tuple[int, int], int]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """Returns a number of seven bits in each byte, and the place after it; raises IndexError if it does not end."""
+    """Returns a number of seven bits in each byte, and the place after it."""
     value = 0
     for shift in range(0, 64, 7):
         byte = data[place]
@@ -88,4 +84,4 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, place
-    raise IndexError
+    raise ValueError("a number does not end")

@@ -205,6 +205,11 @@ RUN = [
     ("no configuration", lambda run: (run / "config.json").unlink(), "--workdir=run holds no run (no config.json)"),
     ("a cut configuration", change("config.json", lambda c: c[:-9]), "run/config.json is not JSON, or is damaged"),
     ("an unknown field", change("config.json", lambda c: c.replace(b'"ch"', b'"cx"')), "not a configuration of this"),
+    (
+        "too many timesteps",
+        change("config.json", lambda c: c.replace(b'"num_timesteps": 4', b'"num_timesteps": 1e9')),
+        "run/config.json is not a configuration of this version (num_timesteps=1000000000.0: must be a whole number)",
+    ),
     ("a deep configuration", text("config.json", "[" * 10**5), "run/config.json is not JSON, or is damaged"),
     ("no checkpoint", lambda run: shutil.rmtree(run / "checkpoints"), "holds no checkpoint; there are: none"),
 ]
@@ -214,7 +219,7 @@ SAMPLES = [
     ("cut off", several(npz("x.npz", samples=load_digits()), change("x.npz", lambda c: c[:-9])), "x.npz is not an"),
     ("a pickle", npz("x.npz", samples=np.array([Pickled()], object)), "x.npz is not an .npz file, or is damaged"),
     ("a bomb", bomb("x.npz"), "x.npz is not an .npz file, or is damaged (samples.npy claims to be uint8"),
-    ("another name", npz("x.npz", images=load_digits()), "x.npz holds no array named samples, not samples uint8"),
+    ("another name", npz("x.npz", images=load_digits()), "x.npz holds no array named samples (there are: images uint8"),
     ("another dtype", npz("x.npz", samples=np.zeros((9, 8, 8, 1))), "x.npz holds float64 (9, 8, 8, 1), not samples"),
     ("another shape", npz("x.npz", samples=np.zeros((9, 4, 4, 1), np.uint8)), "x.npz holds uint8 (9, 4, 4, 1), not"),
 ]
@@ -259,6 +264,7 @@ OVERFLOWING = [
     ("figures", ["--figure=interpolation", "--out=y.png"]),
     ("compress", ["encode", "--split=test", "--num_images=1", "--out=y"]),
 ]
+best = lambda run: (run / "checkpoints/best").mkdir()
 two_bad = data("x.tfrecords", flip(5 * RECORD + 40)(bytearray(RECORDS[:-3])))
 both_damaged = several(change(NEWEST, flip(-5)), change(OLDER, flip(-5)))
 damaged_metrics = text("metrics.jsonl", '{"step": 2}\nstep 4\n')
@@ -278,6 +284,11 @@ TABLE = [
     *[("compress", f"pictures: {name}", fault, ENCODE, line) for name, fault, line in PICTURES],
     ("figures", "pictures: another size", saved("x.png", Image.new("RGB", (8, 9))), FIGURE, "run/x.png (its size is"),
     *[(program, f"extensions: {line}", sound, args, line) for program, args, line in EXTENSIONS],
+    ("evaluate", "best: no object", several(best, text("checkpoints/best/evaluation.json", "[1]")), SCORE[:2],
+     "checkpoints/best/evaluation.json is damaged, or not of this program (Expected `object`, got `array`): remove it"),
+    ("report", "results: no table", text("rate_distortion_test.json", '{"images": "x", "num_images": 1, "step": 4}'),
+     [], "rate_distortion_test.json is damaged, or not of this program (Object missing required field `table`; there"),
+    ("report", "results: a text", text("likelihood_test.json", "bits"), [], "likelihood_test.json is not JSON, or is"),
     *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],
     *[(program, f"overflow: {' '.join(args[:2])}", several(digits, overflow), args, "000004.safetensors overflows, use")
       for program, args in OVERFLOWING],

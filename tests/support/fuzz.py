@@ -10,6 +10,7 @@ finding too. The exit code is 1 if there are findings.
 
 import functools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -185,20 +186,20 @@ def _limit_memory(name: str, folder: pathlib.Path, memory: int) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Feeds `arguments[0]` files, or file `arguments[1]` to the reader `arguments[0]`; returns the exit code."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         if len(arguments) == 2:
             path, content = damaged_file(arguments[0], int(arguments[1]))
             print(path, content[:200])
             write_sound(arguments[0], folder)
             print(find(arguments[0], int(arguments[1]), folder))
             return 0
-        total = int(arguments[0])
-        count = -(-total // len(READERS))
+        share = int(arguments[0]) / sum(1 / reader.cost for reader in READERS.values())
         findings = []
-        for reader in READERS:
-            found = run([(reader, number) for number in range(count)], folder)
-            print(f"{reader}: {count} files, {len(found)} findings", flush=True)
+        for name, reader in READERS.items():
+            count = math.ceil(share / reader.cost)
+            found = run([(name, number) for number in range(count)], folder)
+            print(f"{name}: {count} files, {len(found)} findings", flush=True)
             findings += found
         print("\n".join(findings))
         return bool(findings)
