@@ -51,7 +51,7 @@ def test_output_that_nobody_reads_does_not_end_a_program(tmp_path, command):
 def test_a_program_has_utf8_whatever_the_locale(tmp_path):
     workdir = tmp_path / "caf\u00e9"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "experiments", "sample", f"--workdir={workdir}", "--out=x"]
+    command = [sys.executable, "-m", "experiments", "sample", f"--workdir={workdir}", "--out=x.npz"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
     assert (
         result.stderr.decode() == f"sample: --workdir={workdir} holds no run (no config.json): train one there first\n"
