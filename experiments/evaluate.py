@@ -113,7 +113,7 @@ def _print(result: dict[str, Any]) -> None:
     images = reference.get("images") or reference["file"]
     print(f"\n{result['num_samples']} samples against {reference['num_images']} images of {images}")
     for name, score in result.items():
-        if isinstance(score, float) and math.isfinite(score):
+        if isinstance(score, float) and math.isfinite(score) and name != "ddim_eta":
             print(f"  {name:<38}{score:.5g}")
     print_notes(result.get("notes", {}))  # older versions recorded none
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import InputError, NotFiniteError
 from diffusion_tf.evaluation.scores import (
     FeatureExtractor,
     Images,
@@ -96,19 +97,30 @@ class CheckpointScorer:
     def follow(self, eval_every: int) -> Iterator[dict[str, Any]]:
         """Scores checkpoints while training writes them, until that of the last step in the run's configuration.
 
+        A checkpoint whose network overflows has no score: a warning names it.
+
         Args:
           eval_every: scores the checkpoints at multiples of this step, and the last one.
 
         Yields:
           The result of each checkpoint that had none.
         """
+        overflowing: set[int] = set()
         while True:
             num_steps = self.workdir.read_preset().num_steps
             for step in checkpoints.all_steps(self._held):
-                yield self._score(step, checkpoints.checkpoint_path(self._held, step))
+                held = checkpoints.checkpoint_path(self._held, step)
+                try:
+                    result = self._score(step, held)
+                except NotFiniteError as error:
+                    logging.warning("step %d has no scores: %s", step, error)
+                    overflowing.add(step)
+                    remove(held)
+                else:
+                    yield result
             steps = checkpoints.all_steps(self.workdir.checkpoints)
             due = [step for step in steps if step % eval_every == 0 or step == num_steps]
-            if not any(self._hold(step) for step in due):
+            if not any(self._hold(step) for step in due if step not in overflowing):
                 if num_steps in due:
                     return
                 time.sleep(_POLL_SECONDS)

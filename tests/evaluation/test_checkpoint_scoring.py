@@ -63,3 +63,16 @@ def test_the_results_may_lie_elsewhere(scorer, tmp_path):
     assert checkpoints.all_steps(f"{elsewhere.checkpoints}/best") == [4]
     after = sorted(path for path in tmp_path.rglob("*") if path.name != "partial" and "elsewhere" not in path.parts)
     assert after == before
+
+
+def test_a_checkpoint_that_overflows_does_not_end_the_evaluation(scorer, caplog):
+    path = checkpoints.checkpoint_path(scorer.workdir.checkpoints, 4)
+    arrays = checkpoints.load(path)
+    checkpoints.save(
+        scorer.workdir.checkpoints,
+        4,
+        {name: array * np.float32(1e25) if name.startswith("ema/conv_in") else array for name, array in arrays.items()},
+    )
+    assert [result["step"] for result in scorer.follow(eval_every=2)] == [2, 6]
+    assert "step 4 has no scores: " in caplog.text
+    assert not checkpoints.all_steps(scorer._held)
