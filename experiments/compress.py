@@ -62,7 +62,9 @@ from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import check_writable, describe_arrays, read_npz, write_file, write_json
+from diffusion_tf.storage.files import check_writable, write_file
+from diffusion_tf.storage.json_files import write_json
+from diffusion_tf.storage.npz_files import describe_arrays, read_npz
 from diffusion_tf.trained_model import TrainedModel
 
 from ._measured_run import MeasuredRun

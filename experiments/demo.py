@@ -36,7 +36,8 @@ from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.event_files import EventFile
-from diffusion_tf.storage.files import write_file, write_npz
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir

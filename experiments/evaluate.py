@@ -69,7 +69,7 @@ from diffusion_tf.evaluation.scores import (
     file_images,
     reference_path,
 )
-from diffusion_tf.storage.files import write_json
+from diffusion_tf.storage.json_files import write_json
 
 from ._measured_run import MeasuredRun, print_notes
 

@@ -29,7 +29,8 @@ from typing import Any
 from diffusion_tf import figures
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.likelihood import Bound, appendix_c, mean_and_standard_error
-from diffusion_tf.storage.files import write_file, write_json
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.json_files import write_json
 
 from ._measured_run import MeasuredRun
 

@@ -29,7 +29,8 @@ import tensorflow as tf
 from diffusion_tf import figures
 from diffusion_tf.likelihood import rate_distortion
 from diffusion_tf.reports import paper_numbers as paper
-from diffusion_tf.storage.files import read_json, write_file, write_json
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.json_files import read_json, write_json
 from diffusion_tf.storage.records import Compression
 
 from ._measured_run import MeasuredRun, print_notes

@@ -51,7 +51,8 @@ from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.reports import captions
 from diffusion_tf.samplers import Sampler, ddim_inversion
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import check_writable, write_file, write_npz
+from diffusion_tf.storage.files import check_writable, write_file
+from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 

@@ -32,7 +32,7 @@ from importlib.metadata import version
 from typing import Any
 
 from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_table
-from diffusion_tf.storage.files import write_json
+from diffusion_tf.storage.json_files import write_json
 
 
 def _log(line: str) -> None:

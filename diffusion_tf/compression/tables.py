@@ -21,7 +21,8 @@ from diffusion_tf.diffusion_utils import images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.storage.files import check_writable, first_line, read_json, write_file
+from diffusion_tf.storage.files import check_writable, first_line, write_file
+from diffusion_tf.storage.json_files import read_json
 from diffusion_tf.trained_model import TrainedModel
 
 _MAX_TABLE_BYTES = 1 << 26

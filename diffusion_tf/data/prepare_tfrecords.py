@@ -27,7 +27,8 @@ from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.tfrecord_shards import Shard, check_skipped, write_shard
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.progress_bar import progress_bar
-from diffusion_tf.storage.files import check_writable, read_json, write_json, writing
+from diffusion_tf.storage.files import check_writable, writing
+from diffusion_tf.storage.json_files import read_json, write_json
 
 # A killed run loses at most one shard per worker, and training's shuffle buffer holds 5,461 images of 256x256.
 _IMAGES_PER_SHARD = 4096

@@ -12,14 +12,12 @@ import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.errors import InputError, NotFiniteError
+from diffusion_tf.evaluation.best_checkpoint import is_alike, read_best, record_evaluation
 from diffusion_tf.evaluation.scores import (
     FeatureExtractor,
     Images,
     RunSamples,
     compute_scores,
-    is_alike,
-    read_best,
-    record_evaluation,
     reference_features,
     score_notes,
 )

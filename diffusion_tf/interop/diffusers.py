@@ -16,7 +16,8 @@ from diffusion_tf.errors import InputError
 from diffusion_tf.interop import diffusers_config
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.checkpoints import check_specs
-from diffusion_tf.storage.files import Arrays, new_folder, write_file, write_json
+from diffusion_tf.storage.files import Arrays, new_folder, write_file
+from diffusion_tf.storage.json_files import write_json
 from diffusion_tf.storage.safetensors_header import ArraySpec, read_arrays, read_header
 from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet

@@ -10,7 +10,8 @@ import tensorflow as tf
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.layers import NUM_GROUPS
 from diffusion_tf.presets import Preset
-from diffusion_tf.storage.files import first_line, listed, read_json
+from diffusion_tf.storage.files import first_line, listed
+from diffusion_tf.storage.json_files import read_json
 
 PIPELINE = {
     "_class_name": "DDPMPipeline",

@@ -15,7 +15,8 @@ from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import p_sample_loop, sample_noise
-from diffusion_tf.storage.files import check_writable, remove, replacing, write_file, write_json
+from diffusion_tf.storage.files import check_writable, remove, replacing, write_file
+from diffusion_tf.storage.json_files import write_json
 from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.training.step import train_step
 from diffusion_tf.unet import UNet

@@ -5,7 +5,8 @@ import os
 from collections.abc import Mapping
 
 from diffusion_tf.reports.paper_figures import PaperFigure
-from diffusion_tf.storage.files import write_file, write_json
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.json_files import write_json
 
 
 def file_name(figure: str) -> str:

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from diffusion_tf.data.pictures import decode_picture
 from diffusion_tf.errors import DamagedFileError, InputError
-from diffusion_tf.storage.files import read_file, read_json
+from diffusion_tf.storage.files import read_file
+from diffusion_tf.storage.json_files import read_json
 from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
 

@@ -19,7 +19,8 @@ from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import Arrays, copy_file, digest_arrays, first_line, listed, remove, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, first_line, listed, remove, write_file
+from diffusion_tf.storage.npz_files import digest_arrays
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2

@@ -1,43 +1,29 @@
 """Reads and writes files on disk or gs://. Every error names the file.
 
 Writes are atomic: a file is written beside its place, synced and renamed. What a killed process leaves there is removed
-by the next one that writes into the folder. Files that are read are not trusted: their sizes are checked before memory
-is allocated, and no code in them runs (no pickles).
+by the next one that writes into the folder. The size of a file is checked before memory is allocated to read it.
 """
 
 import contextlib
 import errno
 import functools
-import hashlib
-import io
-import json
-import math
 import os
 import re
 import secrets
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import msgspec
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.errors import InputError
 
 Arrays = dict[str, np.ndarray]  # by name, as a checkpoint or an .npz file holds them
 MAX_BYTES = 2**30  # the default limit of a file that is read at once
 _PROCESS = secrets.token_hex(4)  # tells this process from an earlier one of its number
 # What a network mount answers that lacks locks, or flushing to the disk.
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-MAX_JSON_BYTES = 2**26  # Python's objects take up to twenty times as much
-MAX_ARRAY_BYTES = 2**34  # the arrays of an .npz file: 50,000 images of 256x256 take 10 GB
-# A compressed .npz file of more than _SMALL_BYTES of arrays may unpack to this many times its size. Pictures reach 20;
-# the most that the format allows is 1000.
-_MAX_RATIO = 64
-_SMALL_BYTES = 2**26
-_MAX_FLOAT, _MAX_INT = 1e39, 2**63  # in JSON of this program; no float32 is larger
 
 
 def write_file(path: str, data: bytes) -> None:
@@ -195,13 +181,6 @@ def check_writable(path: str) -> None:
         remove(_temporary(path))
 
 
-def write_npz(path: str, **arrays: np.ndarray) -> None:
-    """Writes arrays by name as an .npz file, atomically."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_file(path, buffer.getvalue())
-
-
 @contextlib.contextmanager
 def new_folder(path: str) -> Iterator[str]:
     """Creates a folder atomically: the block writes into a temporary folder, which becomes `path` when it succeeds.
@@ -229,139 +208,6 @@ def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
             return file.read()
     except (tf.errors.OpError, OSError) as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
-
-
-def read_json(path: str, schema: Any = None, max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Returns the value in a JSON file.
-
-    Args:
-      path: the file.
-      schema: for a file that this program writes, the type of its value: a TypedDict, say; further keys are allowed.
-      max_bytes: the largest size of the file.
-
-    Raises:
-      InputError: the file cannot be read, or is larger than `max_bytes`.
-      DamagedFileError: the file is not JSON, or its value is not of that type.
-    """
-    return parse_json(read_file(path, max_bytes), schema, path)
-
-
-def parse_json(text: bytes | str, schema: Any, place: str) -> Any:
-    """Returns the value in JSON text from `place`, a file or a line of one; `schema` as for `read_json`.
-
-    Raises:
-      DamagedFileError: the text is not JSON, or its value is not of that type.
-    """
-    # What others write may hold NaN and numbers of any size.
-    limits: dict[str, Any] = (
-        {} if schema is None else {"parse_float": _float, "parse_constant": _float, "parse_int": _int}
-    )
-    try:
-        value = json.loads(text, **limits)
-        if schema is not None:
-            msgspec.convert(value, schema)
-    except msgspec.ValidationError as error:
-        there = f"; there are: {listed(value)}" if isinstance(value, dict) else ""
-        raise DamagedFileError(f"{place} is damaged, or not of this program ({error}{there})") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{place} is not JSON, or is damaged ({first_line(error)})") from error
-    return value
-
-
-def _float(text: str) -> float:
-    if not abs(number := float(text)) < _MAX_FLOAT:
-        raise ValueError(f"the number {text[:20]} is too large, or not finite")
-    return number
-
-
-def _int(text: str) -> int:
-    if not abs(number := int(text)) < _MAX_INT:
-        raise ValueError(f"the number {text[:20]}... is too large")
-    return number
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a value as an indented JSON file."""
-    write_file(path, (to_json(value, indent=2) + "\n").encode())
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Returns a value as JSON text; NaN and infinity become null, since JSON has no word for them."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN and infinity in nested dicts and lists by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
-    """Returns the arrays of an .npz file; pickled objects are refused. Takes little more memory than the arrays.
-
-    Raises:
-      InputError: the file cannot be read, or its arrays do not fit in memory.
-      DamagedFileError: the file is not an .npz file, or its arrays take more than `max_bytes` together, or far more
-        than the file.
-    """
-    path = os.path.expanduser(path)
-    try:
-        num_bytes = tf.io.gfile.stat(path).length
-        # zipfile expects the errors of Python's own files.
-        file: Any = open(path, "rb") if is_local(path) else tf.io.gfile.GFile(path, "rb")  # noqa: SIM115 (closed below)
-    except (tf.errors.OpError, OSError) as error:
-        raise InputError(f"cannot read {path} ({first_line(error)})") from error
-    try:
-        with file, zipfile.ZipFile(file) as archive:
-            _check_sizes(archive, num_bytes, max_bytes)
-            return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in archive.infolist()}
-    except MemoryError as error:
-        raise InputError(f"{path} does not fit in memory") from error
-    except Exception as error:  # zipfile and NumPy raise a dozen types
-        raise DamagedFileError(f"{path} is not an .npz file, or is damaged ({first_line(error)})") from error
-
-
-def _check_sizes(archive: zipfile.ZipFile, file_bytes: int, max_bytes: int) -> None:
-    """Raises ValueError if the arrays of an .npz file take too much memory, or their headers lie."""
-    total = sum(_array_bytes(archive, member) for member in archive.infolist())
-    if total > max_bytes:
-        raise ValueError(f"its arrays take {total:,} bytes, and may take {max_bytes:,} at most")
-    if total > max(_SMALL_BYTES, _MAX_RATIO * file_bytes):
-        raise ValueError(f"{file_bytes:,} bytes unpack to {total:,}: save the arrays without compression")
-
-
-def _array_bytes(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Returns the bytes of an array in an .npz file; raises ValueError if the archive does not hold that many."""
-    # Other methods unpack a block at once, of any size.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is compressed by another method than NumPy's")
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[version](file)
-        there = member.file_size - file.tell()
-    size = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or size != there or min(shape, default=0) < 0:
-        raise ValueError(f"{member.filename} claims to be {dtype} {shape}, and has {there:,} bytes")
-    return size
-
-
-def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)  # piece by piece
-
-
-def digest_arrays(arrays: Mapping[str, np.ndarray], stated: bytes = b"") -> str:
-    """Returns the SHA-256 over the names, dtypes, shapes and contents of arrays, after what a file states of them."""
-    digest = hashlib.sha256(stated)
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
 
 
 def append_line(path: str, line: str) -> None:
@@ -407,8 +253,3 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     shown = [name if name.isprintable() and len(name) <= 80 else f"{name[:80]!r}..." for name in names[:most]]
     rest = [f"{len(names) - most} others"] if len(names) > most else []
     return ", ".join(shown + rest) or "none"
-
-
-def describe_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns the names, dtypes and shapes of arrays, for an error message."""
-    return listed(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())

@@ -12,7 +12,8 @@ from absl import logging
 
 from diffusion_tf.errors import DamagedFileError
 from diffusion_tf.progress_bar import progress_bar
-from diffusion_tf.storage.files import Arrays, digest_arrays, read_npz, remove, write_npz
+from diffusion_tf.storage.files import Arrays, remove
+from diffusion_tf.storage.npz_files import digest_arrays, read_npz, write_npz
 
 
 class ResumableBatches:

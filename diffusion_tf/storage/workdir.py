@@ -17,16 +17,13 @@ from diffusion_tf.storage.files import (
     append_line,
     first_line,
     is_local,
-    parse_json,
     read_file,
-    read_json,
     sync,
-    to_json,
     warn_once,
     write_file,
-    write_json,
     writing,
 )
+from diffusion_tf.storage.json_files import parse_json, read_json, to_json, write_json
 from diffusion_tf.storage.records import Config, Evaluation, Metrics
 
 

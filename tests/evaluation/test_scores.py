@@ -13,21 +13,18 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError, NotFiniteError
 from diffusion_tf.evaluation import metrics
+from diffusion_tf.evaluation.best_checkpoint import best_folder, is_alike, read_best, record_evaluation
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork, digits_network, inception_network, pixels_network
 from diffusion_tf.evaluation.scores import (
     METRICS,
     FeatureExtractor,
     Images,
     RunSamples,
-    best_folder,
     check_metrics,
     choose_best_by,
     choose_metrics,
     compute_scores,
     file_images,
-    is_alike,
-    read_best,
-    record_evaluation,
     reference_features,
     score_names,
     score_notes,
@@ -37,7 +34,8 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import write_file, write_npz
+from diffusion_tf.storage.files import write_file
+from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.state import TrainState
 

@@ -15,6 +15,7 @@ from diffusion_tf.diffusion_utils import GaussianDiffusion, x_to_images, x_to_pi
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.presets import get_preset
 from diffusion_tf.reports import paper_figures
+from diffusion_tf.reports.xstart_estimate import XstartEstimate
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import ReverseProcess, Sampler
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
@@ -122,11 +123,11 @@ def test_an_estimate_of_noise_is_the_mean_image():
     x_start = 0.3 + 0.2 * random.randn(500, 4, 4, 1)
     noise = np.clip(5 * random.randn(2, 500, 4, 4, 1), -1, 1)
     predictions = np.stack([noise[0], x_start + 0.2 * noise[1] / noise[1].std(), x_start]).astype(np.float32)
-    estimate = paper_figures.XstartEstimate(predictions, x_start.astype(np.float32))
+    estimate = XstartEstimate(predictions, x_start.astype(np.float32))
     np.testing.assert_allclose(estimate.weights, [0.0, 0.5, 1.0], atol=0.02)  # signal / (signal + noise)
     error = np.sqrt(np.square(estimate(predictions) - x_start).mean(axis=(1, 2, 3, 4)))
     np.testing.assert_allclose(error, [0.2, 0.2 / 2**0.5, 0.0], atol=0.005)
-    one = paper_figures.XstartEstimate(predictions[:, :1], x_start[:1].astype(np.float32))
+    one = XstartEstimate(predictions[:, :1], x_start[:1].astype(np.float32))
     np.testing.assert_array_equal(one(predictions[:, :1]), predictions[:, :1])  # no regression
 
 

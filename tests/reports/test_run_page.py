@@ -14,7 +14,7 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.reports.run_page import paper_table, to_markdown
 from diffusion_tf.reports.run_picture import plot_rate_distortion, to_png
 from diffusion_tf.reports.run_record import RunRecord, read_run
-from diffusion_tf.storage.files import write_json
+from diffusion_tf.storage.json_files import write_json
 from diffusion_tf.storage.workdir import Workdir
 
 

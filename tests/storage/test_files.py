@@ -21,15 +21,13 @@ from diffusion_tf.storage.files import (
     listed,
     new_folder,
     read_file,
-    read_json,
-    read_npz,
     replacing,
     warn_once,
     write_file,
-    write_json,
-    write_npz,
     writing,
 )
+from diffusion_tf.storage.json_files import read_json, write_json
+from diffusion_tf.storage.npz_files import read_npz, write_npz
 
 
 def test_writing_a_file_creates_its_folder(tmp_path):

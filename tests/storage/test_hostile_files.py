@@ -18,7 +18,8 @@ from diffusion_tf.data.source import ImageReader
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import read_json, read_npz
+from diffusion_tf.storage.json_files import read_json
+from diffusion_tf.storage.npz_files import read_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.progress import Progress
 

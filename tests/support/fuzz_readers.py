@@ -25,15 +25,16 @@ from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
+from diffusion_tf.evaluation.best_checkpoint import read_best
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
-from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, read_best, reference_features
+from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, reference_features
 from diffusion_tf.interop import diffusers, diffusers_config, tf1, tf1_index
 from diffusion_tf.presets import get_preset
 from diffusion_tf.reports.run_page import to_markdown
 from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.storage.files import read_npz
+from diffusion_tf.storage.npz_files import read_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.progress import Progress
 from diffusion_tf.unet import UNet
