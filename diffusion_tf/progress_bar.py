@@ -20,7 +20,8 @@ def progress_bar(iterable: Iterable | None = None, *, nested: bool = False, **se
     """
     if "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty()):
         return tqdm.tqdm(iterable, leave=not nested, delay=_NESTED_DELAY if nested else 0, **settings)
-    return _Lines(iterable, disable=nested, mininterval=_LOG_SECONDS, delay=_LOG_SECONDS, **settings)
+    pace = {"mininterval": _LOG_SECONDS, "maxinterval": _LOG_SECONDS, "delay": _LOG_SECONDS}
+    return _Lines(iterable, disable=nested, **pace, **settings)
 
 
 class _Lines(tqdm.tqdm):
