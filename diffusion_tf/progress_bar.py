@@ -36,6 +36,6 @@ class _Lines(tqdm.tqdm):
         """Does nothing: a line in a file stays."""
 
     def close(self) -> None:
-        if not self.disable:
+        if not self.disable and (self.n != self.last_print_n or self.n == self.initial):
             self.display()
-            self.disable = True
+        self.disable = True
