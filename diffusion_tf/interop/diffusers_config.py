@@ -52,7 +52,7 @@ _EMA_NOTES = (
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
 )  # fmt: skip
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-_COMPONENTS = ("unet", "scheduler")
+_COMPONENTS = {"unet": ("UNet2DModel",), "scheduler": tuple(_SCHEDULERS)}
 # The settings of a preset that decide a field.
 _SETTINGS = {
     "sample_size": "`image_size`", "in_channels": "`channels`", "out_channels": "`channels`",
@@ -238,13 +238,22 @@ def find_scheduler(folder: str) -> str | None:
     """The configuration of the scheduler in a diffusers folder, in `scheduler` or, as on the hub, flat; None if none.
 
     Raises:
-      InputError: the folder holds a pipeline with other parts than a network and a scheduler, such as an autoencoder.
+      InputError: the folder holds a pipeline with other parts than a network and a scheduler, such as an autoencoder,
+        or the scheduler that it names is missing.
     """
     path = os.path.join(folder, "model_index.json")
-    if tf.io.gfile.exists(path):
-        _read(path, {name: {} for name in _PIPELINES}, _COMPONENTS)
-    places = (os.path.join(folder, *parts, "scheduler_config.json") for parts in (("scheduler",), ()))
-    return next(filter(tf.io.gfile.exists, places), None)
+    index = _read(path, {name: {} for name in _PIPELINES}, _COMPONENTS) if tf.io.gfile.exists(path) else {}
+    for component, classes in _COMPONENTS.items():
+        value = index.get(component)
+        # The library is a string of its own: a custom class may have the name of one of diffusers.
+        if component in index and value not in [["diffusers", name] for name in classes]:
+            known = " or ".join(classes)
+            raise InputError(f"{path} has {component}={_shown(value)}: only {known} of diffusers can be read")
+    places = [os.path.join(folder, *parts, "scheduler_config.json") for parts in (("scheduler",), ())]
+    found = next(filter(tf.io.gfile.exists, places), None)
+    if found is None and ("scheduler" in index or tf.io.gfile.isdir(os.path.dirname(places[0]))):
+        require_file(places[0])  # the defaults may not be what is missing
+    return found
 
 
 def is_diffusers_folder(folder: str) -> bool:

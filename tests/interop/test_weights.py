@@ -330,8 +330,7 @@ def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match=r"scheduler_config.json is not JSON"):
         read_diffusers(folder, golden.SMALL, model, None)
-    path.unlink()  # a UNet2DModel alone
-    read_diffusers(folder, golden.SMALL, model, None)
+    read_diffusers(str(tmp_path / "unet"), golden.SMALL, model, None)  # a UNet2DModel alone
 
 
 @pytest.mark.parametrize(
@@ -405,11 +404,21 @@ def test_a_pipeline_with_other_parts_is_refused(model, tmp_path):
     for change, message in (
         ({"_class_name": "LDMPipeline"}, '_class_name="LDMPipeline": only DDPMPipeline and DDIMPipeline can be read'),
         ({"vqvae": ["diffusers", "VQModel"]}, r'model_index.json has vqvae=\["diffusers", "VQModel"\], which this'),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "model_index.json has scheduler=.*Flow"),
+        ({"unet": ["custom", "UNet2DModel"]}, "model_index.json has unet=.*: only UNet2DModel of diffusers"),
     ):
         (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
         for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
             with pytest.raises(InputError, match=message):
                 read()
+
+
+def test_a_scheduler_that_is_missing_is_not_the_default_one(model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    (tmp_path / "scheduler/scheduler_config.json").rename(tmp_path / "scheduler/config.json")
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+        with pytest.raises(InputError, match="scheduler_config.json: .*scheduler holds config.json"):
+            read()
 
 
 def test_unet_ema_beside_unet_holds_the_ema_weights(model, tmp_path):
