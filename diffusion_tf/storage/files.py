@@ -227,7 +227,8 @@ def append_line(path: str, line: str) -> None:
 
 
 def _append_local(path: str, data: bytes) -> None:
-    with open(path, "ab+", buffering=0) as file:
+    # A link may lead to a file that is not ours, whose last line would be cut off.
+    with open(path, "ab+", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
         if file.read(1) not in (b"", b"\n"):

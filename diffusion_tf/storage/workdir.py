@@ -82,6 +82,7 @@ class Workdir:
         if not is_local(self.path):
             yield
             return
+        self._refuse_file()
         path = os.path.join(self.path, "lock")
         with writing(path):
             os.makedirs(self.path, exist_ok=True)
@@ -90,6 +91,11 @@ class Workdir:
             with writing(path):
                 self._take(file)
             yield
+
+    def _refuse_file(self) -> None:
+        """Raises ConfigError if the path is that of a file."""
+        if tf.io.gfile.exists(self.path) and not tf.io.gfile.isdir(self.path):
+            raise ConfigError("workdir", f"={self.path} is not a folder")
 
     def _take(self, file: io.FileIO) -> None:
         """Locks the open lock file and writes the number of this process into it."""
@@ -187,6 +193,7 @@ class Workdir:
         Raises:
           InputError: the folder holds no run, or its configuration cannot be read.
         """
+        self._refuse_file()
         if not tf.io.gfile.exists(self._config):
             raise ConfigError("workdir", f"={self.path} holds no run (no config.json): train one there first")
         return self._read_config().preset

@@ -144,6 +144,24 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
         assert (tmp_path / "run/lock").exists()
 
 
+def test_a_line_is_not_appended_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("its last line has no end")
+    (tmp_path / "evaluations.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="evaluations.jsonl .it is a symbolic link: remove it"):
+        Workdir(str(tmp_path)).append_evaluation({"step": 1})
+    assert (tmp_path / "victim").read_text() == "its last line has no end"
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("kept")
+    workdir = Workdir(str(path))
+    for use in (workdir.read_preset, workdir.lock().__enter__):
+        with pytest.raises(InputError, match="workdir=.*file is not a folder"):
+            use()
+    assert path.read_text() == "kept"
+
+
 def test_a_mount_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError(code, os.strerror(code))
