@@ -59,8 +59,12 @@ class Targets:
         """Checks the targets for images of `num_dims` dimensions.
 
         Raises:
-          ConfigError: the header alone is larger than `bits_per_dim`, or `lossless` is combined with a target.
+          ConfigError: a target is negative or not finite, the header alone is larger than `bits_per_dim`, or `lossless`
+            is combined with a target.
         """
+        for name, target in (("target_rmse", self.rmse), ("target_bits_per_dim", self.bits_per_dim)):
+            if target is not None and not 0.0 <= target < math.inf:
+                raise ConfigError(name, f"={target:g} must be 0 or more, and finite")
         if self.lossless and self.stop_early:
             raise ConfigError("lossless", "needs all steps: leave `target_rmse` and `target_bits_per_dim` out")
         least = 8 * HEADER_BYTES / num_dims

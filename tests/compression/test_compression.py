@@ -20,7 +20,7 @@ from diffusion_tf.compression.image_files import RateDistortion, Targets, decode
 from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import Table, TableStore, make_table, predictor
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
-from diffusion_tf.errors import InputError, NotFiniteError
+from diffusion_tf.errors import ConfigError, InputError, NotFiniteError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 
@@ -306,6 +306,9 @@ def test_targets_choose_the_number_of_steps():
     Targets(bits_per_dim=4.875).check(64)
     with pytest.raises(InputError, match="target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
         Targets(bits_per_dim=4.8).check(64)
+    for targets in (Targets(rmse=math.nan), Targets(rmse=-1.0), Targets(bits_per_dim=math.nan)):
+        with pytest.raises(ConfigError, match="must be 0 or more, and finite"):
+            targets.check(64)
     with pytest.raises(InputError, match="lossless needs all steps: leave `target_rmse`"):
         Targets(rmse=1.0, lossless=True).check(64)
 
