@@ -142,7 +142,7 @@ class CheckpointScorer:
         lines = [line for place in places for line in place.read_evaluations() if line["step"] == step]
         alike = [line for line in lines if is_alike(line, self._description)]
         digest = checkpoints.load_digest(path) if alike else ""
-        return next((line for line in alike if line["checkpoint_sha256"] == digest), None)
+        return next((line for line in alike if line.get("checkpoint_sha256") == digest), None)
 
     def _score(self, step: int, held: str) -> dict[str, Any]:
         """Scores and records a copied checkpoint, and removes the copy."""
