@@ -101,7 +101,7 @@ def test_ctrl_c_keeps_the_finished_batches_of_samples(tmp_path):
     run = tmp_path / "run"
     trained = run_fork("train", f"--workdir={run}", *killed_runs.TINY, "--num_steps=5")
     assert trained.returncode == 0, trained.stderr
-    flags = [f"--workdir={run}", "--num_samples=10000", "--batch_size=10"]
+    flags = [f"--workdir={run}", "--num_samples=2000", "--batch_size=10"]
     process, log = start(tmp_path, "sample", *flags, f"--out={tmp_path}/interrupted.npz")
     killed_runs.wait_for(lambda: len(list(run.glob("partial/*/*.npz"))) > 20)
     process.send_signal(signal.SIGINT)
