@@ -96,6 +96,9 @@ def test_another_server_at_the_address_of_a_process_is_not_that_process():
         thread.start()
         thread.join(1.5)
         assert thread.is_alive()
+    wait_for_all(addresses, 1)  # the right one at last
+    thread.join(10.0)
+    assert not thread.is_alive()
 
 
 def test_an_address_in_use_is_refused():
