@@ -88,6 +88,7 @@ def test_missing_packages_are_named(monkeypatch):
         compile_stablehlo("", V3)
 
 
+@pytest.mark.slow
 def test_the_report_projects_steps_per_second(tmp_path):
     network = ["--ch=32", "--ch_mult=1", "--num_res_blocks=1", "--num_timesteps=50"]
     args = ["--dataset=digits", *network, "--batch_size=16", "--sample_batch_size=8", "--precision=bfloat16"]
