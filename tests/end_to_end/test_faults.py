@@ -166,7 +166,7 @@ FLAGS = [
     ("no multiple", sound, ["--checkpoint_every=7"], "--checkpoint_every=7: must be a multiple of"),
     ("an argument", sound, ["resume"], "unknown argument resume: flags start with --"),
     ("another recipe", sound, ["--dropout=0.5"], "another recipe (dropout: 0.5 != 0.0"),
-    ("a workdir that is a file", sound, ["--workdir=run/flags.txt"], "cannot write run/flags.txt/lock"),
+    ("a workdir that is a file", sound, ["--workdir=run/flags.txt"], "--workdir=run/flags.txt is not a folder"),
     ("a read-only workdir", sound, ["--workdir=/proc/sys"], "cannot write /proc/sys/lock"),
     ("no TPU", sound, ["--strategy=tpu"], "--tpu=local: "),
 ]
