@@ -1,6 +1,12 @@
 """The errors that end a program with one clear line, and the exit code of each."""
 
 
+def quoted(value: object) -> str:
+    """Returns a value as text for an error message, which is one line: shortened and escaped where it must be."""
+    text = str(value)
+    return text if len(text) <= 80 and text.isprintable() else f"{text[:80]!r}..."
+
+
 class InputError(ValueError):
     """A setting, file or record that the user gave is wrong.
 

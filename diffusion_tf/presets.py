@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from diffusion_tf.errors import ConfigError
+from diffusion_tf.errors import ConfigError, quoted
 
 CHOICES = {
     "beta_schedule": ("linear", "quad", "const", "warmup10", "warmup50", "jsd"),
@@ -127,7 +127,7 @@ class Preset:
 
     def _require(self, name: str, valid: bool, requirement: str) -> None:
         if not valid:
-            raise ConfigError(name, f"={_quoted(getattr(self, name))}: {requirement}")
+            raise ConfigError(name, f"={quoted(getattr(self, name))}: {requirement}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -164,16 +164,10 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
         return tuple(_converted(name, int, item) for item in value)
     accepted, what = _KINDS[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(name, f"={_quoted(value)}: must be {what}")
+        raise ConfigError(name, f"={quoted(value)}: must be {what}")
     if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
         raise ConfigError(name, ": the number has too many digits")
     return kind(value)
-
-
-def _quoted(value: Any) -> str:
-    """A value in an error message, which is one line."""
-    text = str(value)
-    return text if len(text) <= 80 and text.isprintable() else f"{text[:80]!r}..."
 
 
 _KINDS: dict[Any, tuple[type, str]] = {

@@ -32,10 +32,10 @@ def prepare() -> None:
 
 
 def clean_up_at_ctrl_c() -> None:
-    """From now on, Ctrl-C raises KeyboardInterrupt; a second one ends the process at once, as the time limit does.
+    """From now on, Ctrl-C raises KeyboardInterrupt, and the process ends within five seconds, or at the next Ctrl-C.
 
-    A thread watches, because Python handles no signal while TensorFlow computes or waits, and because an exception that
-    is raised in a callback is lost.
+    A thread sees to that: Python handles no signal while TensorFlow computes or waits, and an exception that is raised
+    in a callback is lost.
     """
     if signal.getsignal(signal.SIGINT) == _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)

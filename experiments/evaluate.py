@@ -16,6 +16,7 @@ The same command resumes an interrupted evaluation.
 
 import math
 import os
+from typing import Any
 
 from absl import flags
 
@@ -56,8 +57,6 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from typing import Any
-
 from diffusion_tf.evaluation.checkpoint_scoring import CheckpointScorer, Scorer
 from diffusion_tf.evaluation.scores import (
     FeatureExtractor,
@@ -69,6 +68,7 @@ from diffusion_tf.evaluation.scores import (
     file_images,
     reference_path,
 )
+from diffusion_tf.reports.run_record import scores as scores_in
 from diffusion_tf.storage.json_files import write_json
 
 from ._measured_run import MeasuredRun, print_notes
@@ -112,8 +112,8 @@ def _print(result: dict[str, Any]) -> None:
     reference = result["reference"]
     images = reference.get("images") or reference["file"]
     print(f"\n{result['num_samples']} samples against {reference['num_images']} images of {images}")
-    for name, score in result.items():
-        if isinstance(score, float) and math.isfinite(score) and name != "ddim_eta":
+    for name, score in scores_in(result).items():
+        if math.isfinite(score):
             print(f"  {name:<38}{score:.5g}")
     print_notes(result.get("notes", {}))  # older versions recorded none
 

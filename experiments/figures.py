@@ -16,7 +16,7 @@ from absl import flags
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation import MAX_REFERENCE
-from diffusion_tf.reports import FIGURES, SCORED_FIGURES
+from diffusion_tf.reports import FIGURES, SCORED_FIGURES, file_name
 
 from . import _flags, _program
 
@@ -45,7 +45,7 @@ def _check() -> None:
     _flags.check_measured_run()
     _flags.require_flags("figure", "out")
     if FLAGS.figure != "all":
-        _flags.check_extension("out", ".gif" if FLAGS.figure == "animation" else ".png")
+        _flags.check_extension("out", os.path.splitext(file_name(FLAGS.figure))[1])
 
 
 _program.parse_flags(__name__, _check)
@@ -60,11 +60,7 @@ from diffusion_tf.evaluation.scores import (
     reference_path,
 )
 from diffusion_tf.reports import captions, paper_figures
-from diffusion_tf.reports.figure_files import (
-    file_name,
-    to_page,
-    write_figure,
-)
+from diffusion_tf.reports.figure_files import to_page, write_figure
 from diffusion_tf.reports.paper_figures import PaperFigure
 from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.solvers import SamplerSettings

@@ -10,6 +10,7 @@ PNG of the terms over t; an estimate is likelihood_SPLIT_estimate.json, without 
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -23,8 +24,6 @@ flags.DEFINE_integer(
 )
 
 _program.parse_flags(__name__, _flags.check_measured_run)
-
-from typing import Any
 
 from diffusion_tf import figures
 from diffusion_tf.diffusion_utils import GaussianDiffusion

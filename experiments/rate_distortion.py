@@ -11,6 +11,7 @@ measures the rest. It writes rate_distortion_SPLIT.json (the table, and the curv
 import csv
 import io
 import os
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -21,8 +22,6 @@ FLAGS = flags.FLAGS
 _flags.define_bound_flags()
 
 _program.parse_flags(__name__, _flags.check_measured_run)
-
-from typing import Any
 
 import tensorflow as tf
 

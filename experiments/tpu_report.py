@@ -9,6 +9,8 @@ compile, and --find_batch compiles about eight. Nothing runs on a TPU.
 
 import dataclasses
 import sys
+from importlib.metadata import version
+from typing import Any
 
 from absl import flags
 
@@ -27,9 +29,6 @@ flags.DEFINE_boolean("find_batch", False, "Find the largest training batch that 
 _flags.define_path("out", None, "JSON file to write.")
 
 _program.parse_flags(__name__, _flags.preset_from_flags)
-
-from importlib.metadata import version
-from typing import Any
 
 from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_table
 from diffusion_tf.storage.json_files import write_json

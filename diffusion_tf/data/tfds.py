@@ -11,7 +11,7 @@ from diffusion_tf.data.array_record_files import ArrayRecords
 from diffusion_tf.data.record_files import check_lengths, find_bad_records
 from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.storage.files import first_line, is_local
+from diffusion_tf.storage.files import first_line, is_local, list_folder
 
 TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
 
@@ -102,13 +102,13 @@ def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
 def _versions(data_dir: str, name: str) -> list[str]:
     """The folders of the prepared versions of a dataset."""
     folder = os.path.join(data_dir, name)
-    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    return [os.path.join(folder, version.rstrip("/")) for version in names if re.fullmatch(r"\d+\.\d+\.\d+/?", version)]
+    versions = [name.rstrip("/") for name in list_folder(folder)]
+    return [os.path.join(folder, version) for version in versions if re.fullmatch(r"\d+\.\d+\.\d+", version)]
 
 
 def _neighbors(data_dir: str) -> Iterator[str]:
     """Yields folders that a user may have meant: those in and around `data_dir`."""
-    for name in sorted(tf.io.gfile.listdir(data_dir)) if tf.io.gfile.isdir(data_dir) else []:
+    for name in sorted(list_folder(data_dir)):
         yield os.path.join(data_dir, name.rstrip("/"))
     around = os.path.abspath(data_dir) if is_local(data_dir) else data_dir.rstrip("/")
     for _ in range(3):  # DATASET/CONFIG/VERSION

@@ -1,5 +1,6 @@
 """Records evaluations, and keeps the checkpoint that scored best."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -43,9 +44,8 @@ def record_evaluation(
     workdir.append_evaluation(line)
     # A standard error may be NaN.
     finite = {f"evaluation/{name}": score for name, score in scores.items() if np.isfinite(score)}
-    events = EventFile(os.path.join(workdir.tensorboard, "evaluation"))
-    events.scalars(result["step"], finite)
-    events.close()
+    with contextlib.closing(EventFile(os.path.join(workdir.tensorboard, "evaluation"))) as events:
+        events.scalars(result["step"], finite)
 
     folder = best_folder(workdir)
     try:

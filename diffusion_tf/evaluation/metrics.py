@@ -29,12 +29,11 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
       NotFiniteError: a feature, or the distance, is not finite.
     """
     real, generated = _float64(real, generated, least=2)
-    exponent = np.frexp(max(np.abs(real).max(initial=0.0), np.abs(generated).max(initial=0.0)))[1]
+    real, generated, exponent = _scaled(real, generated)
     means, roots = [], []
     for features in (real, generated):
-        scaled = np.ldexp(features, -exponent)  # exactly; squares of large or small features would leave float64
-        means.append(scaled.mean(axis=0))
-        roots.append(np.linalg.qr(scaled - means[-1], mode="r") / np.sqrt(len(features) - 1))
+        means.append(features.mean(axis=0))
+        roots.append(np.linalg.qr(features - means[-1], mode="r") / np.sqrt(len(features) - 1))
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     distance = np.square(means[0] - means[1]).sum() + sum(np.square(root).sum() for root in roots) - 2.0 * cross
     with np.errstate(over="ignore"):
@@ -119,8 +118,7 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, k: int = 3) -> 
     if k < 1:
         raise ConfigError("k", f"={k} must be greater than 0")
     real, generated = _float64(real, generated, least=k + 1)
-    exponent = np.frexp(max(np.abs(real).max(initial=0.0), np.abs(generated).max(initial=0.0)))[1]
-    real, generated = (np.ldexp(features, -exponent) for features in (real, generated))
+    real, generated, _ = _scaled(real, generated)
     return _coverage(real, generated, k), _coverage(generated, real, k)
 
 
@@ -171,6 +169,12 @@ def _float64(*sets: np.ndarray, least: int) -> list[np.ndarray]:
             raise ConfigError(name, f"must hold {least} rows or more, not {len(features)}")
         check_finite(features, f"{name} features")
     return arrays
+
+
+def _scaled(real: np.ndarray, generated: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Both sets divided by 2^e, exactly, so that all lie in [-1, 1], and e: squares of others could leave float64."""
+    exponent = np.frexp(max(np.abs(real).max(initial=0.0), np.abs(generated).max(initial=0.0)))[1]
+    return np.ldexp(real, -exponent), np.ldexp(generated, -exponent), exponent
 
 
 def _finite_score(score: float | tf.Tensor, name: str) -> float:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.interop.tf1_index import check_index
 from diffusion_tf.storage.checkpoints import check_specs
-from diffusion_tf.storage.files import Arrays, first_line, listed
+from diffusion_tf.storage.files import Arrays, first_line, list_folder, listed
 from diffusion_tf.storage.safetensors_header import ArraySpec
 from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet
@@ -68,8 +68,7 @@ def _newest(state: str) -> str:
 
 def _prefixes(folder: str) -> list[str]:
     """Returns the names of the checkpoints in a folder."""
-    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    return sorted(name.removesuffix(".index") for name in names if name.endswith(".index"))
+    return sorted(name.removesuffix(".index") for name in list_folder(folder) if name.endswith(".index"))
 
 
 def read_tf1(source: str, model: UNet) -> Arrays:

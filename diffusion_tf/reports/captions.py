@@ -20,6 +20,11 @@ def sampler_name(sampling: Mapping[str, Any], dataset: str) -> str:
     return ", ".join(filter(None, (name, eta, spacing)))
 
 
+def sampling_name(sampling: Mapping[str, Any], dataset: str) -> str:
+    """The sampler and the number of its steps; arguments as for `sampler_name`."""
+    return f"{sampler_name(sampling, dataset)} in {sampling['sampler_steps']:,} steps"
+
+
 def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
     """Dataset, step of the checkpoint, sampler, number of its steps, and seed.
 
@@ -28,8 +33,7 @@ def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
       step: step of the checkpoint.
       sampling: the seed, and what `SamplerSettings.describe` gives.
     """
-    sampler = f"{sampler_name(sampling, dataset)} in {sampling['sampler_steps']:,} steps"
-    return f"{dataset}, checkpoint {step:,}, {sampler}, seed {sampling['seed']}"
+    return f"{dataset}, checkpoint {step:,}, {sampling_name(sampling, dataset)}, seed {sampling['seed']}"
 
 
 def measured(

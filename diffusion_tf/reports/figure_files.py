@@ -4,14 +4,10 @@ import html
 import os
 from collections.abc import Mapping
 
+from diffusion_tf.reports import file_name
 from diffusion_tf.reports.paper_figures import PaperFigure
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.json_files import write_json
-
-
-def file_name(figure: str) -> str:
-    """The name of a figure's file: GIF for the animation, else PNG."""
-    return f"{figure}.gif" if figure == "animation" else f"{figure}.png"
 
 
 def write_figure(path: str, figure: str, step: int, made: PaperFigure) -> None:

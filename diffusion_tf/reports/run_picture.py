@@ -14,8 +14,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from diffusion_tf.data.pictures import decode_picture
+from diffusion_tf.reports.captions import sampling_name
 from diffusion_tf.reports.run_record import RunRecord
-from diffusion_tf.reports.summary import KeyNumber, changed_fields, key_numbers, main_scores, sampling_name, title
+from diffusion_tf.reports.summary import KeyNumber, changed_fields, key_numbers, main_scores, title
 from diffusion_tf.storage.files import read_file
 
 _WIDTH = 15.0  # inches
@@ -108,7 +109,7 @@ def _by_sampling(
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in evaluations:
         if main_scores(line).keys() >= set(names):
-            label = f"{sampling_name(record, line)}, {line['num_samples']:,} samples"
+            label = f"{sampling_name(line, record.config['dataset'])}, {line['num_samples']:,} samples"
             groups.setdefault(label, []).append(line)
     return groups
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from diffusion_tf.data.pictures import decode_picture
 from diffusion_tf.errors import DamagedFileError, InputError
-from diffusion_tf.storage.files import read_file
+from diffusion_tf.storage.files import list_folder, read_file
 from diffusion_tf.storage.json_files import read_json
 from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
@@ -84,7 +84,7 @@ def read_run(workdir: Workdir) -> RunRecord:
         return {split: read_json(path, schema) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
     def last(folder: str, pattern: str) -> str | None:
-        names = fnmatch.filter(tf.io.gfile.listdir(folder), pattern) if tf.io.gfile.isdir(folder) else []
+        names = fnmatch.filter(list_folder(folder), pattern)
         if not names:
             return None
         path = os.path.join(folder, max(names))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from diffusion_tf.presets import PRESETS
 from diffusion_tf.reports import paper_numbers as paper
-from diffusion_tf.reports.captions import sampler_name
+from diffusion_tf.reports.captions import sampling_name
 from diffusion_tf.reports.run_record import RunRecord, scores
 
 _DETAILS = ("_standard_error", "_splits", "_splits_std")
@@ -50,7 +50,7 @@ def key_numbers(record: RunRecord) -> list[KeyNumber]:
         papers, scored = {}, [line for line in record.evaluations if main_scores(line)]
         line = next(iter([*filter(record.is_algorithm_2, scored[::-1]), *scored[::-1]]), {})
     if line:
-        note = "" if record.is_algorithm_2(line) else sampling_name(record, line)
+        note = "" if record.is_algorithm_2(line) else sampling_name(line, record.config["dataset"])
         names = [name for name in main_scores(line) if not name.startswith(("kid", "kernel"))]
         numbers += [KeyNumber(name, score_text(line, name), papers.get(name, ""), note) for name in names]
     return numbers
@@ -64,11 +64,6 @@ def main_scores(evaluation: dict[str, Any]) -> dict[str, float]:
 def score_text(evaluation: dict[str, Any], name: str) -> str:
     """A score with its standard error, if there is one."""
     return f"{evaluation[name]:.4g}{_error(evaluation.get(f'{name}_standard_error'))}"
-
-
-def sampling_name(record: RunRecord, evaluation: dict[str, Any]) -> str:
-    """The sampler of an evaluation and the number of its steps."""
-    return f"{sampler_name(evaluation, record.config['dataset'])} in {evaluation['sampler_steps']:,} steps"
 
 
 def _error(error: Any) -> str:

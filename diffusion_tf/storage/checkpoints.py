@@ -19,7 +19,7 @@ from absl import logging
 
 from diffusion_tf import __version__
 from diffusion_tf.errors import DamagedFileError, DivergedError, InputError
-from diffusion_tf.storage.files import Arrays, copy_file, first_line, listed, remove, write_file
+from diffusion_tf.storage.files import Arrays, copy_file, first_line, list_folder, listed, remove, write_file
 from diffusion_tf.storage.npz_files import digest_arrays
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
@@ -113,8 +113,7 @@ def checkpoint_path(folder: str, step: int) -> str:
 
 def all_steps(folder: str) -> list[int]:
     """Returns the steps of all checkpoints in `folder`, ascending."""
-    names = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, list_folder(folder)) if match)
 
 
 def find(folder: str, step: int | None = None) -> tuple[int, str]:
@@ -192,7 +191,7 @@ def remove_old(folder: str, *, keep: int, keep_every: int, sound: set[int] | Non
 
 def remove_unfinished(folder: str) -> None:
     """Removes half-written files of an earlier process; only the process that owns the run may call this."""
-    for name in tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []:
+    for name in list_folder(folder):
         if _UNFINISHED.fullmatch(name):
             remove(os.path.join(folder, name))
 

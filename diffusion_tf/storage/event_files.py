@@ -15,7 +15,7 @@ import tensorflow as tf
 from tensorboard.plugins.image.metadata import create_summary_metadata as image_metadata
 from tensorboard.plugins.scalar.metadata import create_summary_metadata as scalar_metadata
 
-from diffusion_tf.storage.files import replacing, writing
+from diffusion_tf.storage.files import list_folder, replacing, writing
 
 _NAME = "events.out.tfevents."
 _numbers = itertools.count()
@@ -27,7 +27,7 @@ def resume(folder: str, step: int) -> "EventFile":
     Raises:
       InputError: a file cannot be written.
     """
-    for name in tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []:
+    for name in list_folder(folder):
         if name.startswith(_NAME):
             _rewind(os.path.join(folder, name), step)
     file = EventFile(folder)

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import InputError, quoted
 
 Arrays = dict[str, np.ndarray]  # by name, as a checkpoint or an .npz file holds them
 MAX_BYTES = 2**30  # the default limit of a file that is read at once
@@ -96,6 +96,11 @@ def replacing(path: str) -> Iterator[str]:
                 remove(temporary)
             raise
         sync(folder)
+
+
+def list_folder(path: str) -> list[str]:
+    """Returns the names in a folder; none if there is no such folder."""
+    return tf.io.gfile.listdir(path) if tf.io.gfile.isdir(path) else []
 
 
 def remove(path: str) -> None:
@@ -251,6 +256,6 @@ def first_line(error: Exception) -> str:
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Returns names for an error message, which is one line: the first ones, and how many more there are."""
     names = list(names)
-    shown = [name if name.isprintable() and len(name) <= 80 else f"{name[:80]!r}..." for name in names[:most]]
+    shown = [quoted(name) for name in names[:most]]
     rest = [f"{len(names) - most} others"] if len(names) > most else []
     return ", ".join(shown + rest) or "none"
