@@ -23,7 +23,14 @@ CHOICES = {
 }
 
 
-def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool = True, changeable: bool = False) -> Any:
+def _field(
+    help_text: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    recipe: bool = True,
+    changeable: bool = False,
+    added: bool = False,
+) -> Any:
     """A field and its help text.
 
     Args:
@@ -32,8 +39,11 @@ def _field(help_text: str, default: Any = dataclasses.MISSING, *, recipe: bool =
       recipe: False if a resumed run may change the field.
       changeable: whether a resumed run may change a field of the recipe if the user allows it: the network, the
         diffusion process, the data and their order stay.
+      added: whether the field is younger than the first checkpoints: at its default it is not part of the digest of
+        the recipe, so that they keep theirs.
     """
-    return dataclasses.field(default=default, metadata={"help": help_text, "recipe": recipe, "changeable": changeable})
+    metadata = {"help": help_text, "recipe": recipe, "changeable": changeable, "added": added}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +57,15 @@ class Preset:
     """
 
     dataset: str = _field("The preset: which data, and the recipe for it.")
-    image_size: int = _field("Height and width of the images in pixels.")
+    image_size: int = _field("Height of the images in pixels, and their width unless `image_width` is another.")
+    image_width: int = _field("Width of the images in pixels; 0: as their height.", 0, added=True)
     channels: int = _field("Colour channels of the images.", 3)
     random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
 
     ch: int = _field("Channels of the network at the highest resolution.", 128)
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
     num_res_blocks: int = _field("Residual blocks at each resolution.", 2)
-    attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention.", (16,))
+    attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention, as heights in pixels.", (16,))
     dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0, changeable=True)
 
     precision: str = _field(
@@ -120,7 +131,8 @@ class Preset:
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
         for name, size, most, what in (
             ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
-            ("image_size", self.image_size**2 * self.ch, _MAX_FEATURES, "features of one image in a layer"),
+            ("image_size", self.image_pixels * self.ch, _MAX_FEATURES, "features of one image in a layer"),
+            ("attn_resolutions", self._most_positions, _MAX_POSITIONS, "positions that attend to each other"),
             ("batch_size", self.batch_size * math.prod(self.image_shape), _MAX_FEATURES, "pixels in a batch"),
         ):
             self._require(name, size <= most, f"makes {size:,} {what}; {most:,} at most")
@@ -132,7 +144,18 @@ class Preset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        return (self.image_size, self.image_size, self.channels)
+        return (self.image_size, self.image_width or self.image_size, self.channels)
+
+    @property
+    def image_pixels(self) -> int:
+        """H * W."""
+        height, width, _ = self.image_shape
+        return height * width
+
+    @property
+    def _most_positions(self) -> int:
+        height, width, _ = self.image_shape
+        return max((size**2 * width // height for size in self.attn_resolutions), default=0)
 
     @property
     def least_weights(self) -> int:
@@ -142,7 +165,9 @@ class Preset:
 
     def recipe_sha256(self) -> str:
         """Digest of the fields that a resumed run must not change."""
-        return hashlib.sha256(json.dumps(self._recipe(), sort_keys=True).encode()).hexdigest()
+        added = {field.name: field.default for field in dataclasses.fields(self) if field.metadata["added"]}
+        recipe = {name: value for name, value in self._recipe().items() if name not in added or value != added[name]}
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def recipe_differences(self, other: "Preset") -> list[str]:
         """The fields that a resumed run must not change and that differ, each as `name: ours != theirs`."""
@@ -180,8 +205,9 @@ _KINDS: dict[Any, tuple[type, str]] = {
 # Configurations come from others: none may ask for memory or time that no machine has.
 _MAX_WEIGHTS = 2**28  # of the lower bound; the largest network of the paper has 2^26 of these, and 2^28 in all
 _MAX_FEATURES = 2**30  # 2^32 bytes in float32
+_MAX_POSITIONS = 2**14  # of an image, in attention, whose memory is their square
 _LARGEST = {
-    "image_size": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,
+    "image_size": 1024, "image_width": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,
     "batch_size": 2**20, "num_steps": 10**9, "warmup_steps": 10**9, "steps_per_loop": 10**6,
     "checkpoint_every": 10**9, "keep_checkpoints": 10**6, "keep_every": 10**9, "sample_every": 10**9,
     "max_skipped_steps": 10**9,
@@ -195,7 +221,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v < math.inf,
         "must be greater than 0",
     ),
-    ("warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    ("image_width warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
     ("dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
@@ -204,8 +230,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("ch_mult", lambda v: 0 < len(v) <= 10 and min(v) > 0 and max(v) <= 64, "must be 1 to 10 numbers from 1 to 64"),
     (
         "attn_resolutions",
-        lambda v: len(v) <= 10 and all(0 < size <= 128 for size in v),
-        "must be at most 10 numbers from 1 to 128; attention between more than 128x128 pixels takes too much memory",
+        lambda v: len(v) <= 10 and all(0 < size <= 1024 for size in v),
+        "must be at most 10 numbers from 1 to 1024",
     ),
 )
 _MULTIPLES = (

@@ -16,6 +16,7 @@ from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.data import open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
+from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop.diffusers import check_size, read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
@@ -47,12 +48,21 @@ class Run:
       path: the workdir or diffusers folder.
     """
 
-    def __init__(self, trained: TrainedModel, *, path: str, step: int, weights_digest: str):
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        path: str,
+        step: int,
+        weights_digest: str,
+        data: DataSettings = PRESETS_OWN,
+    ):
         self.preset = trained.preset
         self.step = step
         self.path = path
         self._trained = trained
         self._weights_digest = weights_digest
+        self._data = data
         self._denoise_calls: dict[int, Callable] = {}
         self._samplers: dict[tuple[int, str, int | None], Sampler] = {}
 
@@ -242,7 +252,7 @@ class Run:
                 check_images(table_images, self.preset.image_shape)
                 return array_source(table_images)
             try:
-                return open_source(self.preset)
+                return open_source(self.preset, "train", self._data)
             except ConfigError as error:
                 raise ConfigError("table_images", f"is required: {error}") from error
 
@@ -285,9 +295,11 @@ def load(
     resolved = _resolve_strategy(strategy)
     if is_diffusers:
         return _load_diffusers(path, preset, resolved, checkpoint)
-    step, file = checkpoints.find(Workdir(path).checkpoints, checkpoint)
+    workdir = Workdir(path)
+    step, file = checkpoints.find(workdir.checkpoints, checkpoint)
     trained = TrainedModel.from_checkpoint(preset, resolved, file)
-    return Run(trained, path=path, step=step, weights_digest=checkpoints.load_digest(file))
+    digest = checkpoints.load_digest(file)
+    return Run(trained, path=path, step=step, weights_digest=digest, data=workdir.read_data())
 
 
 def train(
@@ -329,12 +341,13 @@ def train(
     if isinstance(preset, str):
         preset = get_preset(preset)
     if images is None:
-        source = open_source(preset, data_dir=data_dir, tfrecord=tfrecord)
+        data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
+        source = open_source(preset, "train", data)
     elif data_dir or tfrecord:
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
     else:
         check_images(images, preset.image_shape)
-        source = array_source(images)
+        data, source = PRESETS_OWN, array_source(images)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
         preset,
@@ -342,6 +355,7 @@ def train(
         source,
         workdir,
         command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        data=data,
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )

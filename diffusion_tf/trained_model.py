@@ -83,7 +83,7 @@ class TrainedModel:
         if self.frozen:
             self.model.freeze()
         denoise = self.model.denoise_fn(self.weights)
-        max_size = max(1, microbatch_pixels // self.preset.image_size**2)
+        max_size = max(1, microbatch_pixels // self.preset.image_pixels)
 
         def microbatched(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
             return map_microbatches(lambda _, x_t, t: denoise(x_t, t), [x_t, t], max_size=max_size)
@@ -92,7 +92,7 @@ class TrainedModel:
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
         """`runtime.replicas.over_replicas` of a function that calls the network."""
-        on_cpu = cpu_backend(self.preset.image_size, frozen_weights=self.frozen)
+        on_cpu = cpu_backend(self.preset.image_pixels, frozen_weights=self.frozen)
         return over_replicas(function, self.strategy, batch_size, on_cpu)
 
 

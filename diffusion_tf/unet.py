@@ -113,12 +113,13 @@ class UNet(layers.Network):
     ):
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__("unet", config, weights)
-        image_size, num_levels = image_shape[0], len(ch_mult)
-        if image_size % 2 ** (num_levels - 1):
-            raise ConfigError(
-                "ch_mult", f"has {num_levels} levels, but {image_size} pixels cannot be halved {num_levels - 1} times"
-            )
-        resolutions = [image_size // 2**level for level in range(num_levels)]
+        num_levels = len(ch_mult)
+        for pixels in image_shape[:2]:
+            if pixels % 2 ** (num_levels - 1):
+                raise ConfigError(
+                    "ch_mult", f"has {num_levels} levels, but {pixels} pixels cannot be halved {num_levels - 1} times"
+                )
+        resolutions = [image_shape[0] // 2**level for level in range(num_levels)]
         for resolution in set(attn_resolutions) - set(resolutions):
             raise ConfigError("attn_resolutions", f"={resolution} never occurs: the network's are {resolutions}")
         if any(ch * mult % NUM_GROUPS for mult in ch_mult):

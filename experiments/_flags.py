@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
 from diffusion_tf.runtime import STRATEGIES
@@ -62,7 +63,23 @@ def define_precision_flag() -> None:
 def define_data_flags() -> None:
     """Defines --data_dir and --tfrecord."""
     define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
-    define_path("tfrecord", None, "StyleGAN TFRecords to read the images from: a file, or a glob of shards.")
+    define_path(
+        "tfrecord",
+        None,
+        "StyleGAN TFRecords to read the images from: a file, or a glob of shards. Default for measurements: those of"
+        " training.",
+    )
+
+
+def data_from_flags(run: DataSettings = PRESETS_OWN) -> DataSettings:
+    """Where the flags find the images; without such a flag, as in `run`.
+
+    Raises:
+      InputError: the flags do not fit together.
+    """
+    names = [field.name for field in dataclasses.fields(DataSettings) if field.name in FLAGS]
+    given: dict[str, Any] = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    return DataSettings(**given) if given else run
 
 
 def define_measurement_flags(

@@ -28,6 +28,8 @@ from diffusion_tf.storage.files import check_writable
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
+from . import _flags
+
 FLAGS = flags.FLAGS
 
 
@@ -85,8 +87,8 @@ class MeasuredRun:
         return step, path
 
     def open_source(self, split: str) -> ImageSource:
-        """The images of a split of the run's data, from --data_dir or --tfrecord."""
-        return open_source(self.preset, split, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord)
+        """The images of a split of the run's data, from where the flags or the run say."""
+        return open_source(self.preset, split, _flags.data_from_flags(self.workdir.read_data()))
 
     def split_images(self, split: str, at_most: int) -> Images:
         """The first `at_most` images of a split, to compare samples with."""

@@ -123,8 +123,9 @@ def _make(figure: str, run: MeasuredRun, step: int, checkpoint: str, trained: Tr
         case "animation":
             return paper_figures.animation(trained, count=FLAGS.count, frames=50, **shared)
         case "neighbors":
-            if FLAGS.crop and FLAGS.crop > run.preset.image_size:
-                raise InputError(f"--crop={FLAGS.crop} is more than the {run.preset.image_size} pixels of an image")
+            least = min(run.preset.image_shape[:2])
+            if FLAGS.crop and FLAGS.crop > least:
+                raise InputError(f"--crop={FLAGS.crop} is more than the {least} pixels of an image")
             network, source = _feature_network(run), run.open_source("train")
             return paper_figures.neighbors(trained, source, network, count=FLAGS.chains, crop=FLAGS.crop, **shared)
         case "progressive_quality":
@@ -132,7 +133,7 @@ def _make(figure: str, run: MeasuredRun, step: int, checkpoint: str, trained: Tr
         case "coarse_to_fine":
             return _interpolation(run, trained, [num_timesteps * eighth // 8 for eighth in range(8, -1, -1)], shared)
         case _:
-            default = paper_figures.interpolation_time(trained.diffusion.schedule, run.preset.image_size)
+            default = paper_figures.interpolation_time(trained.diffusion.schedule, run.preset.image_shape)
             return _interpolation(run, trained, [default if FLAGS.t is None else FLAGS.t], shared)
 
 

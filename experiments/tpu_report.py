@@ -42,7 +42,7 @@ def main() -> None:
     require_compiler()
     preset = _flags.preset_from_flags()
     out = _flags.out_path("", ".json") if FLAGS.out else None
-    sample_batch_size = FLAGS.sample_batch_size or (256 if preset.image_size <= 64 else 128)
+    sample_batch_size = FLAGS.sample_batch_size or (256 if preset.image_pixels <= 64 * 64 else 128)
     slices = []
     for projector in (SliceProjector(name, _log) for name in FLAGS.topology):
         train_preset = projector.per_device(preset, "batch_size", preset.batch_size)

@@ -33,6 +33,7 @@ flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the
 
 def _check() -> None:
     _flags.preset_from_flags()
+    _flags.data_from_flags()
     if not FLAGS.dry_run:
         _flags.require_flags("workdir")
 
@@ -55,15 +56,15 @@ def main() -> None:
         return
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
-    source = open_source(
-        preset, data_dir=FLAGS.data_dir, tfrecord=FLAGS.tfrecord, skip_bad_records=FLAGS.skip_bad_records
-    )
+    data = _flags.data_from_flags()
+    source = open_source(preset, "train", data)
     train_in_workdir(
         preset,
         strategy,
         source,
         FLAGS.workdir,
         command=FLAGS.flags_into_string(),
+        data=data,
         allow_recipe_change=FLAGS.allow_recipe_change,
     )
 

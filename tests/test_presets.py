@@ -63,7 +63,8 @@ def test_recipes_are_those_of_appendix_b():
         ({"ch_mult": 2}, "ch_mult=2: must be whole numbers"),
         ({"ch_mult": (1, 2.0)}, "ch_mult=2.0: must be a whole number"),
         ({"ch_mult": (1,) * 11}, "ch_mult=.*: must be 1 to 10 numbers from 1 to 64"),
-        ({"attn_resolutions": (256,)}, "attention between more than 128x128 pixels takes too much memory"),
+        ({"attn_resolutions": (256,)}, "makes 65,536 positions that attend to each other; 16,384 at most"),
+        ({"image_width": 2048}, "must be 1,024 at most"),
         ({"ch": 4096, "ch_mult": (1, 64)}, r"ch=4096: makes 1,855,878,856,704 weights or more; 268,435,456"),
         ({"image_size": 1024, "ch": 1056}, "image_size=1024: makes 1,107,296,256 features of one image in a layer"),
         ({"batch_size": 2**20, "image_size": 64}, "batch_size=1048576: makes 4,294,967,296 pixels in a batch"),
@@ -120,3 +121,16 @@ def test_other_types_of_numbers_become_pythons():
 
 def test_the_lower_bound_of_weights_is_below_their_number():
     assert 35_746_307 / 4 < get_preset("cifar10").least_weights < 35_746_307
+
+
+def test_a_field_that_is_younger_than_a_checkpoint_does_not_change_its_recipe():
+    digits = get_preset("digits")
+    assert digits.recipe_sha256().startswith("bb87c84a60d1")  # of the first version
+    assert dataclasses.replace(digits, image_width=16).recipe_sha256() != digits.recipe_sha256()
+
+
+def test_images_may_be_wider_than_high():
+    preset = get_preset("cifar10", image_width=64)
+    assert preset.image_shape == (32, 64, 3) and preset.image_pixels == 2048
+    with pytest.raises(ConfigError, match="positions that attend"):
+        get_preset("cifar10", image_size=256, image_width=1024, attn_resolutions=(128,))

@@ -9,6 +9,7 @@ from diffusion_tf.data.digits import digits_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfds import TFDS_NAMES, tfds_source
 from diffusion_tf.data.tfrecords import tfrecord_source
+from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import Preset
 
@@ -16,32 +17,25 @@ from diffusion_tf.presets import Preset
 def open_source(
     preset: Preset,
     split: str = "train",
-    *,
-    data_dir: str | None = None,
-    tfrecord: str | None = None,
-    skip_bad_records: int = 0,
+    data: DataSettings = PRESETS_OWN,
 ) -> ImageSource:
-    """Opens the images of `preset`, from StyleGAN TFRecords if `tfrecord` is given.
+    """Opens the images of a run.
 
     Args:
       preset: names the dataset and the shape of its images.
       split: train or test; ignored for StyleGAN TFRecords, where the files are the split.
-      data_dir: the folder of prepared TFDS datasets; default ~/tensorflow_datasets.
-      tfrecord: a StyleGAN TFRecord file, or a glob of such files.
-      skip_bad_records: the number of unreadable TFRecords to tolerate; each is replaced by the record before it. If it
-        is not 0, all records are read now to find them.
+      data: where the images are; default: where those of the preset are by default. If it tolerates bad records, all
+        records are read now to find them.
 
     Raises:
       InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
     """
-    if tfrecord:
-        return tfrecord_source(tfrecord, preset.image_shape, skip_bad_records)
-    if skip_bad_records:
-        raise ConfigError("skip_bad_records", f"={skip_bad_records} goes with `tfrecord`")
+    if data.tfrecord:
+        return tfrecord_source(data.tfrecord, preset.image_shape, data.skip_bad_records)
     if preset.dataset == "digits":
         return digits_source(split, preset.image_shape)
     if preset.dataset in TFDS_NAMES:
-        return tfds_source(TFDS_NAMES[preset.dataset], split, data_dir, preset.image_shape)
+        return tfds_source(TFDS_NAMES[preset.dataset], split, data.data_dir, preset.image_shape)
     raise ConfigError(
         "dataset", f"={preset.dataset} is read from StyleGAN TFRecords: name them by `tfrecord=FILE_OR_GLOB`"
     )

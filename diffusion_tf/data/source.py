@@ -35,6 +35,8 @@ class ImageSource:
         scalar, or in order if it is None.
       decode: maps an encoded image to uint8 [H, W, C].
       image_shape: (H, W, C).
+      label: maps an encoded image to the index of its class, an int32 scalar; None: the images have no labels.
+      classes: the names of the classes; none without labels.
       find_bad: reads all records and returns the name of the first one that cannot be read, with the reason; None if
         all can.
       bad_records: the number of unreadable records that are replaced by others.
@@ -45,6 +47,8 @@ class ImageSource:
     records: Callable[[tf.Tensor | None], tf.data.Dataset]
     decode: Callable[[tf.Tensor], tf.Tensor]
     image_shape: tuple[int, int, int]
+    label: Callable[[tf.Tensor], tf.Tensor] | None = None
+    classes: tuple[str, ...] = ()
     find_bad: Callable[[], str | None] = lambda: None
     bad_records: int = 0
 

@@ -77,7 +77,7 @@ def tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple[
         return None
 
     label = f"{name}/{os.path.basename(folder)}, {split}"
-    return ImageSource(label, num_examples, records, decode, image_shape, find_bad)
+    return ImageSource(label, num_examples, records, decode, image_shape, find_bad=find_bad)
 
 
 def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:

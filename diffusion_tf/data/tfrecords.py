@@ -97,7 +97,8 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
                 return f"{text}: {_ADVICE}"
         return None
 
-    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad, sum(map(len, bad)))
+    num_bad = sum(map(len, bad))
+    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad=find_bad, bad_records=num_bad)
 
 
 def _matching(pattern: str) -> list[str]:

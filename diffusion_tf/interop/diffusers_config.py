@@ -72,7 +72,7 @@ def unet_config(preset: Preset) -> dict[str, Any]:
         "_class_name": "UNet2DModel",
         "_diffusers_version": PIPELINE["_diffusers_version"],
         **_UNET_DEFAULTS,
-        "sample_size": preset.image_size,
+        "sample_size": list(preset.image_shape[:2]) if preset.image_width else preset.image_size,
         "in_channels": preset.channels,
         "out_channels": preset.channels,
         "freq_shift": 1,

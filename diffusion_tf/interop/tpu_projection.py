@@ -24,7 +24,7 @@ NOTE = (
     "A projected step is the compiler's estimate, with each operation at peak FLOPS or bandwidth, or the roofline if\n"
     "there is none, plus the all-reduce. The scheduler expects more cycles, and a real step is hardly shorter."
 )
-_NETWORK = ("image_size", "channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_timesteps")
+_NETWORK = ("image_shape", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_timesteps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,10 @@ def compare_with_paper(preset: Preset, train: dict[str, Any], sample: dict[str, 
       train: the projection of its training step.
       sample: the projection of its sampling step.
     """
+    if preset.dataset not in paper.SPEED_V3_8:
+        return
     recipe = PRESETS[preset.dataset]
-    if preset.dataset not in paper.SPEED_V3_8 or any(getattr(preset, f) != getattr(recipe, f) for f in _NETWORK):
+    if any(getattr(preset, name) != getattr(recipe, name) for name in _NETWORK):
         return
     train_batch_size, steps_per_second, sample_batch_size, all_steps_seconds = paper.SPEED_V3_8[preset.dataset]
     if train["batch_size"] == train_batch_size and "step_seconds" in train:

@@ -6,6 +6,7 @@ The argument `subject` of each figure is the first line of its caption: it says 
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -304,15 +305,15 @@ def _same_class_share(logits: np.ndarray) -> float:
     return float(same.mean() / (SAMPLES_PER_LATENT * (SAMPLES_PER_LATENT - 1)))
 
 
-def interpolation_time(schedule: NoiseSchedule, image_size: int) -> int:
+def interpolation_time(schedule: NoiseSchedule, image_shape: tuple[int, int, int]) -> int:
     """The t at which `interpolation` mixes by default: x_t keeps what the image shows, but not its details.
 
     The multiple of T / 8, but 0, nearest to the step where the signal-to-noise ratio of a pixel is
-    (8 / image_size)^(3/4): large images show the same with more pixels, over which noise averages out. With the paper's
+    (64 / (H * W))^(3/8): large images show the same with more pixels, over which noise averages out. With the paper's
     schedule this is T / 4 for digits and T / 2 for 256x256 images, where the paper mixes them (Figure 8).
     """
     snr = schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
-    steps = np.count_nonzero(snr >= (8.0 / image_size) ** 0.75)
+    steps = np.count_nonzero(snr >= (64.0 / math.prod(image_shape[:2])) ** 0.375)
     num_timesteps = schedule.num_timesteps
     return max(1, num_timesteps * max(1, round(8 * steps / num_timesteps)) // 8)
 

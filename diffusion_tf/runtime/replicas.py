@@ -10,15 +10,15 @@ from diffusion_tf.ops import backend
 from diffusion_tf.ops.backend import Backend
 from diffusion_tf.runtime.strategies import tensorflow_packages
 
-_MIN_REGION_SIZE = 16  # pixels along a side; regions slow down the network for smaller images
+_MIN_REGION_PIXELS = 16 * 16  # regions slow down the network for smaller images
 
 
-def cpu_backend(image_size: int, *, training: bool = False, frozen_weights: bool = False) -> Backend:
-    """The backend for the network of `image_size` pixels along a side, on one CPU.
+def cpu_backend(image_pixels: int, *, training: bool = False, frozen_weights: bool = False) -> Backend:
+    """The backend for the network of images of `image_pixels` = H * W, on one CPU.
 
     Small images are sampled by one XLA program. Training them still updates the weights in place, in a graph.
     """
-    small = image_size < _MIN_REGION_SIZE
+    small = image_pixels < _MIN_REGION_PIXELS
     if small and not training:
         return backend.XLA
     return Backend(cpu_graph=True, compiles_network=small, frozen_weights=frozen_weights)

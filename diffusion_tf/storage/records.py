@@ -23,10 +23,11 @@ class Change(TypedDict):
 
 
 class Config(TypedDict):
-    """`config.json`: the fields of `Preset`, which checks them, and the number of training images, if known."""
+    """`config.json`: the fields of `Preset`, which checks them, the number of training images, and `DataSettings`."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
+    data: NotRequired[dict[str, float | str]]
 
 
 class Metrics(TypedDict):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import CHANGEABLE, Preset
 from diffusion_tf.storage.files import (
@@ -35,12 +36,14 @@ class _Config(NamedTuple):
       num_examples: the number of training images; None: unknown.
       history: each change of the recipe: the step, and the old and new values by field.
       earlier: the configurations before each of these changes, the newest first.
+      data: where the training images come from.
     """
 
     preset: Preset
     num_examples: int | None
     history: list[dict[str, Any]]
     earlier: list[Preset]
+    data: DataSettings
 
 
 def _earlier_recipes(preset: Preset, history: list[dict[str, Any]]) -> list[Preset]:
@@ -154,6 +157,7 @@ class Workdir:
         flags: str,
         *,
         step: int = 0,
+        data: DataSettings = PRESETS_OWN,
         allow_recipe_change: bool = False,
     ) -> None:
         """Creates the folder and writes the configuration, the size of the training set (if known) and the flags.
@@ -165,6 +169,7 @@ class Workdir:
           num_examples: the number of training images; None: unknown.
           flags: what the user called.
           step: the step from which the run goes on.
+          data: where the training images come from, for measurements to find them.
           allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run that is there.
 
         Raises:
@@ -180,7 +185,8 @@ class Workdir:
             if changes:
                 history.append({"step": step, "changes": changes})
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
-        write_json(self._config, {**config, "history": history} if history else config)
+        optional = {"history": history, "data": data.to_json()}
+        write_json(self._config, {**config, **{name: value for name, value in optional.items() if value}})
         write_file(self._flags, flags.encode())
 
     def earlier_recipes(self) -> list[Preset]:
@@ -198,12 +204,17 @@ class Workdir:
             raise ConfigError("workdir", f"={self.path} holds no run (no config.json): train one there first")
         return self._read_config().preset
 
+    def read_data(self) -> DataSettings:
+        """Returns where the training images of the run in this folder come from; its preset must be readable."""
+        return self._read_config().data
+
     def _read_config(self) -> _Config:
         try:
             fields = read_json(self._config, Config)
             num_examples, history = fields.pop("num_examples"), fields.pop("history", [])
+            data = fields.pop("data", {})
             preset = Preset(**fields)
-            return _Config(preset, num_examples, history, _earlier_recipes(preset, history))
+            return _Config(preset, num_examples, history, _earlier_recipes(preset, history), DataSettings(**data))
         except (InputError, TypeError) as error:
             raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 

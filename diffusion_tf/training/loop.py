@@ -12,6 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.data.source import READ_ERRORS, ImageSource
+from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError, StoppedError
 from diffusion_tf.presets import Preset
@@ -69,6 +70,7 @@ def train_in_workdir(
     path: str,
     *,
     command: str,
+    data: DataSettings = PRESETS_OWN,
     callbacks: Sequence[MetricsCallback] = (),
     allow_recipe_change: bool = False,
 ) -> None:
@@ -80,6 +82,7 @@ def train_in_workdir(
       source: the training images.
       path: the run's folder.
       command: what the user called, for flags.txt.
+      data: where `source` was opened, for config.json.
       callbacks: as for `train`.
       allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run; config.json records it.
 
@@ -94,7 +97,7 @@ def train_in_workdir(
         if is_chief(strategy):
             step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
             workdir.write_config(
-                preset, source.num_examples, command, step=step, allow_recipe_change=allow_recipe_change
+                preset, source.num_examples, command, step=step, data=data, allow_recipe_change=allow_recipe_change
             )
         train(trainer, workdir, source, callbacks=callbacks)
 

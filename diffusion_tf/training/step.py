@@ -76,7 +76,7 @@ def reduced_gradients(
     def share(first: int | tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         return loss_and_gradients(model, preset, params, images, rng.skip(first))
 
-    image_bytes = preset.image_size**2 * tf.as_dtype(preset.precision).size
+    image_bytes = preset.image_pixels * tf.as_dtype(preset.precision).size
     zeros = lambda: (tf.constant(0.0), [tf.zeros(w.shape) for w in params])
     loss, grads = all_reduce(
         map_microbatches(share, [images], max_size=max(1, microbatch_bytes // image_bytes), zeros=zeros)

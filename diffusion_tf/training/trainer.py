@@ -58,7 +58,7 @@ class Trainer:
         self._make_rng = make_rng
         self._loss_and_gradients = loss_and_gradients
         self._microbatch_bytes = microbatch_bytes
-        on_cpu = cpu_backend(preset.image_size, training=True)
+        on_cpu = cpu_backend(preset.image_pixels, training=True)
         self._replica_step = replica_function(self._train_step, strategy, on_cpu)
 
     def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

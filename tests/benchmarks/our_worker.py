@@ -15,6 +15,7 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.image_folders import find_images
 from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import training_batches
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.presets import PRESETS, Preset, get_preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import cpu_backend, replica_function
@@ -94,7 +95,7 @@ def _gradients(preset: Preset):
         params = [tf.convert_to_tensor(w) for w in trainer.state.params]
         return loss_and_gradients(trainer.state.model, preset, params, images, CounterRng(preset.seed, 0, 0))
 
-    run = tf.function(replica_function(gradients, trainer.strategy, cpu_backend(preset.image_size)))
+    run = tf.function(replica_function(gradients, trainer.strategy, cpu_backend(preset.image_pixels)))
     images = tf.zeros((preset.batch_size, *preset.image_shape), tf.uint8)
     return lambda: run(images)[0].numpy(), 1
 
@@ -123,7 +124,7 @@ def _sample(preset: Preset):
 def _input(preset: Preset, data: str):
     """Seconds are of one image."""
     tfrecord = os.path.join(data, "bench-r08-*.tfrecords") if preset.image_size == 256 else None
-    source = open_source(preset, data_dir=data, tfrecord=tfrecord)
+    source = open_source(preset, "train", DataSettings(data_dir=data, tfrecord=tfrecord))
     batch = preset.batch_size
     batches = iter(training_batches(source, batch_size=batch, per_replica=batch, seed=0, start_step=0))
 

@@ -103,7 +103,7 @@ def curves() -> Iterable[Curve]:
         "pixels",
         [size**2 for size in sizes],
         lambda pixels: training_at(round(pixels**0.5)),
-        [levels_at(size) if cpu_backend(size).cpu_graph else 0 for size in sizes],
+        [levels_at(size) if cpu_backend(size**2).cpu_graph else 0 for size in sizes],
     )
     yield Curve("sampling, T = 100", "images", [64, 128, 256, 512], lambda images: sampling(sampler, images))
     yield Curve("likelihood of 64 images", "T", [50, 100, 200, 400, 800], likelihood)

@@ -27,6 +27,7 @@ from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data.tfrecord_shards import Shard, write_shard
 from diffusion_tf.data.tfrecords import serialize
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
 
@@ -92,7 +93,7 @@ def test_a_folder_becomes_records(folder, tmp_path):
     wanted = np.stack([by_hand(name.read_bytes(), 16) for name in names])
     np.testing.assert_array_equal(read(pattern), wanted)
     preset = get_preset("lsun_church", image_size=16, ch_mult=(1, 2), attn_resolutions=(8,))
-    source = open_source(preset, tfrecord=pattern)
+    source = open_source(preset, "train", DataSettings(tfrecord=pattern))
     np.testing.assert_array_equal(ImageReader(source)(0, 7), wanted)
     assert len({len(record) for record in records(pattern)}) == 1 and source.num_examples == 7
 

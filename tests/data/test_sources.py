@@ -16,6 +16,7 @@ from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.record_files import check_lengths
 from diffusion_tf.data.source import ImageReader, shuffle_buffer_size, training_batches
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
@@ -70,7 +71,7 @@ def test_a_reader_keeps_the_order_of_a_split(tmp_path, images):
         read(150, 30)
     write_tfrecord(tmp_path / "a.tfrecords", images[:6])
     write_tfrecord(tmp_path / "b.tfrecords", images[6:])
-    source = open_source(SMALL_IMAGES, "test", tfrecord=str(tmp_path / "*.tfrecords"))
+    source = open_source(SMALL_IMAGES, "test", DataSettings(tfrecord=str(tmp_path / "*.tfrecords")))
     np.testing.assert_array_equal(ImageReader(source)(4, 5), images[4:9])
 
 
@@ -91,7 +92,7 @@ def test_an_epoch_contains_each_image_once():
 
 def test_the_order_depends_on_seed_and_step_only(tmp_path, images):
     write_tfrecord(tmp_path / "a.tfrecords", images)
-    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"))
+    source = open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(tmp_path / "*.tfrecords")))
     whole = batches(source, 12)  # several epochs, whose ends lie within batches
     np.testing.assert_array_equal(batches(source, 12), whole)
     for start_step in (1, 2, 5, 11):
@@ -111,14 +112,14 @@ def test_replicas_and_workers_share_the_global_batch():
 def test_all_tfrecord_shards_are_read(tmp_path, images):
     write_tfrecord(tmp_path / "s-00.tfrecords", images[:3])
     write_tfrecord(tmp_path / "s-01.tfrecords", images[3:])
-    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "s-*.tfrecords"))
+    source = open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(tmp_path / "s-*.tfrecords")))
     assert source.num_examples == 10
     assert rows(batches(source, 5, batch_size=2)) == rows(images)
 
 
 def test_a_file_of_stylegan2s_tool_is_read():
     preset = get_preset("lsun_church", image_size=4, ch_mult=(1,), attn_resolutions=(4,))
-    source = open_source(preset, tfrecord=str(TINY_TFRECORD))
+    source = open_source(preset, "train", DataSettings(tfrecord=str(TINY_TFRECORD)))
     assert source.num_examples == 24
     means = batches(source, 6).mean(axis=(0, 1, 2, 3))
     record = next(tf.data.TFRecordDataset(str(TINY_TFRECORD)).as_numpy_iterator())
@@ -142,11 +143,11 @@ def tfds_folder(request, tmp_path_factory):
 
 def test_a_prepared_tfds_dataset_is_read(tfds_folder):
     folder, pixels = tfds_folder
-    source = open_source(get_preset("cifar10"), data_dir=folder)
+    source = open_source(get_preset("cifar10"), "train", DataSettings(data_dir=folder))
     assert source.num_examples == 10
     whole = batches(source, 10)
     assert rows(whole[:5]) == sorted(rows(pixels) * 2)
-    test = open_source(get_preset("cifar10"), "test", data_dir=folder)
+    test = open_source(get_preset("cifar10"), "test", DataSettings(data_dir=folder))
     in_order = ImageReader(test)(0, 10)
     assert rows(in_order) == rows(pixels)
     np.testing.assert_array_equal(ImageReader(test)(3, 4), in_order[3:7])
@@ -155,7 +156,7 @@ def test_a_prepared_tfds_dataset_is_read(tfds_folder):
 
 def test_a_tfds_dataset_of_another_size_is_refused(tfds_folder):
     with pytest.raises(InputError, match=r"images are \(32, 32, 3\), the preset wants \(64, 64, 3\)"):
-        open_source(get_preset("cifar10", image_size=64), data_dir=tfds_folder[0])
+        open_source(get_preset("cifar10", image_size=64), "train", DataSettings(data_dir=tfds_folder[0]))
 
 
 def test_a_data_dir_beside_the_right_one_is_told_the_right_one(tfds_folder):
@@ -163,7 +164,7 @@ def test_a_data_dir_beside_the_right_one_is_told_the_right_one(tfds_folder):
     preset = get_preset("cifar10")
     for wrong in ("/cifar10", "/cifar10/", "/cifar10/3.0.2", "/.."):
         with pytest.raises(InputError) as raised:
-            open_source(preset, data_dir=folder + wrong)
+            open_source(preset, "train", DataSettings(data_dir=folder + wrong))
         assert str(raised.value).startswith(f"data_dir={folder}{wrong} holds no prepared cifar10, but ")
         assert os.path.samefile(str(raised.value).split("but ")[1].removesuffix(" does: name that"), folder)
 
@@ -174,19 +175,19 @@ def test_a_damaged_tfds_dataset_is_named(tfds_folder, tmp_path):
     content = bytearray(file.read_bytes())
     content[5000] ^= 0xFF
     file.write_bytes(content)
-    source = open_source(get_preset("cifar10"), data_dir=str(tmp_path))
+    source = open_source(get_preset("cifar10"), "train", DataSettings(data_dir=str(tmp_path)))
     with pytest.raises(InputError, match=r"cifar10/3.0.2, train cannot be read: .*record 1 \("):
         ImageReader(source)(0, 10)
     file.write_bytes(b"x" * 70000)
     with pytest.raises(InputError, match=r"cifar10/3.0.2"):
-        ImageReader(open_source(get_preset("cifar10"), data_dir=str(tmp_path)))(0, 10)
+        ImageReader(open_source(get_preset("cifar10"), "train", DataSettings(data_dir=str(tmp_path))))(0, 10)
 
 
 def test_errors_name_the_setting_of_missing_data(tmp_path):
     with pytest.raises(InputError, match="data_dir=.*nowhere holds no prepared cifar10: make it with `tfds build"):
-        open_source(get_preset("cifar10"), data_dir=str(tmp_path / "nowhere"))
+        open_source(get_preset("cifar10"), "train", DataSettings(data_dir=str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="tfrecord=.*nothing.* matches no file"):
-        open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "nothing*"))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(tmp_path / "nothing*")))
     with pytest.raises(InputError, match="dataset=lsun_church is read from StyleGAN TFRecords"):
         open_source(SMALL_IMAGES)
 
@@ -196,25 +197,25 @@ def test_errors_name_the_file_of_wrong_tfrecords(tmp_path, images):
     write_tfrecord(good, images)
     wrong_size = dataclasses.replace(SMALL_IMAGES, image_size=32)
     with pytest.raises(InputError, match=r"good.tfrecords`: images are \(16, 16, 3\), the preset wants \(32, 32, 3\)"):
-        open_source(wrong_size, tfrecord=str(good))
+        open_source(wrong_size, "train", DataSettings(tfrecord=str(good)))
 
     cut = tmp_path / "cut.tfrecords"
     cut.write_bytes(good.read_bytes()[:-100])
     with pytest.raises(InputError, match="cut.tfrecords is truncated: record 9 has 723 of the 823 bytes"):
-        open_source(SMALL_IMAGES, tfrecord=str(cut))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(cut)))
     cut.write_bytes(good.read_bytes()[:100])
     with pytest.raises(InputError, match="cut.tfrecords is not a StyleGAN TFRecord"):
-        open_source(SMALL_IMAGES, tfrecord=str(cut))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(cut)))
     cut.write_bytes(b"")
     with pytest.raises(InputError, match="cut.tfrecords holds no records"):
-        open_source(SMALL_IMAGES, tfrecord=str(cut))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(cut)))
 
     picture = tmp_path / "picture.png"
     picture.write_bytes(tf.io.encode_png(images[0]).numpy())
     with pytest.raises(InputError, match="picture.png is not a StyleGAN TFRecord"):
-        open_source(SMALL_IMAGES, tfrecord=str(picture))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(picture)))
     with pytest.raises(InputError, match="is a folder: name the .tfrecords files"):
-        open_source(SMALL_IMAGES, tfrecord=str(tmp_path))
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(tmp_path)))
 
 
 def test_bad_records_are_named_and_replaced(tmp_path, images):
@@ -228,8 +229,10 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
     bad.write_bytes(content[: 9 * record + 5])  # and the last one is cut off
 
     with pytest.raises(InputError, match="skip_bad_records=3: there are more bad records: .*bad.tfrecords: record 3"):
-        open_source(SMALL_IMAGES, tfrecord=str(bad), skip_bad_records=3)
-    source = open_source(SMALL_IMAGES, tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=4)
+        open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(bad), skip_bad_records=3))
+    source = open_source(
+        SMALL_IMAGES, "train", DataSettings(tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=4)
+    )
     assert source.bad_records == 4 and source.num_examples == 20
     replaced = images[[0, 1, 2, 2, 2, 5, 6, 6, 8, 8]]
     np.testing.assert_array_equal(ImageReader(source)(0, 20), np.concatenate([replaced, images]))
@@ -238,7 +241,7 @@ def test_bad_records_are_named_and_replaced(tmp_path, images):
     np.testing.assert_array_equal(batches(source, 7, start_step=3), whole[3:])
 
     bad.write_bytes(content[: 9 * record])
-    source = open_source(SMALL_IMAGES, tfrecord=str(bad))
+    source = open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(bad)))
     with pytest.raises(InputError, match=r"bad.tfrecords: record 3 \(its bytes .*: repair the file, or"):
         ImageReader(source)(0, 9)
 
@@ -257,10 +260,10 @@ def test_a_record_that_claims_more_than_its_file_is_not_allocated(tmp_path):
     for index, num_bytes in itertools.product((1, 23), (2**12, 2**35, 2**40, 2**62, 2**63 + 1, 2**64 - 1)):
         path.write_bytes(claim(content, index, num_bytes))
         with pytest.raises(InputError, match=rf"a.tfrecords: record {index} \(its bytes claim .*: repair the file, or"):
-            open_source(preset, tfrecord=str(path))
+            open_source(preset, "train", DataSettings(tfrecord=str(path)))
     path.write_bytes(claim(claim(content, 7, 2**40), 23, 2**62))
-    source = open_source(preset, tfrecord=str(path), skip_bad_records=2)
-    wanted = ImageReader(open_source(preset, tfrecord=str(TINY_TFRECORD)))(0, 24)
+    source = open_source(preset, "train", DataSettings(tfrecord=str(path), skip_bad_records=2))
+    wanted = ImageReader(open_source(preset, "train", DataSettings(tfrecord=str(TINY_TFRECORD))))(0, 24)
     wanted[[7, 23]] = wanted[[6, 22]]
     np.testing.assert_array_equal(ImageReader(source)(0, 24), wanted)
 
@@ -280,7 +283,7 @@ def test_what_exists_is_no_glob(tmp_path, images):
     folder.mkdir()
     for name in ("b[2].tfrecords", "b2.tfrecords", "c?.tfrecords"):
         write_tfrecord(folder / name, images[:5])
-    count = lambda pattern: open_source(SMALL_IMAGES, tfrecord=str(pattern)).num_examples
+    count = lambda pattern: open_source(SMALL_IMAGES, "train", DataSettings(tfrecord=str(pattern))).num_examples
     assert count(folder / "b[2].tfrecords") == count(folder / "c?.tfrecords") == 5
     assert count(folder / "*.tfrecords") == 15 and count(folder / "b*") == 10
     assert count(tmp_path / "a*" / "b2.tfrecords") == 5

@@ -87,14 +87,14 @@ def test_mixes_of_one_image_with_itself_are_one_image():
 
 @pytest.mark.parametrize(("image_size", "expected"), [(8, 250), (32, 375), (256, 500)])
 def test_default_time_of_an_interpolation(image_size, expected):
-    assert paper_figures.interpolation_time(PAPER_SCHEDULE, image_size) == expected
+    assert paper_figures.interpolation_time(PAPER_SCHEDULE, (image_size, image_size, 3)) == expected
 
 
 def test_default_time_follows_the_noise_and_is_a_step_of_the_run():
     quarter = NoiseSchedule(np.array([1e-6, 0.9, 0.9, 0.9]))  # all of the image after one step of four
-    assert paper_figures.interpolation_time(quarter, 8) == 1
-    assert paper_figures.interpolation_time(NoiseSchedule(np.full(4, 1e-4)), 8) == 4
-    assert paper_figures.interpolation_time(NoiseSchedule(np.full(4, 0.99)), 8) == 1
+    assert paper_figures.interpolation_time(quarter, (8, 8, 1)) == 1
+    assert paper_figures.interpolation_time(NoiseSchedule(np.full(4, 1e-4)), (8, 8, 1)) == 4
+    assert paper_figures.interpolation_time(NoiseSchedule(np.full(4, 0.99)), (8, 8, 1)) == 1
 
 
 def test_interpolation_forgets_the_sources_with_much_noise_only():

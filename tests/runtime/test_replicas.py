@@ -17,11 +17,11 @@ CPU, GPU = tf.distribute.OneDeviceStrategy("CPU:1"), tf.distribute.OneDeviceStra
     ("packages", "strategy", "on_cpu", "compiled"),
     [
         ("tensorflow", CPU, backend.XLA, True),
-        ("tensorflow", CPU, cpu_backend(32), False),
+        ("tensorflow", CPU, cpu_backend(32**2), False),
         ("tensorflow-tpu", CPU, backend.XLA, False),
         ("tensorflow tensorflow-tpu", CPU, backend.XLA, False),
         ("tensorflow tensorflow-tpu", GPU, backend.XLA, True),
-        ("tensorflow", GPU, cpu_backend(32), True),
+        ("tensorflow", GPU, cpu_backend(32**2), True),
         ("tensorflow", make_strategy("mirrored"), backend.XLA, False),
     ],
 )
@@ -42,7 +42,7 @@ def test_one_device_with_xla_compiles_the_whole_program(packages, strategy, on_c
     ],
 )
 def test_a_cpu_runs_large_images_and_training_steps_as_a_graph(packages, image_size, training, cpu_graph):
-    on_cpu = cpu_backend(image_size, training=training)
+    on_cpu = cpu_backend(image_size**2, training=training)
     with machine(packages=packages):
         call = over_replicas(lambda _: tf.fill([2], backend.current().cpu_graph), CPU, 2, on_cpu)
     assert call(0).numpy().tolist() == 2 * [cpu_graph]

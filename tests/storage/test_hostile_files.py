@@ -15,6 +15,7 @@ from diffusion_tf.compression.image_files import read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.storage import checkpoints
@@ -127,7 +128,7 @@ def test_json_files_are_read_or_refused(tmp_path, content):
 
 
 def read_pictures(path):
-    source = open_source(PICTURES, tfrecord=path, skip_bad_records=2)
+    source = open_source(PICTURES, "train", DataSettings(tfrecord=path, skip_bad_records=2))
     images = ImageReader(source)(0, source.num_examples)
     assert images.shape == (source.num_examples, 4, 4, 3)
 

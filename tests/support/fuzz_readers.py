@@ -25,6 +25,7 @@ from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.data.source import ImageReader
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.evaluation.best_checkpoint import read_best
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
 from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, reference_features
@@ -249,7 +250,7 @@ def _record_files() -> dict[str, bytes]:
 
 
 def _read_records(folder: pathlib.Path) -> None:
-    source = open_source(CATS, tfrecord=str(folder / "x.tfrecords"), skip_bad_records=2)
+    source = open_source(CATS, "train", DataSettings(tfrecord=str(folder / "x.tfrecords"), skip_bad_records=2))
     assert ImageReader(source)(0, source.num_examples).shape == (source.num_examples, 4, 4, 3)
 
 
