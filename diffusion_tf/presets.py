@@ -240,6 +240,7 @@ _MULTIPLES = (
     ("keep_every", "checkpoint_every"),
 )
 
+OWN_IMAGES = "images"  # the name of a preset for images that the user names
 
 _CELEBAHQ256 = Preset(
     dataset="celebahq256", image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall",
@@ -291,3 +292,26 @@ def get_preset(dataset: str, **overrides: Any) -> Preset:
     if dataset not in PRESETS:
         raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[dataset], **overrides)
+
+
+def choose_preset(image_shape: tuple[int, int, int], num_images: int) -> Preset:
+    """A recipe for images (H, W, C) that no preset is for: that of cifar10 with as many levels as divide them.
+
+    Raises:
+      ConfigError: there are no images of this shape.
+    """
+    del num_images
+    height, width, channels = image_shape
+    levels, smaller = 1, (height, width)
+    while levels < 4 and all(size % 2 == 0 and size >= 8 for size in smaller):
+        levels, smaller = levels + 1, (smaller[0] // 2, smaller[1] // 2)
+    return dataclasses.replace(
+        PRESETS["cifar10"],
+        dataset=OWN_IMAGES,
+        image_size=height,
+        image_width=0 if width == height else width,
+        channels=channels,
+        ch=64,
+        ch_mult=(1, 2, 2, 2)[:levels],
+        attn_resolutions=(height >> (levels - 1),) if levels > 1 else (),
+    )

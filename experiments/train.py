@@ -1,6 +1,7 @@
 """Trains a diffusion model (Algorithm 1), or resumes a run.
 
   python -m experiments.train --workdir=runs/digits
+  python -m experiments.train --workdir=runs/mine --images=FOLDER --image_size=64
   python -m experiments.train --workdir=gs://bucket/cifar10 --dataset=cifar10 --data_dir=gs://bucket/tfds --tpu=local
 
 The same command resumes from the newest checkpoint. A folder with a run of another recipe is refused.
@@ -11,18 +12,16 @@ import json
 
 from absl import flags
 
-from diffusion_tf.presets import CHANGEABLE
+from diffusion_tf.data_settings import DataSettings
+from diffusion_tf.presets import CHANGEABLE, Preset, choose_preset
 
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_strategy_flags()
-_flags.define_preset_flags()
+_flags.define_preset_flags(" Without it, --images, --npz and --tfds choose a recipe by the images.")
 _flags.define_data_flags()
-flags.DEFINE_integer(
-    "skip_bad_records", 0, "Number of bad records of --tfrecord to tolerate; others replace them.", lower_bound=0
-)
 flags.DEFINE_boolean(
     "allow_recipe_change",
     False,
@@ -32,15 +31,24 @@ flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the
 
 
 def _check() -> None:
-    _flags.preset_from_flags()
-    _flags.data_from_flags()
+    data = _flags.data_from_flags()
+    if _chooses(data):
+        _flags.preset_from_flags(choose_preset(_flags.image_shape((64, 64, 3)), 1))
+    else:
+        _flags.preset_from_flags()
     if not FLAGS.dry_run:
         _flags.require_flags("workdir")
 
 
+def _chooses(data: DataSettings) -> bool:
+    """Whether the recipe is to be chosen by the images."""
+    return bool(data.images or data.npz or data.tfds) and not FLAGS["dataset"].present
+
+
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import open_source
+from diffusion_tf.data import open_images, open_source, own_shape
+from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.training.loop import train_in_workdir
@@ -48,25 +56,33 @@ from diffusion_tf.unet import UNet
 
 
 def main() -> None:
-    preset = _flags.preset_from_flags()
+    data = _flags.data_from_flags()
     if FLAGS.dry_run:
+        preset, _ = _preset_and_source(data)
         GaussianDiffusion.from_preset(preset)  # raises for settings that training would refuse
         print(json.dumps(dataclasses.asdict(preset), indent=2))
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
-    data = _flags.data_from_flags()
-    source = open_source(preset, "train", data)
+    preset, source = _preset_and_source(data)
     train_in_workdir(
         preset,
         strategy,
-        source,
+        source or open_source(preset, "train", data),
         FLAGS.workdir,
         command=FLAGS.flags_into_string(),
         data=data,
         allow_recipe_change=FLAGS.allow_recipe_change,
     )
+
+
+def _preset_and_source(data: DataSettings) -> tuple[Preset, ImageSource | None]:
+    """The recipe, and the images where it was chosen by them."""
+    if not _chooses(data):
+        return _flags.preset_from_flags(), None
+    source = open_images(data, "train", _flags.image_shape(own_shape(data)))
+    return _flags.preset_from_flags(choose_preset(source.image_shape, source.num_examples)), source
 
 
 if __name__ == "__main__":
