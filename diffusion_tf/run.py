@@ -13,15 +13,15 @@ import tensorflow as tf
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data import open_source
-from diffusion_tf.data.arrays import array_source, check_images
+from diffusion_tf.data import open_images, open_source
+from diffusion_tf.data.arrays import array_source, check_images, materialize
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop.diffusers import check_size, read_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.likelihood import bound_of_images
-from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.presets import Preset, choose_preset, get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
@@ -32,6 +32,7 @@ from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
+Images = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
 
 
@@ -303,10 +304,11 @@ def load(
 
 
 def train(
-    preset: str | Preset,
+    preset: str | Preset | None,
     workdir: str,
-    images: np.ndarray | None = None,
+    images: Images | None = None,
     *,
+    labels: npt.ArrayLike | None = None,
     callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
     tfrecord: str | None = None,
@@ -318,10 +320,15 @@ def train(
     A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
 
     Args:
-      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`.
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None chooses a recipe by the
+        images.
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
-      images: uint8 [N, H, W, C] to train on; default: the preset's own data.
+      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; a folder of pictures,
+        which are cut and scaled, for a recipe that is chosen to 64x64 RGB, and kept as TFRecords in ~/.cache; an .npz
+        file; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read into
+        memory once, 16 GB at most.
+      labels: int or str [N], the class of each image of an array; default: none.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
@@ -338,28 +345,44 @@ def train(
       DivergedError: training diverged, also after it went back to a checkpoint once.
       PreemptedError: the machine is about to be taken away; the run is saved.
     """
-    if isinstance(preset, str):
-        preset = get_preset(preset)
-    if images is None:
-        data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
-        source = open_source(preset, "train", data)
-    elif data_dir or tfrecord:
+    wanted = get_preset(preset) if isinstance(preset, str) else preset
+    if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
-    else:
-        check_images(images, preset.image_shape)
-        data, source = PRESETS_OWN, array_source(images)
+    if labels is not None and not isinstance(images, np.ndarray):
+        raise ConfigError("labels", " are for `images` that are an array")
+    source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
+    chosen = wanted or choose_preset(source.image_shape, source.num_examples)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset,
+        chosen,
         resolved,
         source,
         workdir,
-        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        command=f"diffusion_tf.train({chosen}, {workdir!r})\n",
         data=data,
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
+
+
+def _open_images(
+    preset: Preset | None, images: Images | None, labels: npt.ArrayLike | None, data: DataSettings
+) -> tuple[ImageSource, DataSettings]:
+    """The training images as `train` takes them, and where measurements find them."""
+    shape = preset.image_shape if preset else None
+    if isinstance(images, str | os.PathLike):
+        path = os.fspath(images)
+        data = DataSettings(npz=path) if path.lower().endswith(".npz") else DataSettings(images=path)
+        return open_images(data, "train", lambda own: shape or own), data
+    if images is None:
+        if preset is None:
+            raise ConfigError("preset", "is required without `images` to choose one by")
+        return open_source(preset, "train", data), data
+    if isinstance(images, tf.data.Dataset):
+        images, labels = materialize(images)
+    check_images(images, shape)
+    return array_source(images, labels=labels), PRESETS_OWN
 
 
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:

@@ -47,7 +47,7 @@ def _chooses(data: DataSettings) -> bool:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import open_images, open_source, own_shape
+from diffusion_tf.data import open_images, open_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.runtime.strategies import make_strategy
@@ -81,7 +81,7 @@ def _preset_and_source(data: DataSettings) -> tuple[Preset, ImageSource | None]:
     """The recipe, and the images where it was chosen by them."""
     if not _chooses(data):
         return _flags.preset_from_flags(), None
-    source = open_images(data, "train", _flags.image_shape(own_shape(data)))
+    source = open_images(data, "train", _flags.image_shape)
     return _flags.preset_from_flags(choose_preset(source.image_shape, source.num_examples)), source
 
 
