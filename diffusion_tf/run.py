@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
-Images = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
+Images: TypeAlias = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
 
 
@@ -349,7 +349,7 @@ def train(
     if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
     if labels is not None and not isinstance(images, np.ndarray):
-        raise ConfigError("labels", " are for `images` that are an array")
+        raise ConfigError("labels", "are for `images` that are an array")
     source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
     chosen = wanted or choose_preset(source.image_shape, source.num_examples)
     resolved = _resolve_strategy(strategy)
