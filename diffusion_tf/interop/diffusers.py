@@ -4,6 +4,7 @@ Only safetensors files are read, never pickles. Names, shapes and dtypes are com
 for the arrays is allocated. Weights in half precision become float32, which represents each of them exactly.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -104,6 +105,16 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
         diffusers_config.check_scheduler(scheduler, preset)
     weights = [_read_network(network, preset, model) for network in networks]
     return state_arrays(weights[0], weights[-1])
+
+
+def read_ema(folder: str, preset: Preset, model: UNet) -> tuple[Arrays, str]:
+    """Returns the EMA weights that `read_diffusers` reads, by our names, and the SHA-256 that identifies them."""
+    arrays = read_diffusers(folder, preset, model, None)
+    weights = {name: arrays[f"ema/{name}"] for name in model.weight_names}
+    digest = hashlib.sha256()
+    for array in weights.values():
+        digest.update(array.tobytes())
+    return weights, digest.hexdigest()
 
 
 def check_size(folder: str, preset: Preset) -> None:
