@@ -153,6 +153,11 @@ class Preset:
         return height * width
 
     @property
+    def attention_levels(self) -> list[int]:
+        """The levels with self-attention; level 0 has the images' resolution."""
+        return [level for level in range(len(self.ch_mult)) if self.image_size // 2**level in self.attn_resolutions]
+
+    @property
     def _most_positions(self) -> int:
         height, width, _ = self.image_shape
         return max((size**2 * width // height for size in self.attn_resolutions), default=0)

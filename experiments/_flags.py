@@ -187,6 +187,15 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
     Raises:
       InputError: the preset is unknown, or a value is out of range.
     """
+    return dataclasses.replace(run or get_preset(FLAGS.dataset), **preset_overrides())
+
+
+def preset_overrides() -> dict[str, Any]:
+    """The values that flags give to fields of a preset.
+
+    Raises:
+      InputError: a value is of another type.
+    """
     overrides: dict[str, Any] = {}
     for field in dataclasses.fields(Preset):
         value = FLAGS[field.name].value
@@ -198,7 +207,7 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
             except ValueError as error:
                 raise InputError(f"--{field.name}={','.join(value)}: must be integers separated by commas") from error
         overrides[field.name] = value
-    return dataclasses.replace(run or get_preset(FLAGS.dataset), **overrides)
+    return overrides
 
 
 def image_shape(default: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -22,12 +22,20 @@ class Change(TypedDict):
     changes: dict[str, Value]
 
 
+class InitFrom(TypedDict):
+    """The weights with which a run started."""
+
+    path: str
+    sha256: str
+
+
 class Config(TypedDict):
     """`config.json`: the fields of `Preset`, which checks them, the number of training images, and `DataSettings`."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
     data: NotRequired[dict[str, float | str]]
+    init_from: NotRequired[InitFrom]
 
 
 class Metrics(TypedDict):
