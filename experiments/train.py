@@ -28,6 +28,9 @@ flags.DEFINE_boolean(
     False,
     f"Let a run that is resumed go on with another {', '.join(CHANGEABLE)}; config.json records the change.",
 )
+flags.DEFINE_boolean(
+    "conditional", False, "Condition the network on the classes of the images, which need labels. Sets --num_classes."
+)
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
 
 
@@ -40,7 +43,7 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import open_source
+from diffusion_tf.data import conditional_preset, open_source
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.training.loop import train_in_workdir
@@ -48,16 +51,19 @@ from diffusion_tf.unet import UNet
 
 
 def main() -> None:
-    preset = _flags.preset_from_flags()
+    preset, data = _flags.preset_from_flags(), _flags.data_from_flags()
     if FLAGS.dry_run:
+        if FLAGS.conditional:
+            preset = conditional_preset(preset, open_source(preset, "train", data))
         GaussianDiffusion.from_preset(preset)  # raises for settings that training would refuse
         print(json.dumps(dataclasses.asdict(preset), indent=2))
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
         return
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
-    data = _flags.data_from_flags()
     source = open_source(preset, "train", data)
+    if FLAGS.conditional:
+        preset = conditional_preset(preset, source)
     train_in_workdir(
         preset,
         strategy,

@@ -5,6 +5,8 @@ the records are still encoded, and a resumed run skips to its place. Flips belon
 read the images of a split in the order of their records.
 """
 
+import dataclasses
+
 from diffusion_tf.data.digits import digits_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfds import TFDS_NAMES, tfds_source
@@ -39,3 +41,16 @@ def open_source(
     raise ConfigError(
         "dataset", f"={preset.dataset} is read from StyleGAN TFRecords: name them by `tfrecord=FILE_OR_GLOB`"
     )
+
+
+def conditional_preset(preset: Preset, source: ImageSource) -> Preset:
+    """`preset` with the classes of the images.
+
+    Raises:
+      ConfigError: the images have no labels, or the preset has another number of classes.
+    """
+    if source.label is None:
+        raise ConfigError("conditional", f": {source.name} has no labels")
+    if preset.num_classes:
+        source.require_classes(preset.num_classes)
+    return dataclasses.replace(preset, num_classes=len(source.classes))

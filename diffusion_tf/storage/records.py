@@ -23,11 +23,12 @@ class Change(TypedDict):
 
 
 class Config(TypedDict):
-    """`config.json`: the fields of `Preset`, which checks them, the number of training images, and `DataSettings`."""
+    """`config.json`: the fields of `Preset`, which checks them, the training images' number and classes, `DataSettings`."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
     data: NotRequired[dict[str, float | str]]
+    classes: NotRequired[list[str]]
 
 
 class Metrics(TypedDict):

@@ -87,17 +87,28 @@ def train_in_workdir(
       allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run; config.json records it.
 
     Raises:
-      ConfigError: the folder holds another run or is in use, or the preset cannot be trained.
+      ConfigError: the folder holds another run or is in use, or the preset cannot be trained on these images.
       InputError, DivergedError, PreemptedError: as `train`.
     """
     workdir = Workdir(path)
-    workdir.refuse_other_run(preset, source.num_examples, allow_recipe_change=allow_recipe_change)
+    classes = source.classes if preset.num_classes else ()
+    if preset.num_classes:
+        source.require_classes(preset.num_classes)
+    workdir.refuse_other_run(
+        preset, source.num_examples, classes=classes, allow_recipe_change=allow_recipe_change
+    )
     trainer = Trainer(preset, strategy)
     with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
         if is_chief(strategy):
             step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
             workdir.write_config(
-                preset, source.num_examples, command, step=step, data=data, allow_recipe_change=allow_recipe_change
+                preset,
+                source.num_examples,
+                command,
+                step=step,
+                data=data,
+                classes=classes,
+                allow_recipe_change=allow_recipe_change,
             )
         train(trainer, workdir, source, callbacks=callbacks)
 
