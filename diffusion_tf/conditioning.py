@@ -47,14 +47,13 @@ class Condition:
         return dataclasses.replace(self, labels=labels)
 
     def describe(self, preset: Preset) -> dict[str, Any]:
-        """What differs from the default labels of `preset` and from no guidance, in a form that JSON can hold."""
-        resolved, default = self.resolve(preset), Condition().resolve(preset)
-        description: dict[str, Any] = {}
-        if resolved.labels != default.labels:
-            description["labels"] = list(resolved.labels)
-        if resolved.guidance:
-            description["guidance"] = resolved.guidance
-        return description
+        """Labels (`all`, `none` or indices) and guidance, in a form that JSON can hold; empty without classes."""
+        resolved = self.resolve(preset)
+        if not preset.num_classes:
+            return {}
+        names = {tuple(range(preset.num_classes)): "all", (NO_LABEL,): "none"}
+        labels = names.get(resolved.labels, ",".join(map(str, resolved.labels)))
+        return {"labels": labels, "guidance": float(resolved.guidance)}
 
     def of_images(self, first: int, count: int) -> np.ndarray:
         """The labels of images first, ..., first + count - 1, int32 [count]; the condition must be resolved."""
@@ -62,6 +61,7 @@ class Condition:
 
 
 UNGUIDED = Condition()
+UNLABELLED = Condition((NO_LABEL,))
 
 
 def parse_labels(text: str, classes: Sequence[str], num_classes: int) -> tuple[int, ...]:

@@ -214,10 +214,10 @@ class Network(keras.Model):
     def denoise_fn(
         self, params: Sequence[tf.Variable | tf.Tensor], rng: CounterRng | None = None
     ) -> Callable[..., tf.Tensor]:
-        """`model(x_t, t, labels, rng)` as a pure function of x_t, t and, with classes, labels; `params` are the weights.
+        """`model(x_t, t, labels, rng)` as a pure function of x_t, t and, with classes, labels.
 
-        They come in the order of `trainable_variables`, and are cast to their compute dtypes here, once for many calls.
-        Keras' `stateless_call` would cast them to float32 again in every call.
+        The weights `params` come in the order of `trainable_variables`, and are cast to their compute dtypes here, once
+        for many calls. Keras' `stateless_call` would cast them to float32 again in every call.
         """
         weights = [tf.cast(w, dtype) for w, dtype in zip(params, self.compute_dtypes, strict=True)]
 

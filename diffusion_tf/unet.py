@@ -82,8 +82,8 @@ class UNet(layers.Network):
     """The denoising network: `model(x_t, t)`, [B, H, W, C] and int32 [B] to [B, H, W, out_channels] float32.
 
     With classes, `model(x_t, t, labels)` is conditioned on labels int32 [B]. The label -1 means none, and so does
-    leaving them out. Dropout acts only if a `CounterRng` is given: `model(x_t, t, rng=rng)`. Variables are named as in the authors'
-    checkpoints, `down_0_block_0/conv1/kernel` for their `model/down_0/block_0/conv1/W`.
+    leaving them out. Dropout acts only if a `CounterRng` is given: `model(x_t, t, rng=rng)`. Variables are named as in
+    the authors' checkpoints, `down_0_block_0/conv1/kernel` for their `model/down_0/block_0/conv1/W`.
 
     Args:
       image_shape: (H, W, C) of x_t, H and W divisible by 2^(levels - 1).
@@ -138,8 +138,9 @@ class UNet(layers.Network):
             if num_classes:
                 # The table [num_classes, 4 ch] of an embedding: a product with one-hot rows suits a TPU, and maps the
                 # label -1 to 0. Its initial values are those of the other layers.
-                arguments = {"name": "class_embedding", "use_bias": False, "dtype": "float32"}
-                self.class_embedding = build.dense(num_classes, 4 * ch, "class_embedding", **arguments)
+                self.class_embedding = build.dense(
+                    num_classes, 4 * ch, "class_embedding", use_bias=False, dtype="float32"
+                )
             self.conv_in = build.conv(image_shape[-1], ch, "conv_in")
             self._make_blocks(build, levels, num_res_blocks, dropout)
             self.norm_out = GroupNorm(levels[0][0], "norm_out", swish=True)

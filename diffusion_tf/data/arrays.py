@@ -9,9 +9,7 @@ from diffusion_tf.data.source import ImageSource, shuffled
 from diffusion_tf.errors import ConfigError
 
 
-def array_source(
-    images: np.ndarray, name: str = "images of an array", labels: np.ndarray | None = None
-) -> ImageSource:
+def array_source(images: np.ndarray, name: str = "images of an array", labels: np.ndarray | None = None) -> ImageSource:
     """Serves the images of an array. Its records are indices, so an epoch is shuffled whole whatever the images' size.
 
     Args:

@@ -23,7 +23,7 @@ class Change(TypedDict):
 
 
 class Config(TypedDict):
-    """`config.json`: the fields of `Preset`, which checks them, the training images' number and classes, `DataSettings`."""
+    """`config.json`: the fields of `Preset`, which checks them, and what is known of the training images."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
@@ -60,6 +60,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    labels: NotRequired[str]  # of a conditional run, like guidance
+    guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
 
 

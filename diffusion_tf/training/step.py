@@ -84,9 +84,7 @@ def reduced_gradients(
       microbatch_bytes: largest size of one channel of a microbatch, in bytes; unused where the batch is not split.
     """
 
-    def share(
-        first: int | tf.Tensor, images: tf.Tensor, *labels: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def share(first: int | tf.Tensor, images: tf.Tensor, *labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         return loss_and_gradients(model, preset, params, images, rng.skip(first), *labels)
 
     image_bytes = preset.image_pixels * tf.as_dtype(preset.precision).size

@@ -112,7 +112,10 @@ class Trainer:
         return {**sums, "param_norm": param_norm}
 
     def batches(self, source: ImageSource, data_order: int = 0) -> Iterator[Any]:
-        """An iterator over the `training_batches` from the state's step on, with labels if the preset has classes; `data_order` selects their order."""
+        """An iterator over `training_batches` from the state's step on, with labels if the preset has classes.
+
+        `data_order` selects their order.
+        """
 
         def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
             return training_batches(
