@@ -33,6 +33,9 @@ flags.DEFINE_boolean(
     False,
     f"Let a run that is resumed go on with another {', '.join(CHANGEABLE)}; config.json records the change.",
 )
+flags.DEFINE_boolean(
+    "conditional", False, "Condition the network on the classes of the images, which need labels. Sets --num_classes."
+)
 flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
 
 
@@ -53,7 +56,7 @@ def _chooses(data: DataSettings) -> bool:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import open_images, open_source, own_shape
+from diffusion_tf.data import conditional_preset, open_images, open_source, own_shape
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
@@ -87,9 +90,18 @@ def main() -> None:
 
 
 def _preset_and_source(data: DataSettings) -> tuple[Preset, ImageSource | None]:
-    """The flags over the recipe to start from, and the images if they were opened to choose it.
+    """The recipe, and the images if it depends on them."""
+    preset, source = _recipe(data)
+    if FLAGS.conditional:
+        source = source or open_source(preset, "train", data)
+        preset = conditional_preset(preset, source)
+    return preset, source
 
-    Without --dataset, that is the recipe of the run that is there, or else of --init_from, or else one for the images.
+
+def _recipe(data: DataSettings) -> tuple[Preset, ImageSource | None]:
+    """The flags over the recipe to start from, and the images if it was chosen by them.
+
+    Without --dataset, it is the recipe of the run that is there, or else of --init_from, or else one for the images.
     """
     workdir = Workdir(FLAGS.workdir or "")
     if not FLAGS["dataset"].present:

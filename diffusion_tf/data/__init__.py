@@ -5,6 +5,8 @@ the records are still encoded, and a resumed run skips to its place. Flips belon
 read the images of a split in the order of their records.
 """
 
+import dataclasses
+
 from diffusion_tf.data.digits import digits_source
 from diffusion_tf.data.fitting import Fitting
 from diffusion_tf.data.image_cache import cached_source
@@ -75,3 +77,16 @@ def open_images(data: DataSettings, split: str, image_shape: tuple[int, int, int
 def own_shape(data: DataSettings) -> tuple[int, int, int]:
     """Returns the (H, W, C) that images have by themselves; 64x64x3 for pictures, whose sizes may differ."""
     return 64, 64, 3
+
+
+def conditional_preset(preset: Preset, source: ImageSource) -> Preset:
+    """`preset` with the classes of the images.
+
+    Raises:
+      ConfigError: the images have no labels, or the preset has another number of classes.
+    """
+    if source.label is None:
+        raise ConfigError("conditional", f": {source.name} has no labels")
+    if preset.num_classes:
+        source.require_classes(preset.num_classes)
+    return dataclasses.replace(preset, num_classes=len(source.classes))
