@@ -164,14 +164,10 @@ class Run:
           NotFiniteError: a picture is not finite, since the network overflows.
         """
         check_images(images, self.preset.image_shape)
-        batch_size, settings = (
-            self._batch_size(batch_size, len(images)),
-            SamplerSettings(sampler, steps, strength=strength),
-        )
+        settings = SamplerSettings(sampler, steps, strength=strength)
+        batch_size = self._batch_size(batch_size, len(images))
         varied = Sampler(self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings)
-        starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="varying")
-        batches = ((first, images[first : first + batch_size]) for first in starts)
-        return np.concatenate([varied.images(first, len(batch), batch) for first, batch in batches])
+        return varied.draw(len(images), start_from=images)
 
     def inpaint(
         self,

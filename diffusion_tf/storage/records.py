@@ -79,6 +79,13 @@ class BestEvaluation(Evaluation):
     best_by: str
 
 
+class SampleFolder(TypedDict):
+    """`samples.json` in a folder of samples; what they depend on are further keys."""
+
+    num_samples: Count
+    complete: bool
+
+
 class Measurement(TypedDict):
     """What was measured."""
 
