@@ -61,6 +61,11 @@ class Preset:
     image_width: int = _field("Width of the images in pixels; 0: as their height.", 0, added=True)
     channels: int = _field("Colour channels of the images.", 3)
     random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
+    random_shift: int = _field(
+        "Shift each training image by up to this many pixels in each direction; its mirror image fills the border.",
+        0,
+        added=True,
+    )
 
     ch: int = _field("Channels of the network at the highest resolution.", 128)
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
@@ -129,6 +134,7 @@ class Preset:
         for name, base in _MULTIPLES:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+        self._require("random_shift", self.random_shift < min(self.image_shape[:2]), "must be less than the sides")
         for name, size, most, what in (
             ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
             ("image_size", self.image_pixels * self.ch, _MAX_FEATURES, "features of one image in a layer"),
@@ -221,7 +227,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v < math.inf,
         "must be greater than 0",
     ),
-    ("image_width warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    ("image_width random_shift warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
     ("dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
@@ -240,6 +246,7 @@ _MULTIPLES = (
     ("keep_every", "checkpoint_every"),
 )
 
+OWN_IMAGES = "images"  # the name of a preset for images that the user names
 
 _CELEBAHQ256 = Preset(
     dataset="celebahq256", image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall",
