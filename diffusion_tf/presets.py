@@ -61,6 +61,11 @@ class Preset:
     image_width: int = _field("Width of the images in pixels; 0: as their height.", 0, added=True)
     channels: int = _field("Colour channels of the images.", 3)
     random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
+    random_shift: int = _field(
+        "Shift each training image by up to this many pixels in each direction; its mirror image fills the border.",
+        0,
+        added=True,
+    )
 
     ch: int = _field("Channels of the network at the highest resolution.", 128)
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
@@ -136,6 +141,7 @@ class Preset:
         for name, base in _MULTIPLES:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+        self._require("random_shift", self.random_shift < min(self.image_shape[:2]), "must be less than the sides")
         for name, size, most, what in (
             ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
             ("image_size", self.image_pixels * self.ch, _MAX_FEATURES, "features of one image in a layer"),
@@ -233,7 +239,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v < math.inf,
         "must be greater than 0",
     ),
-    ("image_width num_classes warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    (
+        "image_width random_shift num_classes warmup_steps keep_every sample_every",
+        lambda v: v >= 0,
+        "must be 0 or more",
+    ),
     ("dropout label_dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
@@ -304,26 +314,3 @@ def get_preset(dataset: str, **overrides: Any) -> Preset:
     if dataset not in PRESETS:
         raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[dataset], **overrides)
-
-
-def choose_preset(image_shape: tuple[int, int, int], num_images: int) -> Preset:
-    """A recipe for images (H, W, C) that no preset is for: that of cifar10 with as many levels as divide them.
-
-    Raises:
-      ConfigError: there are no images of this shape.
-    """
-    del num_images
-    height, width, channels = image_shape
-    levels, smaller = 1, (height, width)
-    while levels < 4 and all(size % 2 == 0 and size >= 8 for size in smaller):
-        levels, smaller = levels + 1, (smaller[0] // 2, smaller[1] // 2)
-    return dataclasses.replace(
-        PRESETS["cifar10"],
-        dataset=OWN_IMAGES,
-        image_size=height,
-        image_width=0 if width == height else width,
-        channels=channels,
-        ch=64,
-        ch_mult=(1, 2, 2, 2)[:levels],
-        attn_resolutions=(height >> (levels - 1),) if levels > 1 else (),
-    )

@@ -13,7 +13,8 @@ import json
 from absl import flags
 
 from diffusion_tf.data_settings import DataSettings
-from diffusion_tf.presets import CHANGEABLE, Preset, choose_preset
+from diffusion_tf.presets import CHANGEABLE, Preset
+from diffusion_tf.recipes import choose_preset
 
 from . import _flags, _program
 
@@ -42,7 +43,7 @@ flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the
 def _check() -> None:
     data = _flags.data_from_flags()
     if _chooses(data):
-        _flags.preset_from_flags(choose_preset(_flags.image_shape((64, 64, 3)), 1))
+        choose_preset(_flags.image_shape((64, 64, 3)), 1, **_flags.preset_overrides())
     elif FLAGS.init_from is None:
         _flags.preset_from_flags()
     if not FLAGS.dry_run:
@@ -112,7 +113,7 @@ def _recipe(data: DataSettings) -> tuple[Preset, ImageSource | None]:
     if not _chooses(data):
         return _flags.preset_from_flags(), None
     source = open_images(data, "train", _flags.image_shape(own_shape(data)))
-    return _flags.preset_from_flags(choose_preset(source.image_shape, source.num_examples)), source
+    return choose_preset(source.image_shape, source.num_examples, **_flags.preset_overrides()), source
 
 
 if __name__ == "__main__":
