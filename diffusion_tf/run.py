@@ -1,7 +1,6 @@
 """The public API: `load` a trained run or `train` one, then sample, denoise, measure and compress with it."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,13 +17,16 @@ from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop.diffusers import check_size, read_diffusers
+from diffusion_tf.inpainting import Inpainter, check_masks
+from diffusion_tf.interop.diffusers import check_size, read_ema
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
+from diffusion_tf.interop.fine_tuning import initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
-from diffusion_tf.solvers import SamplerSettings
+from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
@@ -118,6 +120,89 @@ class Run:
             self._samplers[compiled] = Sampler(self._trained, batch_size=batch_size, seed=seed, settings=settings)
         self._samplers[compiled].seed = seed
         return self._samplers[compiled].draw(num_samples)
+
+    def vary(
+        self,
+        images: np.ndarray,
+        *,
+        strength: float = 0.6,
+        seed: int = 0,
+        sampler: str = "ancestral",
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Makes a picture like each image by adding noise and removing it (SDEdit, Meng et al. 2021); shows progress.
+
+        Costs `strength` times as many network evaluations per image as a sample.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          strength: the share of the process to go back to, in (0, 1]: near 0 the image returns, at 1 almost nothing of
+            it is left.
+          seed: of the noise, in [0, 2^32); picture i has noise of its own.
+          sampler: as for `sample`.
+          steps: of the whole process, as for `sample`.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          uint8 [N, H, W, C].
+
+        Raises:
+          ConfigError: an argument does not fit the run.
+          NotFiniteError: a picture is not finite, since the network overflows.
+        """
+        check_images(images, self.preset.image_shape)
+        batch_size, settings = (
+            self._batch_size(batch_size, len(images)),
+            SamplerSettings(sampler, steps, strength=strength),
+        )
+        varied = Sampler(self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings)
+        starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="varying")
+        batches = ((first, images[first : first + batch_size]) for first in starts)
+        return np.concatenate([varied.images(first, len(batch), batch) for first, batch in batches])
+
+    def inpaint(
+        self,
+        images: np.ndarray,
+        masks: np.ndarray,
+        *,
+        resamplings: int = RESAMPLINGS,
+        jump_length: int = JUMP_LENGTH,
+        seed: int = 0,
+        sampler: str = "ancestral",
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Paints the masked pixels of images to fit the others (RePaint, Lugmayr et al. 2022); shows progress.
+
+        Costs about `resamplings` times as many network evaluations per image as a sample.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          masks: bool [H, W] for all images or [N, H, W]: True where to paint.
+          resamplings: how often each stretch of steps is taken; more fit better what is painted to what is known.
+          jump_length: steps in a stretch.
+          seed: of the noise, in [0, 2^32); picture i has noise of its own.
+          sampler: `ancestral` or `ddim`.
+          steps: of the sampler; default: as for `sample`.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          uint8 [N, H, W, C]; pixels that are not masked are those of `images`.
+
+        Raises:
+          ConfigError: an argument does not fit the run.
+          NotFiniteError: a picture is not finite, since the network overflows.
+        """
+        check_images(images, self.preset.image_shape)
+        batch_size, painted = self._batch_size(batch_size, len(images)), check_masks(masks, images)
+        inpainter = Inpainter(
+            self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=SamplerSettings(sampler, steps),
+            resamplings=resamplings, jump_length=jump_length,
+        )  # fmt: skip
+        starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="inpainting")
+        batches = ((first, slice(first, first + batch_size)) for first in starts)
+        return np.concatenate([inpainter(images[batch], painted[batch], first_image=first) for first, batch in batches])
 
     def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike) -> np.ndarray:
         """Evaluates the network once per image.
@@ -311,6 +396,7 @@ def train(
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
+    init_from: str | None = None,
     allow_recipe_change: bool = False,
 ) -> Run:
     """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
@@ -326,6 +412,8 @@ def train(
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
+      init_from: start a new run with the EMA weights of another run, by its folder or a checkpoint, or with those of a
+        diffusers folder. A resumed run does not read them again.
       allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
         ema_decay, dropout, loss_type or precision; config.json records the change.
 
@@ -356,6 +444,7 @@ def train(
         workdir,
         command=f"diffusion_tf.train({preset}, {workdir!r})\n",
         data=data,
+        initial=initial_weights(Workdir(workdir), init_from, preset),
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
@@ -368,15 +457,13 @@ def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strateg
     check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
-    arrays = read_diffusers(folder, preset, model, None)
-    digest = hashlib.sha256()
+    weights, digest = read_ema(folder, preset, model)
     for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
-        variable.assign(arrays[f"ema/{name}"])
-        digest.update(arrays[f"ema/{name}"].tobytes())
+        variable.assign(weights[name])
     model.freeze()
     trained = TrainedModel(preset, strategy, model)
     trained.name = folder
-    return Run(trained, path=folder, step=0, weights_digest=digest.hexdigest())
+    return Run(trained, path=folder, step=0, weights_digest=digest)
 
 
 def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:
