@@ -1,4 +1,4 @@
-"""Inpainting by RePaint (Lugmayr et al. 2022): painting a part of given images with an unconditional network."""
+"""Inpainting by RePaint (Lugmayr et al. 2022): painting a part of given images with any trained network."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.conditioning import UNGUIDED, Condition
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
@@ -106,6 +107,7 @@ class Inpainter:
       resamplings: how often each step is taken, the paper's r. More of them fit what is painted to what is known, and
         cost as many times the network evaluations.
       jump_length: how many steps a jump takes back, the paper's j.
+      condition: the classes to paint, and the guidance.
 
     Attributes:
       num_evaluations: network evaluations of a call, about `resamplings` times the steps.
@@ -124,8 +126,10 @@ class Inpainter:
         settings: SamplerSettings | None = None,
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
+        condition: Condition = UNGUIDED,
     ):
         diffusion = trained.diffusion
+        self._condition = condition.resolve(trained.preset)
         sampler = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
         if sampler is not None and sampler.coefficients[:, 2].any():
             raise ConfigError(
@@ -145,12 +149,14 @@ class Inpainter:
             x_t: tf.Tensor,
             x_start: tf.Tensor,
             painted: tf.Tensor,
+            labels: tf.Tensor,
             start: tf.Tensor,
             stop: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor]:
+            denoise_fn = trained.denoise_fn(labels, condition.guidance)
             noise_fn = functools.partial(self._noise, first_image, self._shape)
             x_t = repaint_steps(
-                diffusion, trained.denoise_fn(), noise_fn, sampler, self._table, x_t, x_start, painted, start[0],
+                diffusion, denoise_fn, noise_fn, sampler, self._table, x_t, x_start, painted, start[0],
                 stop[0],
             )  # fmt: skip
             return x_t, tf.reduce_all(tf.math.is_finite(x_t), axis=[1, 2, 3])
@@ -177,12 +183,13 @@ class Inpainter:
         """
         x_start, count = images_to_x(images), len(images)
         x_t = self._noise(first_image, (count, *self._shape[1:]), "sample", self.num_evaluations)
+        labels = tf.constant(self._condition.of_images(first_image, count))
         stride = -(-self.num_evaluations // CALLS)
         with progress_bar(total=self.num_evaluations, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_evaluations, stride):
                 stop = min(start + stride, self.num_evaluations)
                 limits = (tf.fill([count], i) for i in (start, stop))
-                x_t, finite = self._steps(first_image, x_t, x_start, painted, *limits)
+                x_t, finite = self._steps(first_image, x_t, x_start, painted, labels, *limits)
                 t = self._timesteps[self._table.steps[stop - 1]]
                 self._trained.check_finite(finite, "pictures", first=first_image, t=t)
                 bar.update(stop - start)

@@ -12,7 +12,8 @@ import tensorflow as tf
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data import open_source
+from diffusion_tf.conditioning import NO_LABEL, Condition
+from diffusion_tf.data import conditional_preset, open_source
 from diffusion_tf.data.arrays import array_source, check_images
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
@@ -48,6 +49,8 @@ class Run:
       preset: the configuration of network, diffusion and training.
       step: training steps that the weights have taken; 0 for a diffusers folder, which does not record them.
       path: the workdir or diffusers folder.
+      classes: the names of the classes that the network is conditioned on, in the order of their indices; empty without
+        classes, or where the folder names none.
     """
 
     def __init__(
@@ -58,15 +61,17 @@ class Run:
         step: int,
         weights_digest: str,
         data: DataSettings = PRESETS_OWN,
+        classes: Sequence[str] = (),
     ):
         self.preset = trained.preset
         self.step = step
         self.path = path
+        self.classes = tuple(classes)
         self._trained = trained
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str, int | None], Sampler] = {}
+        self._samplers: dict[tuple[int, str, int | None, float], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -91,11 +96,13 @@ class Run:
         sampler: str = "ancestral",
         steps: int | None = None,
         batch_size: int | None = None,
+        labels: Sequence[int] = (),
+        guidance: float = 0.0,
     ) -> np.ndarray:
-        """Draws samples; shows progress. Costs `steps` network evaluations per sample.
+        """Draws samples; shows progress. Costs `steps` network evaluations per sample, and twice that with guidance.
 
-        Sample i is a function of the weights, the sampler, `seed` and i alone. The batch size changes it by float
-        rounding only.
+        Sample i is a function of the weights, the sampler, its label, `guidance`, `seed` and i alone. The batch size
+        changes it by float rounding only.
 
         Args:
           num_samples: N.
@@ -103,6 +110,8 @@ class Run:
           sampler: `ancestral` (Algorithm 2), `ddim` or `dpm_solver++`.
           steps: network evaluations per sample, in [1, T]; default: T, 50 and 20 for these samplers.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
+          guidance: w in (1 + w) f(x, label) - w f(x), 0 or more, for a run with classes.
 
         Returns:
           uint8 [N, H, W, C].
@@ -114,11 +123,14 @@ class Run:
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
         seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
-        compiled = batch_size, sampler, steps
+        condition = Condition(tuple(labels), guidance).resolve(self.preset)
+        compiled = batch_size, sampler, steps, guidance
         if compiled not in self._samplers:
             settings = SamplerSettings(sampler, steps)
-            self._samplers[compiled] = Sampler(self._trained, batch_size=batch_size, seed=seed, settings=settings)
-        self._samplers[compiled].seed = seed
+            self._samplers[compiled] = Sampler(
+                self._trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
+            )
+        self._samplers[compiled].seed, self._samplers[compiled].condition = seed, condition
         return self._samplers[compiled].draw(num_samples)
 
     def vary(
@@ -152,14 +164,10 @@ class Run:
           NotFiniteError: a picture is not finite, since the network overflows.
         """
         check_images(images, self.preset.image_shape)
-        batch_size, settings = (
-            self._batch_size(batch_size, len(images)),
-            SamplerSettings(sampler, steps, strength=strength),
-        )
+        settings = SamplerSettings(sampler, steps, strength=strength)
+        batch_size = self._batch_size(batch_size, len(images))
         varied = Sampler(self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings)
-        starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="varying")
-        batches = ((first, images[first : first + batch_size]) for first in starts)
-        return np.concatenate([varied.images(first, len(batch), batch) for first, batch in batches])
+        return varied.draw(len(images), start_from=images)
 
     def inpaint(
         self,
@@ -204,12 +212,13 @@ class Run:
         batches = ((first, slice(first, first + batch_size)) for first in starts)
         return np.concatenate([inpainter(images[batch], painted[batch], first_image=first) for first, batch in batches])
 
-    def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike) -> np.ndarray:
+    def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike, *, labels: npt.ArrayLike = NO_LABEL) -> np.ndarray:
         """Evaluates the network once per image.
 
         Args:
           x_t: float32 [N, H, W, C], images in [-1, 1] after t + 1 steps of noise.
           t: int32 [N] or one int, in [0, T): index t is the paper's step t + 1.
+          labels: indices of `classes`, int [N] or one int; -1 is none.
 
         Returns:
           What the network predicts (`preset.model_mean_type`; by default eps), float32 [N, H, W, C]; 2 C channels where
@@ -228,12 +237,13 @@ class Run:
             raise ConfigError("t", f"must be an int or int [{len(x_t)}], not {t.dtype} {list(t.shape)}")
         if t.min() < 0 or t.max() >= self.preset.num_timesteps:
             raise ConfigError("t", f"must be in [0, {self.preset.num_timesteps})")
-        batch_size = self._batch_size(None, len(x_t), most=len(x_t))
+        labels, batch_size = self._labels(labels, len(x_t)), self._batch_size(None, len(x_t), most=len(x_t))
         if batch_size not in self._denoise_calls:
             self._denoise_calls[batch_size] = self._trained.over_replicas(
-                lambda _, x_t, t: self._trained.denoise_fn()(x_t, t), batch_size
+                lambda _, x_t, t, labels: self._trained.denoise_fn(labels)(x_t, t), batch_size
             )
-        output = self._denoise_calls[batch_size](0, x_t, np.broadcast_to(t, len(x_t)).astype(np.int32)).numpy()
+        t = np.broadcast_to(t, len(x_t)).astype(np.int32)
+        output = self._denoise_calls[batch_size](0, x_t, t, labels).numpy()
         self._trained.check_finite(output, "outputs")
         return output
 
@@ -244,6 +254,7 @@ class Run:
         seed: int = 0,
         num_timesteps_estimate: int | None = None,
         batch_size: int | None = None,
+        labels: npt.ArrayLike = NO_LABEL,
     ) -> np.ndarray:
         """Measures the variational bound (Eq. 5) of each image; shows progress.
 
@@ -256,6 +267,7 @@ class Run:
           num_timesteps_estimate: estimate the sum of the bound without bias from L_0 and this many random terms per
             image; default: all T terms.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: indices of `classes`, int [N] or one int, for the bound of log p(x_0 | label); -1 is none.
 
         Returns:
           Bits/dim, float64 [N].
@@ -271,6 +283,7 @@ class Run:
             images,
             batch_size=self._batch_size(batch_size, len(images)),
             seed=_check_seed(seed),
+            labels=self._labels(labels, len(images)),
             num_timesteps_estimate=num_timesteps_estimate,
         ).total_bpd
 
@@ -344,6 +357,20 @@ class Run:
         folder = os.path.join(self.path, "compression")
         return TableStore(folder, self._trained, self._weights_digest, self.step, open_train=open_train)
 
+    def _labels(self, labels: npt.ArrayLike, num_images: int) -> np.ndarray:
+        """Labels of images, one each or one for all, as int32 [num_images].
+
+        Raises:
+          ConfigError: their shape or dtype is wrong, or there is no such class.
+        """
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" or labels.shape not in ((), (num_images,)):
+            raise ConfigError(
+                "labels", f"must be an int or int [{num_images}], not {labels.dtype} {list(labels.shape)}"
+            )
+        Condition(tuple(np.unique(labels).tolist())).resolve(self.preset)
+        return np.broadcast_to(labels, num_images).astype(np.int32)
+
     def _batch_size(self, batch_size: int | None, num_images: int, most: int = _BATCH_SIZE) -> int:
         """The batch size to use: a multiple of the replicas by default."""
         if batch_size is not None:
@@ -384,7 +411,8 @@ def load(
     step, file = checkpoints.find(workdir.checkpoints, checkpoint)
     trained = TrainedModel.from_checkpoint(preset, resolved, file)
     digest = checkpoints.load_digest(file)
-    return Run(trained, path=path, step=step, weights_digest=digest, data=workdir.read_data())
+    data, classes = workdir.read_data(), workdir.read_classes()
+    return Run(trained, path=path, step=step, weights_digest=digest, data=data, classes=classes)
 
 
 def train(
@@ -392,6 +420,8 @@ def train(
     workdir: str,
     images: np.ndarray | None = None,
     *,
+    labels: np.ndarray | None = None,
+    conditional: bool = False,
     callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
     tfrecord: str | None = None,
@@ -408,6 +438,8 @@ def train(
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
       images: uint8 [N, H, W, C] to train on; default: the preset's own data.
+      labels: the class of each of `images`, integers [N] from 0, with `conditional`.
+      conditional: condition the network on the classes of the images, which need labels.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
@@ -428,6 +460,8 @@ def train(
     """
     if isinstance(preset, str):
         preset = get_preset(preset)
+    if labels is not None and (images is None or not conditional):
+        raise ConfigError("labels", "go with `images` and `conditional=True`")
     if images is None:
         data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
         source = open_source(preset, "train", data)
@@ -435,7 +469,9 @@ def train(
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
     else:
         check_images(images, preset.image_shape)
-        data, source = PRESETS_OWN, array_source(images)
+        data, source = PRESETS_OWN, array_source(images, labels=labels)
+    if conditional:
+        preset = conditional_preset(preset, source)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
         preset,

@@ -247,8 +247,10 @@ class Sampler:
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
-    def draw(self, num_samples: int) -> np.ndarray:
+    def draw(self, num_samples: int, start_from: np.ndarray | None = None) -> np.ndarray:
         """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar.
+
+        `start_from` is that of a call, here with an image for each sample.
 
         Raises:
           NotFiniteError: a sample is not finite.
@@ -256,7 +258,9 @@ class Sampler:
         batches = []
         with progress_bar(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
-                batches.append(self.images(first, min(self._batch_size, num_samples - first)))
+                count = min(self._batch_size, num_samples - first)
+                given = None if start_from is None else start_from[first : first + count]
+                batches.append(self.images(first, count, given))
                 bar.update(len(batches[-1]))
         return np.concatenate(batches)
 

@@ -60,6 +60,7 @@ _SETTINGS = {
     "down_block_types": "`attn_resolutions`", "up_block_types": "`attn_resolutions`",
     "num_train_timesteps": "`num_timesteps`", "beta_schedule": "`beta_schedule`", "beta_start": "`beta_start`",
     "beta_end": "`beta_end`", "prediction_type": "`model_mean_type`", "variance_type": "`model_var_type`",
+    "num_class_embeds": "`num_classes`",
 }  # fmt: skip
 _PREDICTION_TYPES = {"eps": "epsilon", "xstart": "sample"}
 _VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
@@ -85,6 +86,7 @@ def unet_config(preset: Preset) -> dict[str, Any]:
         "norm_num_groups": NUM_GROUPS,
         "norm_eps": 1e-6,
         "attention_head_dim": None,  # one head; if the field is absent, diffusers takes heads of 8 channels
+        "num_class_embeds": preset.num_classes or None,
         "dropout": preset.dropout,
     }
 
@@ -299,6 +301,7 @@ def preset_from_folder(folder: str) -> Preset:
             num_res_blocks=unet["layers_per_block"],
             attn_resolutions=tuple(size // 2**i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"),
             dropout=unet.get("dropout", 0.0),
+            num_classes=unet["num_class_embeds"] or 0,
             num_timesteps=scheduler["num_train_timesteps"],
             beta_start=scheduler["beta_start"],
             beta_end=scheduler["beta_end"],

@@ -79,12 +79,20 @@ class BestEvaluation(Evaluation):
     best_by: str
 
 
+class SampleFolder(TypedDict):
+    """`samples.json` in a folder of samples; what they depend on are further keys."""
+
+    num_samples: Count
+    complete: bool
+
+
 class Measurement(TypedDict):
     """What was measured."""
 
     images: str
     num_images: Count
     step: Count
+    given: NotRequired[str]  # `labels`: the bound of log p(x_0 | label)
     notes: NotRequired[dict[str, str]]
 
 
