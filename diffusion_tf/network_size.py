@@ -35,6 +35,8 @@ def _layers(preset: Preset) -> Iterator[Size]:
     ]
     yield _dense(ch, temb, 1)
     yield _dense(temb, temb, 1)
+    if preset.num_classes:
+        yield Size(preset.num_classes * temb, 0, temb)
     yield _conv(image_channels, ch, height * width)
     channels, skips = ch, [ch]
     for level, (level_channels, positions, attends) in enumerate(levels):

@@ -240,7 +240,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be greater than 0",
     ),
     (
-        "image_width random_shift num_classes warmup_steps keep_every sample_every",
+        "image_width num_classes random_shift warmup_steps keep_every sample_every",
         lambda v: v >= 0,
         "must be 0 or more",
     ),

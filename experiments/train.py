@@ -21,7 +21,7 @@ from . import _flags, _program
 FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_strategy_flags()
-_flags.define_preset_flags(" Without it, --images, --npz and --tfds choose a recipe by the images.")
+_flags.define_preset_flags(" Without it, a recipe is chosen for the images of --images, --npz, --tfds or --tfrecord.")
 _flags.define_data_flags()
 _flags.define_path(
     "init_from",
@@ -52,7 +52,7 @@ def _check() -> None:
 
 def _chooses(data: DataSettings) -> bool:
     """Whether the recipe is to be chosen by the images."""
-    return bool(data.images or data.npz or data.tfds) and not (FLAGS["dataset"].present or FLAGS.init_from)
+    return data.names_images and not (FLAGS["dataset"].present or FLAGS.init_from)
 
 
 _program.parse_flags(__name__, _check)
