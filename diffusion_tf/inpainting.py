@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.conditioning import UNGUIDED, Condition
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
@@ -103,6 +104,7 @@ class Inpainter:
       batch_size: images of one call at most, over all replicas.
       seed: int in [0, 2^32).
       settings: which sampler, in how many steps; default: Algorithm 2.
+      condition: as in `Sampler`.
       resamplings: how often each step is taken, the paper's r. More of them fit what is painted to what is known, and
         cost as many times the network evaluations.
       jump_length: how many steps a jump takes back, the paper's j.
@@ -122,6 +124,7 @@ class Inpainter:
         batch_size: int,
         seed: int,
         settings: SamplerSettings | None = None,
+        condition: Condition = UNGUIDED,
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
     ):
@@ -137,6 +140,7 @@ class Inpainter:
         )
         self.num_evaluations = len(self._table.steps)
         self._trained = trained
+        self._condition = condition.resolve(trained.preset)
         self._seed = seed
         self._shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
 
@@ -145,14 +149,15 @@ class Inpainter:
             x_t: tf.Tensor,
             x_start: tf.Tensor,
             painted: tf.Tensor,
+            labels: tf.Tensor,
             start: tf.Tensor,
             stop: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor]:
             noise_fn = functools.partial(self._noise, first_image, self._shape)
+            denoise_fn = trained.denoise_fn(labels, condition.guidance)
             x_t = repaint_steps(
-                diffusion, trained.denoise_fn(), noise_fn, sampler, self._table, x_t, x_start, painted, start[0],
-                stop[0],
-            )  # fmt: skip
+                diffusion, denoise_fn, noise_fn, sampler, self._table, x_t, x_start, painted, start[0], stop[0]
+            )
             return x_t, tf.reduce_all(tf.math.is_finite(x_t), axis=[1, 2, 3])
 
         self._steps = trained.over_replicas(steps, batch_size)
@@ -177,12 +182,13 @@ class Inpainter:
         """
         x_start, count = images_to_x(images), len(images)
         x_t = self._noise(first_image, (count, *self._shape[1:]), "sample", self.num_evaluations)
+        labels = tf.constant(self._condition.of_images(first_image, count))
         stride = -(-self.num_evaluations // CALLS)
         with progress_bar(total=self.num_evaluations, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_evaluations, stride):
                 stop = min(start + stride, self.num_evaluations)
                 limits = (tf.fill([count], i) for i in (start, stop))
-                x_t, finite = self._steps(first_image, x_t, x_start, painted, *limits)
+                x_t, finite = self._steps(first_image, x_t, x_start, painted, labels, *limits)
                 t = self._timesteps[self._table.steps[stop - 1]]
                 self._trained.check_finite(finite, "pictures", first=first_image, t=t)
                 bar.update(stop - start)

@@ -68,6 +68,13 @@ class Preset:
     attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention, as heights in pixels.", (16,))
     dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0, changeable=True)
 
+    num_classes: int = _field("Classes that the network is conditioned on; 0: none.", 0, added=True)
+    label_dropout: float = _field(
+        "Rate at which training hides the label of an image, for samples without a label and for guidance, in [0, 1).",
+        0.1,
+        added=True,
+    )
+
     precision: str = _field(
         "Compute dtype of convolutions and matmuls; everything else stays float32.", "float32", changeable=True
     )
@@ -153,15 +160,20 @@ class Preset:
         return height * width
 
     @property
+    def attention_levels(self) -> list[int]:
+        """The levels with self-attention; level 0 has the images' resolution."""
+        return [level for level in range(len(self.ch_mult)) if self.image_size // 2**level in self.attn_resolutions]
+
+    @property
     def _most_positions(self) -> int:
         height, width, _ = self.image_shape
         return max((size**2 * width // height for size in self.attn_resolutions), default=0)
 
     @property
     def least_weights(self) -> int:
-        """A lower bound of the number of weights: those of the second convolution of each residual block."""
+        """A lower bound of the number of weights: the second convolution of each residual block, and the classes."""
         blocks = 2 * self.num_res_blocks + 1  # down and up, at each resolution
-        return sum(9 * blocks * (self.ch * mult) ** 2 for mult in self.ch_mult)
+        return sum(9 * blocks * (self.ch * mult) ** 2 for mult in self.ch_mult) + 4 * self.ch * self.num_classes
 
     def recipe_sha256(self) -> str:
         """Digest of the fields that a resumed run must not change."""
@@ -210,7 +222,7 @@ _LARGEST = {
     "image_size": 1024, "image_width": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,
     "batch_size": 2**20, "num_steps": 10**9, "warmup_steps": 10**9, "steps_per_loop": 10**6,
     "checkpoint_every": 10**9, "keep_checkpoints": 10**6, "keep_every": 10**9, "sample_every": 10**9,
-    "max_skipped_steps": 10**9,
+    "max_skipped_steps": 10**9, "num_classes": 10**6,
 }  # fmt: skip
 
 # (fields, whether a value is valid, what it must be), in the order in which they are checked.
@@ -221,8 +233,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v < math.inf,
         "must be greater than 0",
     ),
-    ("image_width warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
-    ("dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    ("image_width num_classes warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    ("dropout label_dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)"),
@@ -240,6 +252,7 @@ _MULTIPLES = (
     ("keep_every", "checkpoint_every"),
 )
 
+OWN_IMAGES = "images"  # the name of a preset for images that the user names
 
 _CELEBAHQ256 = Preset(
     dataset="celebahq256", image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall",
@@ -291,3 +304,26 @@ def get_preset(dataset: str, **overrides: Any) -> Preset:
     if dataset not in PRESETS:
         raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[dataset], **overrides)
+
+
+def choose_preset(image_shape: tuple[int, int, int], num_images: int) -> Preset:
+    """A recipe for images (H, W, C) that no preset is for: that of cifar10 with as many levels as divide them.
+
+    Raises:
+      ConfigError: there are no images of this shape.
+    """
+    del num_images
+    height, width, channels = image_shape
+    levels, smaller = 1, (height, width)
+    while levels < 4 and all(size % 2 == 0 and size >= 8 for size in smaller):
+        levels, smaller = levels + 1, (smaller[0] // 2, smaller[1] // 2)
+    return dataclasses.replace(
+        PRESETS["cifar10"],
+        dataset=OWN_IMAGES,
+        image_size=height,
+        image_width=0 if width == height else width,
+        channels=channels,
+        ch=64,
+        ch_mult=(1, 2, 2, 2)[:levels],
+        attn_resolutions=(height >> (levels - 1),) if levels > 1 else (),
+    )

@@ -1,7 +1,6 @@
 """The public API: `load` a trained run or `train` one, then sample, denoise, measure and compress with it."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +18,9 @@ from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.inpainting import Inpainter, check_masks
-from diffusion_tf.interop.diffusers import check_size, read_diffusers
+from diffusion_tf.interop.diffusers import check_size, read_ema
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
+from diffusion_tf.interop.fine_tuning import initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.progress_bar import progress_bar
@@ -392,6 +392,7 @@ def train(
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
+    init_from: str | None = None,
     allow_recipe_change: bool = False,
 ) -> Run:
     """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
@@ -407,6 +408,8 @@ def train(
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
+      init_from: start a new run with the EMA weights of another run, by its folder or a checkpoint, or with those of a
+        diffusers folder. A resumed run does not read them again.
       allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
         ema_decay, dropout, loss_type or precision; config.json records the change.
 
@@ -437,6 +440,7 @@ def train(
         workdir,
         command=f"diffusion_tf.train({preset}, {workdir!r})\n",
         data=data,
+        initial=initial_weights(Workdir(workdir), init_from, preset),
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
@@ -449,15 +453,13 @@ def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strateg
     check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
-    arrays = read_diffusers(folder, preset, model, None)
-    digest = hashlib.sha256()
+    weights, digest = read_ema(folder, preset, model)
     for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
-        variable.assign(arrays[f"ema/{name}"])
-        digest.update(arrays[f"ema/{name}"].tobytes())
+        variable.assign(weights[name])
     model.freeze()
     trained = TrainedModel(preset, strategy, model)
     trained.name = folder
-    return Run(trained, path=folder, step=0, weights_digest=digest.hexdigest())
+    return Run(trained, path=folder, step=0, weights_digest=digest)
 
 
 def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:

@@ -23,7 +23,7 @@ from diffusion_tf.errors import InputError
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
-_flags.define_measurement_flags(batch_size=None, out="Folder to write.")
+_flags.define_measurement_flags(batch_size=None, out="Folder to write.", images=False)
 _flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with one array uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)

@@ -6,6 +6,7 @@
   python -m experiments.sample --workdir=runs/digits --inpaint=digit.png --mask=mask.png --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --start_from=digit.png --strength=0.6 --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --sampler=ddim --sampler_steps=200 --encode=a.npz --out=b.npz
+  python -m experiments.sample --workdir=runs/classes --label=3 --guidance=2 --out=threes.npz --png=threes.png
 
 Sample i depends only on --seed and i: another batch size or number of replicas gives the same images up to float
 rounding. The file holds `samples`, uint8 [N, H, W, C]; a folder holds a PNG for each sample, and samples.npz.
@@ -21,7 +22,6 @@ removes it (SDEdit): the more --strength, the less of the picture is left. Both 
 """
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from diffusion_tf.conditioning import NO_LABEL, Condition
 from diffusion_tf.errors import InputError
 from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
 
@@ -39,6 +40,7 @@ _flags.define_workdir_flag()
 _flags.define_strategy_flags()
 _flags.define_precision_flag()
 _flags.define_sampler_flags()
+_flags.define_condition_flags()
 flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
 flags.DEFINE_integer(
     "num_samples", None, "Number of samples. Default: 64; with --inpaint or --start_from one of each picture.",
@@ -94,7 +96,6 @@ def _writes_folder() -> bool:
 _program.parse_flags(__name__, _check)
 
 from diffusion_tf import figures
-from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.inpainting import Inpainter
 from diffusion_tf.reports import captions
@@ -105,96 +106,86 @@ from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
+from ._given_pictures import GivenPictures
 from ._measured_run import MeasuredRun
 from ._sample_folder import SampleFolder
 
 
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """The pictures that --inpaint or --start_from names.
-
-    Attributes:
-      images: uint8 [N, H, W, C].
-      painted: with --inpaint, which pixels to paint, bool [1, H, W, 1].
-    """
-
-    images: np.ndarray
-    painted: np.ndarray | None
-
-    def of_samples(self, first: int, count: int) -> np.ndarray:
-        """The pictures of samples first, ..., first + count - 1, uint8 [count, H, W, C]."""
-        return self.images[np.arange(first, first + count) % len(self.images)]
-
-    def describe(self) -> dict[str, Any]:
-        """What samples depend on, as JSON values."""
-        if self.painted is None:
-            return {"start_from": _sha256(self.images)}
-        masked = {"inpaint": _sha256(self.images), "mask": _sha256(self.painted)}
-        return {**masked, "resamplings": FLAGS.resamplings, "jump_length": FLAGS.jump_length}
-
-
-def _sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def _given(image_shape: tuple[int, int, int]) -> _Given | None:
+def _read_given(image_shape: tuple[int, int, int]) -> GivenPictures | None:
     path = FLAGS.inpaint or FLAGS.start_from
-    if not path:
-        return None
-    if path.lower().endswith(".npz"):
-        file = file_images(path, image_shape)
-        images = file.pixels(0, file.count)
-    else:
-        images = read_picture(path, image_shape)[None]
-    if not FLAGS.inpaint:
-        return _Given(images, None)
-    painted = read_picture(FLAGS.mask, (*image_shape[:2], 1))[None] >= 128
-    if not painted.any():
-        raise InputError(f"--mask={FLAGS.mask} is dark everywhere: white marks what to paint")
-    return _Given(images, painted)
+    return GivenPictures.read(path, FLAGS.mask, image_shape) if path else None
+
+
+def _sampling(
+    run: MeasuredRun, settings: SamplerSettings, condition: Condition, given: GivenPictures | None
+) -> dict[str, Any]:
+    """What samples of a checkpoint depend on, as JSON values."""
+    sampling = {"seed": FLAGS.seed, **settings.describe(run.preset), **condition.describe(run.preset)}
+    if given:
+        sampling |= given.describe()
+    if FLAGS.inpaint:
+        sampling |= {"resamplings": FLAGS.resamplings, "jump_length": FLAGS.jump_length}
+    return sampling
 
 
 def _draw_function(
-    trained: TrainedModel, settings: SamplerSettings, given: _Given | None
+    trained: TrainedModel, settings: SamplerSettings, condition: Condition, given: GivenPictures | None
 ) -> Callable[[int, int], np.ndarray]:
     """A function of (first, count) that returns samples first, ..., first + count - 1, uint8 [count, H, W, C]."""
     if given is None or given.painted is None:
-        sampler = Sampler(trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings)
+        sampler = Sampler(
+            trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings, condition=condition
+        )  # fmt: skip
         if given is None:
             return sampler.images
         return lambda first, count: sampler.images(first, count, given.of_samples(first, count))
     painted = given.painted
     inpainter = Inpainter(
-        trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings, resamplings=FLAGS.resamplings,
-        jump_length=FLAGS.jump_length,
+        trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings, condition=condition,
+        resamplings=FLAGS.resamplings, jump_length=FLAGS.jump_length,
     )  # fmt: skip
-    return lambda first, count: inpainter(
-        given.of_samples(first, count), painted.repeat(count, axis=0), first_image=first
-    )
+    return lambda first, count: inpainter(given.of_samples(first, count), painted.repeat(count, 0), first_image=first)
 
 
-def _encode(trained: TrainedModel, steps: int) -> dict[str, np.ndarray]:
-    """The latents of the images in --encode, and the samples that they decode to."""
+def _encode(trained: TrainedModel, steps: int, condition: Condition) -> dict[str, np.ndarray]:
+    """The latents of the images in --encode, and the samples that they decode to; without --label, without labels."""
     file = file_images(FLAGS.encode, trained.preset.image_shape)
     images = file.pixels(0, file.count)
     latents, samples = ddim_inversion(
-        trained, images, steps=steps, spacing=FLAGS.sampler_spacing or "trailing", batch_size=FLAGS.batch_size
+        trained,
+        images,
+        steps=steps,
+        spacing=FLAGS.sampler_spacing or "trailing",
+        batch_size=FLAGS.batch_size,
+        labels=NO_LABEL if FLAGS.label is None else condition.of_images(0, len(images)),
+        guidance=condition.guidance,
     )
     rmse = np.sqrt(np.mean((samples.astype(np.float64) - images) ** 2))
     print(f"{len(images)} images to latents and back: RMSE {rmse:.3f} on [0, 255]")
     return {"samples": samples, "latents": latents}
 
 
-def _caption(run: MeasuredRun, step: int, settings: SamplerSettings, given: _Given | None) -> str:
+def _caption(run: MeasuredRun, step: int, settings: SamplerSettings, sampling: dict[str, Any]) -> str:
     if FLAGS.encode:
         return f"{run.preset.dataset}, checkpoint {step:,}, decoded from latents by ddim in {settings.steps} steps"
-    sampling = captions.caption(run.preset.dataset, step, {"seed": FLAGS.seed, **settings.describe(run.preset)})
-    if given is None:
-        return sampling
-    name = os.path.basename(FLAGS.inpaint or FLAGS.start_from)
-    if given.painted is None:
-        return f"{sampling}\nstarted from {name} at strength {settings.strength:g}"
-    return f"{sampling}\n{name} inpainted, {FLAGS.resamplings} resamplings of {FLAGS.jump_length} steps"
+    lines = [captions.caption(run.preset.dataset, step, sampling)]
+    if FLAGS.start_from:
+        lines.append(f"started from {os.path.basename(FLAGS.start_from)} at strength {settings.strength:g}")
+    if FLAGS.inpaint:
+        lines.append(
+            f"{os.path.basename(FLAGS.inpaint)} inpainted, {FLAGS.resamplings} times {FLAGS.jump_length} steps"
+        )
+    return "\n".join(lines)
+
+
+def _write_grid(run: MeasuredRun, caption: str, samples: np.ndarray, condition: Condition) -> None:
+    grid = figures.square_grid(samples)
+    if run.preset.num_classes and not FLAGS.encode:
+        labels = condition.of_images(0, len(samples))
+        grid, legend = figures.class_grid(samples, labels, run.workdir.read_classes())
+        caption += f"\n{legend}"
+    write_file(FLAGS.png, figures.captioned_grids({caption: grid}))
+    print(f"grid: {FLAGS.png}")
 
 
 def main() -> None:
@@ -202,12 +193,12 @@ def main() -> None:
     settings = _flags.sampler_from_flags(run.preset)
     if FLAGS.start_from:
         settings = dataclasses.replace(settings, strength=FLAGS.strength).resolve(run.preset)
+    condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes())
     step, checkpoint = run.find_checkpoint()
-    given = _given(run.preset.image_shape)
+    given = _read_given(run.preset.image_shape)
     num_samples = FLAGS.num_samples or (len(given.images) if given else 64)
-    description = {"samples_of": checkpoints.load_digest(checkpoint), "seed": FLAGS.seed}
-    description |= {"compute_dtype": run.preset.precision, **settings.describe(run.preset)}
-    description |= given.describe() if given else {}
+    sampling = _sampling(run, settings, condition, given)
+    description = {"samples_of": checkpoints.load_digest(checkpoint), "compute_dtype": run.preset.precision, **sampling}
     folder = SampleFolder(FLAGS.out, description, run.preset.image_shape) if _writes_folder() else None
     # Before the work, not after it.
     if folder:
@@ -217,25 +208,23 @@ def main() -> None:
     trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
     if FLAGS.encode:
         assert settings.steps
-        arrays = _encode(trained, settings.steps)
+        arrays = _encode(trained, settings.steps, condition)
         write_npz(FLAGS.out, **arrays)
         samples = arrays["samples"]
     elif folder:
-        samples = folder.fill(_draw_function(trained, settings, given), num_samples, FLAGS.batch_size)
+        draw = _draw_function(trained, settings, condition, given)
+        samples = folder.fill(draw, num_samples, FLAGS.batch_size)
     else:
-        batches = ResumableBatches(
-            run.results.partial, description, num_examples=num_samples, batch_size=FLAGS.batch_size
-        )
-        draw = _draw_function(trained, settings, given)
+        draw = _draw_function(trained, settings, condition, given)
+        partial = run.results.partial
+        batches = ResumableBatches(partial, description, num_examples=num_samples, batch_size=FLAGS.batch_size)
         drawn = batches.compute(lambda first, count: {"samples": draw(first, count)}, "sampling")
         samples = np.concatenate([batch["samples"] for batch in drawn])
         write_npz(FLAGS.out, samples=samples)
         batches.remove()
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
-        caption = _caption(run, step, settings, given)
-        write_file(FLAGS.png, figures.captioned_grids({caption: figures.square_grid(samples)}))
-        print(f"grid: {FLAGS.png}")
+        _write_grid(run, _caption(run, step, settings, sampling), samples, condition)
 
 
 if __name__ == "__main__":

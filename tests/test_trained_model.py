@@ -29,9 +29,9 @@ def test_microbatches_give_the_outputs_of_the_batch():
     sizes = []
 
     class Noting(UNet):
-        def call(self, x_t, t, rng=None):
+        def call(self, x_t, t, labels=None, rng=None):
             sizes.append(x_t.shape[0])
-            return super().call(x_t, t, rng=rng)
+            return super().call(x_t, t, labels, rng)
 
     preset = get_preset("digits", image_size=16, ch_mult=(1,), attn_resolutions=())
     trained = TrainedModel(preset, make_strategy("one_device"), Noting.from_preset(preset, weights="inference"))

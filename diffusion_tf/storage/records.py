@@ -22,12 +22,21 @@ class Change(TypedDict):
     changes: dict[str, Value]
 
 
+class InitFrom(TypedDict):
+    """The weights with which a run started."""
+
+    path: str
+    sha256: str
+
+
 class Config(TypedDict):
-    """`config.json`: the fields of `Preset`, which checks them, the number of training images, and `DataSettings`."""
+    """`config.json`: the fields of `Preset`, which checks them, and what is known of the training images."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
     data: NotRequired[dict[str, float | str]]
+    init_from: NotRequired[InitFrom]
+    classes: NotRequired[list[str]]
 
 
 class Metrics(TypedDict):
@@ -59,6 +68,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    labels: NotRequired[str]  # of a conditional run, like guidance
+    guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
 
 

@@ -1,10 +1,12 @@
 """A training step: Algorithm 1 on a replica's images, and the optimizer's step by the gradients of all replicas."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from diffusion_tf.conditioning import NO_LABEL
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
@@ -15,13 +17,17 @@ from diffusion_tf.unet import UNet
 # Bytes of one channel of a microbatch, at most.
 MICROBATCH_BYTES = 2**17
 
-LossAndGradients = Callable[
-    [UNet, Preset, Sequence[tf.Tensor], tf.Tensor, CounterRng], tuple[tf.Tensor, list[tf.Tensor]]
-]
+# Called as `loss_and_gradients` below; labels are passed only if the preset has classes.
+LossAndGradients = Callable[..., tuple[tf.Tensor, list[tf.Tensor]]]
 
 
 def loss_and_gradients(
-    model: UNet, preset: Preset, params: Sequence[tf.Tensor], images: tf.Tensor, rng: CounterRng
+    model: UNet,
+    preset: Preset,
+    params: Sequence[tf.Tensor],
+    images: tf.Tensor,
+    rng: CounterRng,
+    labels: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
     """The loss (Algorithm 1) of these images as a share of the global batch's, and its gradients.
 
@@ -31,6 +37,7 @@ def loss_and_gradients(
       params: the weights, in the order of `model.trainable_variables`.
       images: uint8 [B, H, W, C].
       rng: at the training step and the first of these examples.
+      labels: int32 [B], if the preset has classes; some are hidden (`label_dropout`).
     """
     batch = images.shape[0]
     x_start = images_to_x(images)
@@ -39,10 +46,12 @@ def loss_and_gradients(
         x_start = tf.where(flip, tf.reverse(x_start, axis=[2]), x_start)
     t = tf.cast(rng.uniform("t", (batch,)) * preset.num_timesteps, tf.int32)
     noise = rng.normal("noise", x_start.shape)
+    if labels is not None:
+        labels = tf.where(rng.uniform("label_dropout", (batch,)) < preset.label_dropout, NO_LABEL, labels)
 
     with tf.GradientTape() as tape:
         tape.watch(params)
-        denoise_fn = model.denoise_fn(params, rng)
+        denoise_fn = functools.partial(model.denoise_fn(params, rng), labels=labels)
         losses = GaussianDiffusion.from_preset(preset).training_losses(denoise_fn, x_start, t, noise)
         # The gradients are summed over replicas, so each divides by the global batch.
         loss = tf.reduce_sum(losses) / preset.batch_size
@@ -57,6 +66,7 @@ def reduced_gradients(
     rng: CounterRng,
     all_reduce: Callable[[Any], Any],
     *,
+    labels: tf.Tensor | None = None,
     loss_and_gradients: LossAndGradients = loss_and_gradients,
     microbatch_bytes: int = MICROBATCH_BYTES,
 ) -> tuple[tf.Tensor, Gradients]:
@@ -69,17 +79,19 @@ def reduced_gradients(
       images: uint8 [per_replica, H, W, C].
       rng: at the training step and this replica's first example.
       all_reduce: sums a structure of tensors over the replicas.
+      labels: int32 [per_replica], if the preset has classes.
       loss_and_gradients: computes a microbatch's share of both.
       microbatch_bytes: largest size of one channel of a microbatch, in bytes; unused where the batch is not split.
     """
 
-    def share(first: int | tf.Tensor, images: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        return loss_and_gradients(model, preset, params, images, rng.skip(first))
+    def share(first: int | tf.Tensor, images: tf.Tensor, *labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        return loss_and_gradients(model, preset, params, images, rng.skip(first), *labels)
 
     image_bytes = preset.image_pixels * tf.as_dtype(preset.precision).size
     zeros = lambda: (tf.constant(0.0), [tf.zeros(w.shape) for w in params])
+    examples = [images] if labels is None else [images, labels]
     loss, grads = all_reduce(
-        map_microbatches(share, [images], max_size=max(1, microbatch_bytes // image_bytes), zeros=zeros)
+        map_microbatches(share, examples, max_size=max(1, microbatch_bytes // image_bytes), zeros=zeros)
     )
     return loss, clip_and_check(loss, grads, preset.grad_clip)
 
@@ -99,6 +111,7 @@ def train_step(
     images: tf.Tensor,
     rng: CounterRng,
     all_reduce: Callable[[Any], Any],
+    labels: tf.Tensor | None = None,
 ) -> TrainStep:
     """One step of a replica as a pure function; its result is equal on all replicas.
 
@@ -111,6 +124,7 @@ def train_step(
       images: uint8 [per_replica, H, W, C].
       rng: at the training step and this replica's first example.
       all_reduce: sums a structure of tensors over the replicas.
+      labels: int32 [per_replica], if the preset has classes.
     """
-    loss, gradients = reduced_gradients(model, preset, state.params, images, rng, all_reduce)
+    loss, gradients = reduced_gradients(model, preset, state.params, images, rng, all_reduce, labels=labels)
     return TrainStep(adam_step(state, gradients, preset), loss, gradients.norm)
