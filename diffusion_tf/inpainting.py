@@ -104,10 +104,10 @@ class Inpainter:
       batch_size: images of one call at most, over all replicas.
       seed: int in [0, 2^32).
       settings: which sampler, in how many steps; default: Algorithm 2.
+      condition: as in `Sampler`.
       resamplings: how often each step is taken, the paper's r. More of them fit what is painted to what is known, and
         cost as many times the network evaluations.
       jump_length: how many steps a jump takes back, the paper's j.
-      condition: the classes to paint, and the guidance.
 
     Attributes:
       num_evaluations: network evaluations of a call, about `resamplings` times the steps.
@@ -124,12 +124,11 @@ class Inpainter:
         batch_size: int,
         seed: int,
         settings: SamplerSettings | None = None,
+        condition: Condition = UNGUIDED,
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
-        condition: Condition = UNGUIDED,
     ):
         diffusion = trained.diffusion
-        self._condition = condition.resolve(trained.preset)
         sampler = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
         if sampler is not None and sampler.coefficients[:, 2].any():
             raise ConfigError(
@@ -141,6 +140,7 @@ class Inpainter:
         )
         self.num_evaluations = len(self._table.steps)
         self._trained = trained
+        self._condition = condition.resolve(trained.preset)
         self._seed = seed
         self._shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
 
@@ -153,12 +153,11 @@ class Inpainter:
             start: tf.Tensor,
             stop: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor]:
-            denoise_fn = trained.denoise_fn(labels, condition.guidance)
             noise_fn = functools.partial(self._noise, first_image, self._shape)
+            denoise_fn = trained.denoise_fn(labels, condition.guidance)
             x_t = repaint_steps(
-                diffusion, denoise_fn, noise_fn, sampler, self._table, x_t, x_start, painted, start[0],
-                stop[0],
-            )  # fmt: skip
+                diffusion, denoise_fn, noise_fn, sampler, self._table, x_t, x_start, painted, start[0], stop[0]
+            )
             return x_t, tf.reduce_all(tf.math.is_finite(x_t), axis=[1, 2, 3])
 
         self._steps = trained.over_replicas(steps, batch_size)

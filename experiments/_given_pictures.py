@@ -1,71 +1,63 @@
-"""The pictures that `sample` changes, as its flags name them."""
+"""The pictures that `sample` changes."""
 
 import dataclasses
 import hashlib
-import os
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from diffusion_tf.data.pictures import read_picture
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation.scores import file_images
 
-FLAGS = flags.FLAGS
+_WHITE = 128  # the least level of a mask that counts as white
 
 
 @dataclasses.dataclass(frozen=True)
 class GivenPictures:
-    """The pictures that --inpaint or --start_from names.
+    """Pictures that samples are made from, in turn.
 
     Attributes:
       images: uint8 [N, H, W, C].
-      painted: with --inpaint, which pixels to paint, bool [1, H, W, 1].
+      painted: which pixels to paint, bool [1, H, W, 1]; None: the pictures are changed as a whole.
     """
 
     images: np.ndarray
-    painted: np.ndarray | None
+    painted: np.ndarray | None = None
 
     @classmethod
-    def from_flags(cls, image_shape: tuple[int, int, int]) -> "GivenPictures | None":
-        """Reads the pictures and the mask; None without such a flag.
+    def read(cls, path: str, mask: str | None, image_shape: tuple[int, int, int]) -> "GivenPictures":
+        """Reads pictures and a mask.
+
+        Args:
+          path: a picture, or an .npz of `samples`.
+          mask: a picture that is white where to paint.
+          image_shape: (H, W, C) of the run's images.
 
         Raises:
-          InputError: a file cannot be read or its picture has another size, or the mask paints nothing.
+          InputError: a file cannot be read, or is of another size, or the mask selects nothing.
         """
-        path = FLAGS.inpaint or FLAGS.start_from
-        if not path:
-            return None
         if path.lower().endswith(".npz"):
             file = file_images(path, image_shape)
-            images = file.pixels(0, file.count)
+            images = np.asarray(file.pixels(0, file.count))
         else:
             images = read_picture(path, image_shape)[None]
-        if not FLAGS.inpaint:
-            return cls(images, None)
-        painted = read_picture(FLAGS.mask, (*image_shape[:2], 1))[None] >= 128
+        if mask is None:
+            return cls(images)
+        painted = read_picture(mask, (*image_shape[:2], 1))[None] >= _WHITE
         if not painted.any():
-            raise InputError(f"--mask={FLAGS.mask} is dark everywhere: white marks what to paint")
+            raise InputError(f"--mask={mask} is dark everywhere: white marks what to paint")
         return cls(images, painted)
 
     def of_samples(self, first: int, count: int) -> np.ndarray:
-        """The pictures of samples first, ..., first + count - 1, uint8 [count, H, W, C]."""
+        """The pictures that samples first, ..., first + count - 1 are made from, uint8 [count, H, W, C]."""
         return self.images[np.arange(first, first + count) % len(self.images)]
 
     def describe(self) -> dict[str, Any]:
-        """What samples depend on besides the sampler, as JSON values."""
+        """What samples depend on, as JSON values."""
         if self.painted is None:
             return {"start_from": _sha256(self.images)}
-        masked = {"inpaint": _sha256(self.images), "mask": _sha256(self.painted)}
-        return {**masked, "resamplings": FLAGS.resamplings, "jump_length": FLAGS.jump_length}
-
-    def caption(self) -> str:
-        """What happened to the pictures, in one line."""
-        name = os.path.basename(FLAGS.inpaint or FLAGS.start_from)
-        if self.painted is None:
-            return f"started from {name} at strength {FLAGS.strength:g}"
-        return f"{name} inpainted, {FLAGS.resamplings} resamplings of {FLAGS.jump_length} steps"
+        return {"inpaint": _sha256(self.images), "mask": _sha256(self.painted)}
 
 
 def _sha256(array: np.ndarray) -> str:

@@ -23,7 +23,7 @@ removes it (SDEdit): the more --strength, the less of the picture is left. Both 
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -111,22 +111,40 @@ from ._measured_run import MeasuredRun
 from ._sample_folder import SampleFolder
 
 
+def _read_given(image_shape: tuple[int, int, int]) -> GivenPictures | None:
+    path = FLAGS.inpaint or FLAGS.start_from
+    return GivenPictures.read(path, FLAGS.mask, image_shape) if path else None
+
+
+def _sampling(
+    run: MeasuredRun, settings: SamplerSettings, condition: Condition, given: GivenPictures | None
+) -> dict[str, Any]:
+    """What samples of a checkpoint depend on, as JSON values."""
+    sampling = {"seed": FLAGS.seed, **settings.describe(run.preset), **condition.describe(run.preset)}
+    if given:
+        sampling |= given.describe()
+    if FLAGS.inpaint:
+        sampling |= {"resamplings": FLAGS.resamplings, "jump_length": FLAGS.jump_length}
+    return sampling
+
+
 def _draw_function(
     trained: TrainedModel, settings: SamplerSettings, condition: Condition, given: GivenPictures | None
 ) -> Callable[[int, int], np.ndarray]:
     """A function of (first, count) that returns samples first, ..., first + count - 1, uint8 [count, H, W, C]."""
-    shared: dict[str, Any] = {"batch_size": FLAGS.batch_size, "seed": FLAGS.seed}
-    shared |= {"settings": settings, "condition": condition}
-    if given is None:
-        return Sampler(trained, **shared).images
-    if given.painted is None:
-        sampler = Sampler(trained, **shared)
+    if given is None or given.painted is None:
+        sampler = Sampler(
+            trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings, condition=condition
+        )  # fmt: skip
+        if given is None:
+            return sampler.images
         return lambda first, count: sampler.images(first, count, given.of_samples(first, count))
     painted = given.painted
-    inpainter = Inpainter(trained, **shared, resamplings=FLAGS.resamplings, jump_length=FLAGS.jump_length)
-    return lambda first, count: inpainter(
-        given.of_samples(first, count), painted.repeat(count, axis=0), first_image=first
-    )
+    inpainter = Inpainter(
+        trained, batch_size=FLAGS.batch_size, seed=FLAGS.seed, settings=settings, condition=condition,
+        resamplings=FLAGS.resamplings, jump_length=FLAGS.jump_length,
+    )  # fmt: skip
+    return lambda first, count: inpainter(given.of_samples(first, count), painted.repeat(count, 0), first_image=first)
 
 
 def _encode(trained: TrainedModel, steps: int, condition: Condition) -> dict[str, np.ndarray]:
@@ -147,12 +165,24 @@ def _encode(trained: TrainedModel, steps: int, condition: Condition) -> dict[str
     return {"samples": samples, "latents": latents}
 
 
-def _write_grid(caption: str, samples: np.ndarray, labels: np.ndarray | None, classes: Sequence[str]) -> None:
-    """Writes --png, by class if there are labels."""
-    if labels is None:
-        grid = figures.square_grid(samples)
-    else:
-        grid, legend = figures.class_grid(samples, labels, classes)
+def _caption(run: MeasuredRun, step: int, settings: SamplerSettings, sampling: dict[str, Any]) -> str:
+    if FLAGS.encode:
+        return f"{run.preset.dataset}, checkpoint {step:,}, decoded from latents by ddim in {settings.steps} steps"
+    lines = [captions.caption(run.preset.dataset, step, sampling)]
+    if FLAGS.start_from:
+        lines.append(f"started from {os.path.basename(FLAGS.start_from)} at strength {settings.strength:g}")
+    if FLAGS.inpaint:
+        lines.append(
+            f"{os.path.basename(FLAGS.inpaint)} inpainted, {FLAGS.resamplings} times {FLAGS.jump_length} steps"
+        )
+    return "\n".join(lines)
+
+
+def _write_grid(run: MeasuredRun, caption: str, samples: np.ndarray, condition: Condition) -> None:
+    grid = figures.square_grid(samples)
+    if run.preset.num_classes and not FLAGS.encode:
+        labels = condition.of_images(0, len(samples))
+        grid, legend = figures.class_grid(samples, labels, run.workdir.read_classes())
         caption += f"\n{legend}"
     write_file(FLAGS.png, figures.captioned_grids({caption: grid}))
     print(f"grid: {FLAGS.png}")
@@ -163,15 +193,13 @@ def main() -> None:
     settings = _flags.sampler_from_flags(run.preset)
     if FLAGS.start_from:
         settings = dataclasses.replace(settings, strength=FLAGS.strength).resolve(run.preset)
-    classes = run.workdir.read_classes()
     default_labels = (NO_LABEL,) if FLAGS.inpaint or FLAGS.start_from else ()
-    condition = _flags.condition_from_flags(run.preset, classes, default_labels)
-    sampling = {"seed": FLAGS.seed, **settings.describe(run.preset), **condition.describe(run.preset)}
+    condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes(), default_labels)
     step, checkpoint = run.find_checkpoint()
-    given = GivenPictures.from_flags(run.preset.image_shape)
+    given = _read_given(run.preset.image_shape)
     num_samples = FLAGS.num_samples or (len(given.images) if given else 64)
+    sampling = _sampling(run, settings, condition, given)
     description = {"samples_of": checkpoints.load_digest(checkpoint), "compute_dtype": run.preset.precision, **sampling}
-    description |= given.describe() if given else {}
     folder = SampleFolder(FLAGS.out, description, run.preset.image_shape) if _writes_folder() else None
     # Before the work, not after it.
     if folder:
@@ -185,25 +213,19 @@ def main() -> None:
         write_npz(FLAGS.out, **arrays)
         samples = arrays["samples"]
     elif folder:
-        samples = folder.fill(_draw_function(trained, settings, condition, given), num_samples, FLAGS.batch_size)
+        draw = _draw_function(trained, settings, condition, given)
+        samples = folder.fill(draw, num_samples, FLAGS.batch_size)
     else:
         draw = _draw_function(trained, settings, condition, given)
-        batches = ResumableBatches(
-            run.results.partial, description, num_examples=num_samples, batch_size=FLAGS.batch_size
-        )
+        partial = run.results.partial
+        batches = ResumableBatches(partial, description, num_examples=num_samples, batch_size=FLAGS.batch_size)
         drawn = batches.compute(lambda first, count: {"samples": draw(first, count)}, "sampling")
         samples = np.concatenate([batch["samples"] for batch in drawn])
         write_npz(FLAGS.out, samples=samples)
         batches.remove()
     print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
-        if FLAGS.encode:
-            caption = f"{run.preset.dataset}, checkpoint {step:,}, decoded from latents by ddim, {settings.steps} steps"
-        else:
-            caption = captions.caption(run.preset.dataset, step, sampling)
-        caption += f"\n{given.caption()}" if given else ""
-        labels = condition.of_images(0, len(samples)) if run.preset.num_classes and not FLAGS.encode else None
-        _write_grid(caption, samples, labels, classes)
+        _write_grid(run, _caption(run, step, settings, sampling), samples, condition)
 
 
 if __name__ == "__main__":
