@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -13,18 +13,19 @@ from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.conditioning import NO_LABEL, Condition
-from diffusion_tf.data import conditional_preset, open_source
-from diffusion_tf.data.arrays import array_source, check_images
+from diffusion_tf.data import conditional_preset, open_images, open_source
+from diffusion_tf.data.arrays import array_source, check_images, materialize
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.inpainting import Inpainter, check_masks
 from diffusion_tf.interop.diffusers import check_size, read_ema
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
-from diffusion_tf.interop.fine_tuning import initial_weights
+from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.recipes import choose_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
@@ -35,6 +36,7 @@ from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
+Images: TypeAlias = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
 
 
@@ -416,11 +418,11 @@ def load(
 
 
 def train(
-    preset: str | Preset,
+    preset: str | Preset | None,
     workdir: str,
-    images: np.ndarray | None = None,
+    images: Images | None = None,
     *,
-    labels: np.ndarray | None = None,
+    labels: npt.ArrayLike | None = None,
     conditional: bool = False,
     callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
@@ -434,11 +436,15 @@ def train(
     A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
 
     Args:
-      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`.
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None takes
+        the recipe of the run in `workdir`, or of `init_from`, or chooses one by the images.
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
-      images: uint8 [N, H, W, C] to train on; default: the preset's own data.
-      labels: the class of each of `images`, integers [N] from 0, with `conditional`.
+      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; a folder of pictures,
+        which are cut and scaled, for a recipe that is chosen to 64x64 RGB, and kept as TFRecords in ~/.cache; an .npz
+        file; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read into
+        memory once, 16 GB at most.
+      labels: int or str [N], the class of each image of an array; default: none.
       conditional: condition the network on the classes of the images, which need labels.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
@@ -458,33 +464,56 @@ def train(
       DivergedError: training diverged, also after it went back to a checkpoint once.
       PreemptedError: the machine is about to be taken away; the run is saved.
     """
-    if isinstance(preset, str):
-        preset = get_preset(preset)
-    if labels is not None and (images is None or not conditional):
-        raise ConfigError("labels", "go with `images` and `conditional=True`")
-    if images is None:
-        data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
-        source = open_source(preset, "train", data)
-    elif data_dir or tfrecord:
+    wanted = _wanted_preset(preset, workdir, init_from)
+    if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
-    else:
-        check_images(images, preset.image_shape)
-        data, source = PRESETS_OWN, array_source(images, labels=labels)
+    if labels is not None and not (isinstance(images, np.ndarray) and conditional):
+        raise ConfigError("labels", "go with `conditional=True` and `images` that are an array")
+    source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
+    chosen = wanted or choose_preset(source.image_shape, source.num_examples)
     if conditional:
-        preset = conditional_preset(preset, source)
+        chosen = conditional_preset(chosen, source)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset,
+        chosen,
         resolved,
         source,
         workdir,
-        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        command=f"diffusion_tf.train({chosen}, {workdir!r})\n",
         data=data,
-        initial=initial_weights(Workdir(workdir), init_from, preset),
+        initial=initial_weights(Workdir(workdir), init_from, chosen),
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
+
+
+def _wanted_preset(preset: str | Preset | None, workdir: str, init_from: str | None) -> Preset | None:
+    """The recipe that `train` asks for; None if the images are to decide."""
+    if isinstance(preset, str):
+        return get_preset(preset)
+    if preset is None and Workdir(workdir).holds_run():
+        return Workdir(workdir).read_preset()
+    return fine_tuning_preset(init_from, {}) if preset is None and init_from else preset
+
+
+def _open_images(
+    preset: Preset | None, images: Images | None, labels: npt.ArrayLike | None, data: DataSettings
+) -> tuple[ImageSource, DataSettings]:
+    """The training images as `train` takes them, and where measurements find them."""
+    shape = preset.image_shape if preset else None
+    if isinstance(images, str | os.PathLike):
+        path = os.fspath(images)
+        data = DataSettings(npz=path) if path.lower().endswith(".npz") else DataSettings(images=path)
+        return open_images(data, "train", lambda own: shape or own), data
+    if images is None:
+        if preset is None:
+            raise ConfigError("preset", "is required without `images` to choose one by")
+        return open_source(preset, "train", data), data
+    if isinstance(images, tf.data.Dataset):
+        images, labels = materialize(images)
+    check_images(images, shape)
+    return array_source(images, labels=labels), PRESETS_OWN
 
 
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:

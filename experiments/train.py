@@ -57,7 +57,7 @@ def _chooses(data: DataSettings) -> bool:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import conditional_preset, open_images, open_source, own_shape
+from diffusion_tf.data import conditional_preset, open_images, open_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
@@ -112,7 +112,7 @@ def _recipe(data: DataSettings) -> tuple[Preset, ImageSource | None]:
             return fine_tuning_preset(FLAGS.init_from, _flags.preset_overrides()), None
     if not _chooses(data):
         return _flags.preset_from_flags(), None
-    source = open_images(data, "train", _flags.image_shape(own_shape(data)))
+    source = open_images(data, "train", _flags.image_shape)
     return choose_preset(source.image_shape, source.num_examples, **_flags.preset_overrides()), source
 
 
