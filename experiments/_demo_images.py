@@ -1,17 +1,17 @@
 """The demo on a folder of pictures: trains a small network, samples, compares with the pictures, writes the report."""
 
-import dataclasses
 import os
 
 from absl import flags
 
 from diffusion_tf import figures
 from diffusion_tf.data import open_images
-from diffusion_tf.data.source import ImageReader
+from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.evaluation.checkpoint_scoring import CheckpointScorer, Scorer
 from diffusion_tf.evaluation.feature_networks import pixels_network
 from diffusion_tf.evaluation.scores import FeatureExtractor, RunSamples, check_metrics, reference_path, source_images
-from diffusion_tf.presets import Preset, choose_preset
+from diffusion_tf.presets import Preset
+from diffusion_tf.recipes import choose_preset
 from diffusion_tf.reports.run_page import to_markdown
 from diffusion_tf.reports.run_picture import to_png
 from diffusion_tf.reports.run_record import read_run
@@ -55,7 +55,7 @@ def main() -> None:
     data = _flags.data_from_flags()
     workdir, strategy = Workdir(FLAGS.workdir), make_strategy("auto")
     source = open_images(data, "train", lambda _: (FLAGS.image_size, FLAGS.image_size, FLAGS.channels))
-    preset = _small(choose_preset(source.image_shape, source.num_examples))
+    preset = _small_preset(source)
     network = pixels_network(preset.image_shape)
     # Before the work, not after it.
     check_metrics(_METRICS, network.name, FLAGS.num_samples, source.num_examples)
@@ -97,21 +97,17 @@ def main() -> None:
     )
 
 
-def _small(preset: Preset) -> Preset:
+def _small_preset(source: ImageSource) -> Preset:
     """A recipe that two cores train in minutes."""
-    return dataclasses.replace(
-        preset,
+    return choose_preset(
+        source.image_shape,
+        source.num_examples,
         ch=32,
         num_res_blocks=1,
         attn_resolutions=(),
         learning_rate=1e-3,
         batch_size=16,
         num_steps=FLAGS.num_steps,
-        warmup_steps=50,
-        ema_decay=0.99,
-        steps_per_loop=50,
-        checkpoint_every=500,
-        keep_every=0,
         sample_every=0,
     )
 

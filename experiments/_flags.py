@@ -3,10 +3,12 @@
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
+from diffusion_tf.conditioning import Condition, parse_labels
 from diffusion_tf.data_settings import PRESETS_OWN, RESIZE_MODES, DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
@@ -150,11 +152,42 @@ def define_sampler_flags() -> None:
     )
 
 
+def define_condition_flags() -> None:
+    """Defines --label and --guidance."""
+    flags.DEFINE_string(
+        "label",
+        None,
+        "Classes to draw, for a run with classes: names or indices separated by commas, which the samples take in turn,"
+        " or none. Default: all classes; none for pictures that are changed.",
+    )
+    flags.DEFINE_float(
+        "guidance",
+        0.0,
+        "Guidance w towards the label, from (1 + w) f(x, label) - w f(x): 0 is none. It doubles the cost.",
+    )
+
+
+def condition_from_flags(preset: Preset, classes: Sequence[str], default: tuple[int, ...] = ()) -> Condition:
+    """The labels and guidance that `define_condition_flags` asks for.
+
+    Args:
+      preset: the run's configuration.
+      classes: the names of its classes.
+      default: the labels without --label, as in `Condition`.
+
+    Raises:
+      InputError: they do not fit the run.
+    """
+    labels = default if FLAGS.label is None else parse_labels(FLAGS.label, classes, preset.num_classes)
+    return Condition(labels, FLAGS.guidance).resolve(preset)
+
+
 def define_bound_flags() -> None:
     """Defines the flags of measurements of the variational bound."""
     define_measurement_flags(batch_size=100)
     flags.DEFINE_enum("split", "test", ("train", "test"), "Split of the images; --tfrecord must name files of it.")
     flags.DEFINE_integer("num_images", None, "Number of images of the split. Default: all.", lower_bound=1)
+    flags.DEFINE_boolean("labels", True, "Condition the bound on the labels of the images, for a run with classes.")
 
 
 def define_preset_flags(note: str = "") -> None:
@@ -187,6 +220,15 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
     Raises:
       InputError: the preset is unknown, or a value is out of range.
     """
+    return dataclasses.replace(run or get_preset(FLAGS.dataset), **preset_overrides())
+
+
+def preset_overrides() -> dict[str, Any]:
+    """The values that flags give to fields of a preset.
+
+    Raises:
+      InputError: a value is of another type.
+    """
     overrides: dict[str, Any] = {}
     for field in dataclasses.fields(Preset):
         value = FLAGS[field.name].value
@@ -198,7 +240,7 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
             except ValueError as error:
                 raise InputError(f"--{field.name}={','.join(value)}: must be integers separated by commas") from error
         overrides[field.name] = value
-    return dataclasses.replace(run or get_preset(FLAGS.dataset), **overrides)
+    return overrides
 
 
 def image_shape(default: tuple[int, int, int]) -> tuple[int, int, int]:

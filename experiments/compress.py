@@ -57,9 +57,9 @@ import tensorflow as tf
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
-from diffusion_tf.compression.measurement import Measurement, encode_picture
+from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data.pictures import read_picture
+from diffusion_tf.data.pictures import encode_picture, read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file

@@ -104,7 +104,7 @@ def _demo_digits() -> None:
     write_npz(drawn, samples=samples)
     if not tf.io.gfile.exists(samples_path(workdir, step)):  # TensorBoard shows them once
         with contextlib.closing(EventFile(workdir.tensorboard)) as events:
-            report_samples(workdir, events, step, samples[:100])
+            report_samples(workdir, events, step, samples[:100], preset)
     real = load_digits()
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}

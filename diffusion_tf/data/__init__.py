@@ -5,6 +5,8 @@ the records are still encoded, and a resumed run skips to its place. Flips belon
 read the images of a split in the order of their records.
 """
 
+import dataclasses
+
 from diffusion_tf.data.arrays import npz_source
 from diffusion_tf.data.digits import digits_source
 from diffusion_tf.data.fitting import PICTURES_SHAPE, ChooseShape, Fitting
@@ -75,3 +77,16 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> Im
         cache_dir=data.cache_dir,
         skip_bad_images=data.skip_bad_records,
     )
+
+
+def conditional_preset(preset: Preset, source: ImageSource) -> Preset:
+    """`preset` with the classes of the images.
+
+    Raises:
+      ConfigError: the images have no labels, or the preset has another number of classes.
+    """
+    if source.label is None:
+        raise ConfigError("conditional", f": {source.name} has no labels")
+    if preset.num_classes:
+        source.require_classes(preset.num_classes)
+    return dataclasses.replace(preset, num_classes=len(source.classes))
