@@ -15,7 +15,7 @@ from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.presets import choose_preset, get_preset
+from diffusion_tf.presets import get_preset
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (40, 6, 8, 3)).astype(np.uint8)
 
@@ -162,12 +162,3 @@ def test_digits_have_their_labels():
     index = {image.tobytes(): place for place, image in enumerate(load_digits("test"))}
     places = [index[source.decode(record).numpy().tobytes()] for record in records]
     assert [int(source.label(record)) for record in records] == load_digit_labels("test")[places].tolist()
-
-
-@pytest.mark.parametrize(
-    ("shape", "ch_mult"),
-    [((64, 64, 3), (1, 2, 2, 2)), ((32, 64, 1), (1, 2, 2, 2)), ((28, 28, 1), (1, 2, 2)), ((7, 9, 3), (1,))],
-)
-def test_a_recipe_is_chosen_for_any_shape(shape, ch_mult):
-    preset = choose_preset(shape, 1000)
-    assert (preset.image_shape, preset.ch_mult, preset.dataset) == (shape, ch_mult, "images")
