@@ -9,13 +9,11 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from support.odd_pictures import encoded, picture
 
-from diffusion_tf.data import open_images, open_source
+from diffusion_tf.data import open_images
 from diffusion_tf.data.arrays import array_source, materialize
-from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.presets import get_preset
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (40, 6, 8, 3)).astype(np.uint8)
 
@@ -153,12 +151,3 @@ def test_an_array_has_the_labels_that_are_given():
     assert source.classes == ("a", "b") and labels(source) == [1, 0, 1]
     with pytest.raises(InputError, match=r"labels must be int or str \[3\]"):
         array_source(IMAGES[:3], labels=[1, 2])
-
-
-def test_digits_have_their_labels():
-    source = open_source(get_preset("digits"), "test")
-    assert source.classes == tuple("0123456789") and labels(source) == load_digit_labels("test").tolist()
-    records = list(source.records(1))
-    index = {image.tobytes(): place for place, image in enumerate(load_digits("test"))}
-    places = [index[source.decode(record).numpy().tobytes()] for record in records]
-    assert [int(source.label(record)) for record in records] == load_digit_labels("test")[places].tolist()
