@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,36 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 def square_grid(images: np.ndarray) -> np.ndarray:
     """`image_grid` with about as many columns as rows, and never more columns."""
     return image_grid(images, max(1, int(len(images) ** 0.5)))
+
+
+def class_grid(images: np.ndarray, labels: np.ndarray, classes: Sequence[str] = ()) -> tuple[np.ndarray, str]:
+    """A grid whose rows hold images of one class each, and a line that names the classes from the top.
+
+    Where the classes are too many for the images, it is `square_grid` in the order of the images.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      labels: the label of each image, int [N]; -1 is none.
+      classes: the names of the classes; default: their indices.
+    """
+    in_order = list(dict.fromkeys(labels.tolist()))
+    names = ["no label" if i < 0 else classes[i] if classes else str(i) for i in in_order]
+    groups, side = [images[labels == label] for label in in_order], max(1, int(len(images) ** 0.5))
+    if len(groups) > 2 * side:
+        return square_grid(images), _shortened(f"classes in turn: {', '.join(names)}")
+    columns = min(side, max(map(len, groups)))
+    rows = -(-max(map(len, groups)) // columns)
+    size = rows * columns
+    tiles = np.full((len(groups) * size, *images.shape[1:]), _LINE, np.uint8)
+    for i, group in enumerate(groups):
+        tiles[i * size : i * size + len(group)] = group
+    each = "a row" if rows == 1 else f"{rows} rows"
+    legend = f"{each} for each class: {', '.join(names)}" if len(names) > 1 else f"class: {names[0]}"
+    return image_grid(tiles, columns), _shortened(legend)
+
+
+def _shortened(line: str) -> str:
+    return textwrap.shorten(line, 90, placeholder=" ...")
 
 
 def captioned_grids(grids: dict[str, np.ndarray], *, min_height: int = 600) -> bytes:

@@ -226,19 +226,19 @@ class Network(keras.Model):
 
     def denoise_fn(
         self, params: Sequence[tf.Variable | tf.Tensor], rng: CounterRng | None = None
-    ) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
-        """`model(x_t, t, rng=rng)` as a pure function of x_t and t, with the weights `params`.
+    ) -> Callable[..., tf.Tensor]:
+        """`model(x_t, t, labels, rng)` as a pure function of x_t, t and, with classes, labels.
 
-        They come in the order of `trainable_variables`, and are cast to their compute dtypes here, once for many calls.
-        Keras' `stateless_call` would cast them to float32 again in every call.
+        The weights `params` come in the order of `trainable_variables`, and are cast to their compute dtypes here, once
+        for many calls. Keras' `stateless_call` would cast them to float32 again in every call.
         """
         weights = [tf.cast(w, dtype) for w, dtype in zip(params, self.compute_dtypes, strict=True)]
 
-        def denoise(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        def denoise(x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None) -> tf.Tensor:
             with keras.StatelessScope() as scope:
                 for variable, weight in zip(self.trainable_variables, weights, strict=True):
                     scope.add_update((variable, weight))
-                return self(x_t, t, rng=rng)
+                return self(x_t, t, labels=labels, rng=rng)
 
         return denoise
 

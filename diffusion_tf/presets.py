@@ -61,6 +61,11 @@ class Preset:
     image_width: int = _field("Width of the images in pixels; 0: as their height.", 0, added=True)
     channels: int = _field("Colour channels of the images.", 3)
     random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
+    random_shift: int = _field(
+        "Shift each training image by up to this many pixels in each direction; its mirror image fills the border.",
+        0,
+        added=True,
+    )
 
     ch: int = _field("Channels of the network at the highest resolution.", 128)
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
@@ -77,6 +82,13 @@ class Preset:
         "Where a convolution of stride 2 pads: 0 below and to the right; 1 on all sides.", 0, added=True
     )
     dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0, changeable=True)
+
+    num_classes: int = _field("Classes that the network is conditioned on; 0: none.", 0, added=True)
+    label_dropout: float = _field(
+        "Rate at which training hides the label of an image, for samples without a label and for guidance, in [0, 1).",
+        0.1,
+        added=True,
+    )
 
     precision: str = _field(
         "Compute dtype of convolutions and matmuls; everything else stays float32.", "float32", changeable=True
@@ -139,6 +151,7 @@ class Preset:
         for name, base in _MULTIPLES:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+        self._require("random_shift", self.random_shift < min(self.image_shape[:2]), "must be less than the sides")
         for name, size, most, what in (
             ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
             ("image_size", self.image_pixels * self.ch, _MAX_FEATURES, "features of one image in a layer"),
@@ -174,9 +187,9 @@ class Preset:
 
     @property
     def least_weights(self) -> int:
-        """A lower bound of the number of weights: those of the second convolution of each residual block."""
+        """A lower bound of the number of weights: the second convolution of each residual block, and the classes."""
         blocks = 2 * self.num_res_blocks + 1  # down and up, at each resolution
-        return sum(9 * blocks * (self.ch * mult) ** 2 for mult in self.ch_mult)
+        return sum(9 * blocks * (self.ch * mult) ** 2 for mult in self.ch_mult) + 4 * self.ch * self.num_classes
 
     def recipe_sha256(self) -> str:
         """Digest of the fields that a resumed run must not change."""
@@ -226,7 +239,7 @@ _LARGEST = {
     "attention_head_dim": 4096, "norm_eps": 1.0, "num_timesteps": 100_000,
     "batch_size": 2**20, "num_steps": 10**9, "warmup_steps": 10**9, "steps_per_loop": 10**6,
     "checkpoint_every": 10**9, "keep_checkpoints": 10**6, "keep_every": 10**9, "sample_every": 10**9,
-    "max_skipped_steps": 10**9,
+    "max_skipped_steps": 10**9, "num_classes": 10**6,
 }  # fmt: skip
 
 # (fields, whether a value is valid, what it must be), in the order in which they are checked.
@@ -238,8 +251,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "must be greater than 0",
     ),
     ("freq_shift downsample_padding", lambda v: v in (0, 1), "must be 0 or 1"),
-    ("image_width attention_head_dim warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
-    ("dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
+    (
+        "image_width attention_head_dim num_classes random_shift warmup_steps keep_every sample_every",
+        lambda v: v >= 0,
+        "must be 0 or more",
+    ),
+    ("dropout label_dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
     ("seed", lambda v: 0 <= v < 2**32, "must be in [0, 2^32)"),
@@ -257,6 +274,7 @@ _MULTIPLES = (
     ("keep_every", "checkpoint_every"),
 )
 
+OWN_IMAGES = "images"  # the name of a preset for images that the user names
 
 _CELEBAHQ256 = Preset(
     dataset="celebahq256", image_size=256, ch_mult=(1, 1, 2, 2, 4, 4), model_var_type="fixedsmall",

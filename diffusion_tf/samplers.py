@@ -7,10 +7,12 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
 
+from diffusion_tf.conditioning import NO_LABEL, UNGUIDED, Condition
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.runtime.replicas import per_replica_batch_size
+from diffusion_tf.runtime.replicas import pad_batch, per_replica_batch_size
 from diffusion_tf.solvers import (
     SamplerSettings,
     SamplerTable,
@@ -21,7 +23,7 @@ from diffusion_tf.solvers import (
 )
 from diffusion_tf.trained_model import TrainedModel
 
-_CALLS = 20  # device calls for one batch, between which the progress bar moves
+CALLS = 20  # device calls for one batch, between which the progress bar moves
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -153,23 +155,36 @@ class Sampler:
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
       settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
+      condition: the labels of the images, and the guidance, which doubles the cost; default: every class in turn.
 
     Attributes:
       seed: as given; another value takes effect at the next call, which does not compile again.
-      num_steps: network evaluations of a call.
+      condition: as given, with default labels filled in; other labels take effect as another seed does.
+      num_steps: steps of a call, all steps of the settings or the last ones that their strength takes.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
     """
 
-    def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, settings: SamplerSettings | None = None):
-        diffusion = trained.diffusion
-        table = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
+    def __init__(
+        self,
+        trained: TrainedModel,
+        *,
+        batch_size: int,
+        seed: int,
+        settings: SamplerSettings | None = None,
+        condition: Condition = UNGUIDED,
+    ):
+        diffusion, settings = trained.diffusion, settings or SamplerSettings()
+        table = sampler_table(settings, trained.preset, diffusion)
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
-        self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
+        num_steps = settings.last_steps(diffusion.num_timesteps) if table is None else len(table.timesteps)
+        self.num_steps = num_steps
         self.seed = seed
+        self.condition = condition.resolve(trained.preset)
         self._trained = trained
-        self._timesteps = np.arange(diffusion.num_timesteps)[::-1] if table is None else table.timesteps
+        self._settings = settings
+        self._timesteps = np.arange(num_steps)[::-1] if table is None else table.timesteps
         self._batch_size = batch_size
 
         def noise(first_image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -180,12 +195,14 @@ class Sampler:
             x_t: tf.Tensor,
             pred_xstart: tf.Tensor,
             seed: tf.Tensor,
+            labels: tf.Tensor,
             start: tf.Tensor,
             stop: tf.Tensor,
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            noise_fn, denoise_fn = sample_noise(seed[0], first_image, shape), trained.denoise_fn()
+            noise_fn = sample_noise(seed[0], first_image, shape)
+            denoise_fn = trained.denoise_fn(labels, condition.guidance)
             if table is None:
-                start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
+                start, stop = (num_steps - steps_done for steps_done in (start, stop))
                 x_t = reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop)
             else:
                 x_t, pred_xstart = table_steps(
@@ -196,30 +213,44 @@ class Sampler:
         self._noise = trained.over_replicas(noise, batch_size)
         self._steps = trained.over_replicas(steps, batch_size)
 
-    def __call__(self, first_image: int) -> tf.Tensor:
+    def __call__(self, first_image: int, start_from: np.ndarray | None = None) -> tf.Tensor:
         """Images first_image, ..., first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
 
         `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
 
+        Args:
+          first_image: index of the first image.
+          start_from: images uint8 [N, H, W, C], N <= batch_size, whose noisy versions the reverse process starts from
+            (SDEdit, Meng et al. 2021); default: from x_T, which takes a strength of 1.
+
         Raises:
+          ConfigError: the sampler's strength is below 1, and there are no images to start from.
           NotFiniteError: an image is not finite.
         """
         seed = tf.fill([self._batch_size], tf.constant(self.seed, tf.int64))
+        labels = tf.constant(self.condition.of_images(first_image, self._batch_size))
         x_t = self._noise(first_image, seed)
+        if start_from is not None:
+            x_start = pad_batch(images_to_x(start_from), self._batch_size)
+            x_t = self._trained.diffusion.q_sample(x_start, tf.fill([self._batch_size], self._timesteps[0]), x_t)
+        elif self._settings.strength < 1:
+            raise ConfigError("strength", f"={self._settings.strength} needs images to start from")
         pred_xstart = tf.zeros_like(x_t)
-        stride = -(-self.num_steps // _CALLS)
+        stride = -(-self.num_steps // CALLS)
         with progress_bar(total=self.num_steps, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
-                x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, *steps)
+                x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, labels, *steps)
                 # Reading it waits for the device, so that the bar shows finished steps.
                 self._trained.check_finite(finite, "samples", first=first_image, t=self._timesteps[stop - 1])
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
-    def draw(self, num_samples: int) -> np.ndarray:
+    def draw(self, num_samples: int, start_from: np.ndarray | None = None) -> np.ndarray:
         """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar.
+
+        `start_from` is that of a call, here with an image for each sample.
 
         Raises:
           NotFiniteError: a sample is not finite.
@@ -227,17 +258,18 @@ class Sampler:
         batches = []
         with progress_bar(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
-                batches.append(self.images(first, min(self._batch_size, num_samples - first)))
+                count = min(self._batch_size, num_samples - first)
+                given = None if start_from is None else start_from[first : first + count]
+                batches.append(self.images(first, count, given))
                 bar.update(len(batches[-1]))
         return np.concatenate(batches)
 
-    def images(self, first_image: int, count: int) -> np.ndarray:
+    def images(self, first_image: int, count: int, start_from: np.ndarray | None = None) -> np.ndarray:
         """Samples first_image, ..., first_image + count - 1, uint8 [count, H, W, C], for count <= batch_size.
 
-        Raises:
-          NotFiniteError: a sample is not finite.
+        `start_from` and the errors are those of a call.
         """
-        return x_to_images(self(first_image)[:count]).numpy()
+        return x_to_images(self(first_image, start_from)[:count]).numpy()
 
 
 class ReverseProcess:
@@ -249,6 +281,7 @@ class ReverseProcess:
       seed: as in `Sampler`.
       shared_noise: every image has the noise of image 0, so that results differ by their x_t only.
       on_progress: called with the number of steps done, counted for each image.
+      guidance: as in `Condition`; the calls take the labels.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
@@ -262,6 +295,7 @@ class ReverseProcess:
         seed: int,
         shared_noise: bool = False,
         on_progress: Callable[[int], object] | None = None,
+        guidance: float = 0.0,
     ):
         per_replica_batch_size(batch_size, trained.strategy)
         self.trained = trained
@@ -269,14 +303,17 @@ class ReverseProcess:
         self.seed = seed
         self._on_progress = on_progress or (lambda _: None)
 
-        def steps(first_image: tf.Tensor, x_t: tf.Tensor, start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+        def steps(
+            first_image: tf.Tensor, x_t: tf.Tensor, labels: tf.Tensor, start: tf.Tensor, stop: tf.Tensor
+        ) -> tf.Tensor:
             first_image, count = (tf.zeros_like(first_image), 1) if shared_noise else (first_image, x_t.shape[0])
             noise_fn = sample_noise(seed, first_image, (count, *x_t.shape[1:]))
-            return reverse_steps(trained.diffusion, trained.denoise_fn(), noise_fn, x_t, start, stop)
+            denoise_fn = trained.denoise_fn(labels, guidance)
+            return reverse_steps(trained.diffusion, denoise_fn, noise_fn, x_t, start, stop)
 
-        def predict(_: tf.Tensor, x_t: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
-            p = trained.diffusion.p_mean_variance(trained.denoise_fn(), x_t, time - 1, clip_denoised=True)
-            return p.pred_xstart
+        def predict(_: tf.Tensor, x_t: tf.Tensor, labels: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+            denoise_fn = trained.denoise_fn(labels, guidance)
+            return trained.diffusion.p_mean_variance(denoise_fn, x_t, time - 1, clip_denoised=True).pred_xstart
 
         # By batch size.
         self._steps = functools.cache(lambda size: trained.over_replicas(steps, size))
@@ -287,7 +324,15 @@ class ReverseProcess:
         shape = (count, *self.trained.preset.image_shape)
         return CounterRng(self.seed, self.trained.diffusion.num_timesteps, first_image).normal("sample", shape).numpy()
 
-    def __call__(self, x_t: np.ndarray, start: ArrayLike, stop: ArrayLike, *, first_image: int = 0) -> np.ndarray:
+    def __call__(
+        self,
+        x_t: np.ndarray,
+        start: ArrayLike,
+        stop: ArrayLike,
+        *,
+        first_image: int = 0,
+        labels: ArrayLike = NO_LABEL,
+    ) -> np.ndarray:
         """Runs `reverse_steps` on any number of images, batch by batch.
 
         Args:
@@ -295,6 +340,7 @@ class ReverseProcess:
           start: how many steps of noise x_t has, int or int [N].
           stop: how many the result has, int or int [N].
           first_image: index of the first image, which decides its noise.
+          labels: the label of each image, int or int [N].
 
         Returns:
           float32 [N, H, W, C].
@@ -302,24 +348,25 @@ class ReverseProcess:
         Raises:
           NotFiniteError: an image is not finite.
         """
-        stride = -(-self.trained.diffusion.num_timesteps // _CALLS)
+        stride = -(-self.trained.diffusion.num_timesteps // CALLS)
         results = []
-        for first, count, (x, starts, stops) in self._batches(x_t, start, stop):
+        for first, count, (x, label, starts, stops) in self._batches(x_t, labels, start, stop):
             for high in range(starts.max(), stops.min(), -stride):
                 limits = max(high - stride, stops.min()), high
                 spans = [np.clip(steps, *limits) for steps in (starts, stops)]
-                x = self._steps(len(x))(first_image + first, x, *spans).numpy()
+                x = self._steps(len(x))(first_image + first, x, label, *spans).numpy()
                 self.trained.check_finite(x[:count], "samples", first=first_image + first, t=limits[0])
                 self._on_progress(int((spans[0] - spans[1])[:count].sum()))
             results.append(x[:count])
         return np.concatenate(results)
 
-    def predict_xstart(self, x_t: np.ndarray, time: ArrayLike) -> np.ndarray:
+    def predict_xstart(self, x_t: np.ndarray, time: ArrayLike, *, labels: ArrayLike = NO_LABEL) -> np.ndarray:
         """The x_0 that the network predicts from x_t, clipped to [-1, 1].
 
         Args:
           x_t: float32 [N, H, W, C].
           time: how many steps of noise x_t has, in [1, T], int or int [N].
+          labels: the label of each image, int or int [N].
 
         Returns:
           float32 [N, H, W, C].
@@ -328,14 +375,14 @@ class ReverseProcess:
           NotFiniteError: a prediction is not finite.
         """
         results = []
-        for first, count, (x, times) in self._batches(x_t, time):
-            results.append(self._predict(len(x))(0, x, times)[:count].numpy())
+        for first, count, (x, label, times) in self._batches(x_t, labels, time):
+            results.append(self._predict(len(x))(0, x, label, times)[:count].numpy())
             self.trained.check_finite(results[-1], "predicted images", first=first, t=times.max() - 1)
         return np.concatenate(results)
 
-    def _batches(self, x_t: np.ndarray, *steps: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:
-        """Yields batches of one size: the index of the first image, their number, and x_t and `steps` of each."""
-        arrays = [x_t, *(np.broadcast_to(np.asarray(s, np.int32), [len(x_t)]) for s in steps)]
+    def _batches(self, x_t: np.ndarray, *numbers: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:
+        """Yields batches of one size: the index of the first image, their number, and x_t and `numbers` of each."""
+        arrays = [x_t, *(np.broadcast_to(np.asarray(n, np.int32), [len(x_t)]) for n in numbers)]
         replicas = self.trained.strategy.num_replicas_in_sync
         size = -(-len(x_t) // -(-len(x_t) // self.batch_size))
         size = -(-size // replicas) * replicas
@@ -348,7 +395,14 @@ class ReverseProcess:
 
 
 def ddim_inversion(
-    trained: TrainedModel, images: np.ndarray, *, steps: int, spacing: str, batch_size: int
+    trained: TrainedModel,
+    images: np.ndarray,
+    *,
+    steps: int,
+    spacing: str,
+    batch_size: int,
+    labels: ArrayLike = NO_LABEL,
+    guidance: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Runs DDIM backwards from images to latents x_T and forwards again, with a progress bar.
 
@@ -361,6 +415,8 @@ def ddim_inversion(
       steps: network evaluations each way, in [1, T].
       spacing: one of SPACINGS.
       batch_size: images of one call, over all replicas.
+      labels: the label of each image, int or int [N].
+      guidance: as in `Condition`.
 
     Returns:
       Latents float32 [N, H, W, C], and the images sampled from them, uint8 [N, H, W, C].
@@ -373,8 +429,8 @@ def ddim_inversion(
     ts = timesteps(diffusion.schedule, steps, spacing)
     tables = ddim_inversion_table(diffusion.schedule, ts), ddim_table(diffusion.schedule, ts, 0.0)
 
-    def both_ways(_: tf.Tensor, x: tf.Tensor) -> list[tf.Tensor]:
-        denoise_fn, results = trained.denoise_fn(), []
+    def both_ways(_: tf.Tensor, x: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
+        denoise_fn, results = trained.denoise_fn(labels, guidance), []
         for table in tables:
             x, _ = table_steps(
                 diffusion, denoise_fn, tf.zeros_like, table, x, tf.zeros_like(x), 0, steps, clip_denoised=False
@@ -383,8 +439,10 @@ def ddim_inversion(
         return results
 
     invert, batches = trained.over_replicas(both_ways, batch_size), []
+    of_images = np.broadcast_to(np.asarray(labels, np.int32), [len(images)])
     for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="inverting"):
-        latents, x = invert(first, images_to_x(images[first : first + batch_size]))
+        batch = slice(first, first + batch_size)
+        latents, x = invert(first, images_to_x(images[batch]), of_images[batch])
         for values, what in ((latents, "latents"), (x, "samples")):
             trained.check_finite(values, what, first=first)
         batches.append((latents.numpy(), x_to_images(x).numpy()))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 from numpy.typing import ArrayLike
 
+from diffusion_tf.conditioning import NO_LABEL
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, check_finite
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.microbatches import map_microbatches
@@ -75,25 +76,59 @@ class TrainedModel:
         remedy = "`precision=float32`" if self.preset.precision == "bfloat16" else "another `checkpoint`"
         check_finite(values, what, first=first, why=f"{where}: the network of {self.name} overflows, use {remedy}")
 
-    def denoise_fn(self, microbatch_pixels: int = MICROBATCH_PIXELS) -> DenoiseFn:
+    def denoise_fn(
+        self,
+        labels: tf.Tensor | None = None,
+        guidance: float = 0.0,
+        *,
+        microbatch_pixels: int = MICROBATCH_PIXELS,
+    ) -> DenoiseFn:
         """The network as a pure function, its weights read once; call it where a replica runs, outside of loops.
 
-        On a CPU, a microbatch has at most `microbatch_pixels` pixels.
+        Args:
+          labels: int32 [B], the label of each image, -1 for none; default: none. A network without classes ignores it.
+          guidance: as in `guided`; 0 is none.
+          microbatch_pixels: the most pixels of a microbatch on a CPU.
         """
         if self.frozen:
             self.model.freeze()
-        denoise = self.model.denoise_fn(self.weights)
+        network = self.model.denoise_fn(self.weights)
         max_size = max(1, microbatch_pixels // self.preset.image_pixels)
 
-        def microbatched(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
-            return map_microbatches(lambda _, x_t, t: denoise(x_t, t), [x_t, t], max_size=max_size)
+        def denoise(*arrays: tf.Tensor) -> tf.Tensor:
+            return map_microbatches(lambda _, *arrays: network(*arrays), arrays, max_size=max_size)
 
-        return microbatched
+        if labels is None or not self.preset.num_classes:
+            return denoise
+        return guided(denoise, labels, guidance, self.preset.channels)
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
         """`runtime.replicas.over_replicas` of a function that calls the network."""
         on_cpu = cpu_backend(self.preset.image_pixels, frozen_weights=self.frozen)
         return over_replicas(function, self.strategy, batch_size, on_cpu)
+
+
+def guided(network: Callable[..., tf.Tensor], labels: tf.Tensor, guidance: float, channels: int) -> DenoiseFn:
+    """Classifier-free guidance (Ho & Salimans 2022, Eq. 6): (1 + w) f(x, label) - w f(x).
+
+    One evaluation of 2 B images; of B without guidance. Images without a label are not guided.
+
+    Args:
+      network: f, called as network(x_t, t, labels).
+      labels: int32 [B]; -1 is none.
+      guidance: w.
+      channels: C; f(x, label) gives further channels, the learned variances, alone.
+    """
+
+    def denoise(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        if not guidance:
+            return network(x_t, t, labels)
+        both = (tf.concat(pair, axis=0) for pair in ((x_t, x_t), (t, t), (labels, tf.fill(labels.shape, NO_LABEL))))
+        conditional, unconditional = tf.split(network(*both), 2)
+        mean = (1.0 + guidance) * conditional[..., :channels] - guidance * unconditional[..., :channels]
+        return tf.concat([mean, conditional[..., channels:]], axis=-1)
+
+    return denoise
 
 
 def load_ema(model: UNet, path: str) -> None:

@@ -113,15 +113,16 @@ class AttentionBlock(keras.layers.Layer):
 class UNet(layers.Network):
     """The denoising network: `model(x_t, t)`, [B, H, W, C] and int32 [B] to [B, H, W, out_channels] float32.
 
-    Dropout acts only if a `CounterRng` is given: `model(x_t, t, rng=rng)`. Variables are named as in the authors'
-    checkpoints, `down_0_block_0/conv1/kernel` for their `model/down_0/block_0/conv1/W`.
+    With classes, `model(x_t, t, labels)` is conditioned on labels int32 [B]. The label -1 means none, and so does
+    leaving them out. Dropout acts only if a `CounterRng` is given: `model(x_t, t, rng=rng)`. Variables are named as in
+    the authors' checkpoints, `down_0_block_0/conv1/kernel` for their `model/down_0/block_0/conv1/W`.
 
     Args:
       image_shape: (H, W, C) of x_t, H and W divisible by 2^(levels - 1).
       out_channels: C, or 2C for learned variances.
       ch: as in `Preset`, like all other arguments up to precision.
       seed: of the initial weights.
-      attention_head_dim: as in `Preset`, like all other arguments up to downsample_padding.
+      num_classes: as in `Preset`, like all other arguments up to downsample_padding.
       weights: `trainable` holds them in float32; `inference` in the dtype of the products, too coarse for training;
         `frozen` as `inference`, and from `freeze()` on they cannot be assigned, so that a CPU may keep them reordered.
 
@@ -142,6 +143,7 @@ class UNet(layers.Network):
         dropout: float,
         precision: str,
         seed: int = 0,
+        num_classes: int = 0,
         attention_head_dim: int = 0,
         mid_attention: bool = True,
         norm_eps: float = 1e-6,
@@ -165,7 +167,7 @@ class UNet(layers.Network):
             raise ConfigError(
                 "ch", f"={ch}: every level needs a multiple of {NUM_GROUPS} channels (group normalisation)"
             )
-        self.ch = ch
+        self.ch, self.num_classes = ch, num_classes
         self._embed = functools.partial(
             timestep_embedding, dim=ch, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
         )
@@ -179,6 +181,12 @@ class UNet(layers.Network):
         with keras.name_scope(self.name):  # float32 costs nothing for temb, and the model's output stays float32
             self.temb_dense0 = build.dense(ch, 4 * ch, "temb/dense0", name="temb_dense0", dtype="float32")
             self.temb_dense1 = build.dense(4 * ch, 4 * ch, "temb/dense1", name="temb_dense1", dtype="float32")
+            if num_classes:
+                # The table [num_classes, 4 ch] of an embedding: a product with one-hot rows suits a TPU, and maps the
+                # label -1 to 0. Its initial values are those of the other layers.
+                self.class_embedding = build.dense(
+                    num_classes, 4 * ch, "class_embedding", use_bias=False, dtype="float32"
+                )
             self.conv_in = build.conv(image_shape[-1], ch, "conv_in")
             self._make_blocks(
                 levels,
@@ -200,7 +208,8 @@ class UNet(layers.Network):
         """The network that `preset` describes; `weights` as above."""
         names = (
             "image_shape", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout", "precision", "seed",
-            "attention_head_dim", "mid_attention", "norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding",
+            "num_classes", "attention_head_dim", "mid_attention", "norm_eps", "flip_sin_to_cos", "freq_shift",
+            "downsample_padding",
         )  # fmt: skip
         out_channels = preset.channels * (2 if preset.model_var_type == "learned" else 1)
         return cls(out_channels=out_channels, weights=weights, **{name: getattr(preset, name) for name in names})
@@ -243,9 +252,13 @@ class UNet(layers.Network):
             if level != 0:
                 self.up.append(upsample(channels, channels, f"up_{level}_upsample_conv"))
 
-    def call(self, x_t: tf.Tensor, t: tf.Tensor, rng: CounterRng | None = None) -> tf.Tensor:
-        """Maps x_t [B, H, W, C] and t int32 [B]; dropout acts if `rng` is given."""
+    def call(
+        self, x_t: tf.Tensor, t: tf.Tensor, labels: tf.Tensor | None = None, rng: CounterRng | None = None
+    ) -> tf.Tensor:
+        """Maps x_t [B, H, W, C], t int32 [B] and labels int32 [B]; dropout acts if `rng` is given."""
         temb = self.temb_dense1(tf.nn.silu(self.temb_dense0(self._embed(t))))
+        if labels is not None:
+            temb += self.class_embedding(tf.one_hot(labels, self.num_classes))
         temb = tf.nn.silu(temb)  # here, not in every block
         h = self.conv_in(x_t)
         skips = [h]

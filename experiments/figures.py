@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from diffusion_tf.conditioning import UNLABELLED
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation import MAX_REFERENCE
 from diffusion_tf.reports import FIGURES, SCORED_FIGURES, file_name
@@ -38,6 +39,7 @@ flags.DEFINE_integer("index_a", 0, "Index of the first source image in the test 
 flags.DEFINE_integer("index_b", 1, "Index of the second source image.", lower_bound=0)
 _flags.define_path("source_a", None, "A picture of the run's size as the first source image, instead of --index_a.")
 _flags.define_path("source_b", None, "A picture of the run's size as the second source image, instead of --index_b.")
+_flags.define_condition_flags()
 _flags.define_path("inception", None, "Inception, as experiments.evaluate takes it; digits need none.")
 
 
@@ -105,9 +107,14 @@ def _interpolation(run: MeasuredRun, trained: TrainedModel, times: list[int], sh
 
 
 def _make(figure: str, run: MeasuredRun, step: int, checkpoint: str, trained: TrainedModel) -> PaperFigure:
-    sampling = {"seed": FLAGS.seed, "compute_dtype": run.preset.precision, **SamplerSettings().describe(run.preset)}
+    classes = run.workdir.read_classes()
+    condition = _flags.condition_from_flags(run.preset, classes)
+    if FLAGS.label is None and figure in ("interpolation", "coarse_to_fine"):
+        condition = UNLABELLED  # two images need not be of one class
+    sampling = {"seed": FLAGS.seed, "compute_dtype": run.preset.precision}
+    sampling |= {**SamplerSettings().describe(run.preset), **condition.describe(run.preset)}
     subject = captions.caption(run.preset.dataset, step, sampling)
-    shared = {"batch_size": FLAGS.batch_size, "seed": FLAGS.seed, "subject": subject}
+    shared = {"batch_size": FLAGS.batch_size, "seed": FLAGS.seed, "subject": subject, "condition": condition}
     num_timesteps = run.preset.num_timesteps
     match figure:
         case "samples":
@@ -115,7 +122,7 @@ def _make(figure: str, run: MeasuredRun, step: int, checkpoint: str, trained: Tr
             digest = checkpoints.load_digest(checkpoint)
             scores = captions.measured(step, digest, sampling, record.evaluations, record.likelihood)
             shared["subject"] = "\n".join(filter(None, (subject, scores)))
-            return paper_figures.samples(trained, count=FLAGS.count, **shared)
+            return paper_figures.samples(trained, count=FLAGS.count, classes=classes, **shared)
         case "progressive":
             return paper_figures.progressive(trained, chains=FLAGS.chains, **shared)
         case "shared_latents":

@@ -1,5 +1,6 @@
 """Sampling loops against the authors' program and on data whose optimal denoiser is known."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import tensorflow as tf
 from support import gaussian_data, golden
 
+from diffusion_tf.conditioning import Condition
 from diffusion_tf.diffusion_utils import x_to_images
-from diffusion_tf.errors import NotFiniteError
+from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import (
@@ -139,6 +141,36 @@ def test_a_sampler_in_several_calls_is_algorithm_2_in_one():
     np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), expected)
 
 
+@pytest.mark.parametrize("strength", [0.125, 0.5, 1.0])
+def test_a_sampler_starts_from_the_noisy_version_of_an_image(strength):
+    trained = golden.known_model(golden.DENOISE_FNS["dn_xt"], make_strategy("one_device"))
+    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1), np.uint8)
+    sampler = Sampler(trained, batch_size=4, seed=3, settings=SamplerSettings(strength=strength))
+    steps = int(8 * strength)
+    process = ReverseProcess(trained, batch_size=3, seed=3)
+    abar = trained.diffusion.schedule.alphas_cumprod[steps - 1]
+    x_t = np.sqrt(abar) * (images / 127.5 - 1) + np.sqrt(1 - abar) * process.noise(3, first_image=5)
+    expected = x_to_images(process(x_t.astype(np.float32), steps, 0, first_image=5)).numpy()
+    varied = sampler.images(5, 3, start_from=images)
+    np.testing.assert_allclose(varied.astype(int), expected, atol=1)  # float rounding
+    assert sampler.num_steps == steps
+    if strength < 1:
+        with pytest.raises(ConfigError, match="needs images to start from"):
+            sampler(0)
+
+
+def test_an_exact_denoiser_of_one_image_leads_back_to_it_from_any_strength():
+    image = np.random.RandomState(0).randint(0, 256, (1, 8, 8, 1), np.uint8)
+    x_start = tf.constant(image / 127.5 - 1, tf.float32)
+    preset = dataclasses.replace(golden.TINY, model_mean_type="xstart", model_var_type="fixedsmall")
+    trained = golden.known_model(
+        lambda x_t, t: tf.broadcast_to(x_start, x_t.shape), make_strategy("one_device"), preset
+    )
+    for settings in (SamplerSettings(strength=0.01), SamplerSettings("dpm_solver++", 6, strength=0.5)):
+        varied = Sampler(trained, batch_size=2, seed=0, settings=settings).images(0, 2, start_from=image.repeat(2, 0))
+        np.testing.assert_array_equal(varied, image.repeat(2, 0))
+
+
 def test_ddim_inversion_leads_to_latents_and_back():
     """Against the same recursion in float64, for the network eps = 0.1 x."""
     trained = golden.known_model(golden.DENOISE_FNS["dn_x"], make_strategy("one_device"))
@@ -194,3 +226,59 @@ def test_padding_a_partial_batch_adds_no_steps():
     process = ReverseProcess(golden.known_model(denoise_fn, make_strategy("mirrored")), batch_size=8, seed=0)
     process(process.noise(3), 8, 5)
     assert sorted(calls) == [5] * 8 + [6] * 8 + [7] * 8  # one image for each of eight replicas
+
+
+CLASSES = dataclasses.replace(golden.TINY, num_classes=3)
+
+
+def by_label(x_t, t, labels):
+    """A network whose eps grows with the label, -1 for none, and over time."""
+    return 0.1 * x_t + 0.2 * (tf.cast(labels, tf.float32) + tf.cast(t, tf.float32))[:, None, None, None]
+
+
+def shifted(shifts):
+    """The same for images 0, 1, ... whose labels are `shifts`, as a model without labels."""
+    return golden.known_model(lambda x_t, t: by_label(x_t, t, shifts), make_strategy("one_device"))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver++"])
+def test_every_sampler_draws_image_i_with_its_label_and_guidance(name):
+    """(1 + w) f(label) - w f(-1) is f(label + w (label + 1)) for this network."""
+    condition, settings = Condition((2, 0, -1), 1.5), SamplerSettings(name, 4)
+    trained = golden.known_model(by_label, make_strategy("one_device"), CLASSES)
+    found = Sampler(trained, batch_size=4, seed=3, settings=settings, condition=condition)(4)
+    labels = np.array([0, -1, 2, 0], np.float32)  # of images 4, 5, 6, 7
+    one = shifted(labels + 1.5 * (labels + 1))
+    np.testing.assert_allclose(found, Sampler(one, batch_size=4, seed=3, settings=settings)(4), atol=1e-4)
+
+
+def test_other_labels_do_not_compile_again():
+    traces = []
+
+    def network(x_t, t, labels):
+        traces.append(x_t.shape)
+        return by_label(x_t, t, labels)
+
+    sampler = Sampler(
+        golden.known_model(network, make_strategy("one_device"), CLASSES), batch_size=3, seed=0,
+        settings=SamplerSettings("ddim", 4),
+    )  # fmt: skip
+    first, compiled = sampler(0), len(traces)
+    sampler.condition = Condition((1, 2, 0))
+    second = sampler(0)
+    assert len(traces) == compiled and np.abs(second - first).max(axis=(1, 2, 3)).min() > 0.01
+
+
+def test_the_reverse_process_and_inversion_take_labels():
+    labels = np.array([2, -1, 0], np.int32)
+    given = golden.known_model(by_label, make_strategy("one_device"), CLASSES)
+    fixed = shifted(labels + (labels + 1))  # as guidance 1 moves them
+    process, expected = (ReverseProcess(trained, batch_size=3, seed=0, guidance=1.0) for trained in (given, fixed))
+    x_T = process.noise(3)
+    np.testing.assert_allclose(process(x_T, 8, 3, labels=labels), expected(x_T, 8, 3), atol=1e-4)
+    predicted = process.predict_xstart(x_T, 8, labels=labels)
+    np.testing.assert_allclose(predicted, expected.predict_xstart(x_T, 8), atol=1e-4)
+    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1), np.uint8)
+    arguments = {"steps": 4, "spacing": "trailing", "batch_size": 3, "guidance": 1.0}
+    latents, _ = ddim_inversion(given, images, labels=labels, **arguments)
+    np.testing.assert_allclose(latents, ddim_inversion(fixed, images, **arguments)[0], atol=1e-4)

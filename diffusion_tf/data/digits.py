@@ -1,9 +1,9 @@
 """scikit-learn's handwritten digits, which need no download."""
 
 import numpy as np
-import tensorflow as tf
 
-from diffusion_tf.data.source import ImageSource, check_shape, shuffled
+from diffusion_tf.data.arrays import array_source
+from diffusion_tf.data.source import ImageSource, check_shape
 
 _TEST_EVERY = 10  # every tenth digit is in the test split, so that both splits have digits of every writer
 
@@ -29,18 +29,14 @@ def load_digit_labels(split: str = "all") -> np.ndarray:
 
 
 def digits_source(split: str, image_shape: tuple[int, int, int]) -> ImageSource:
-    """Returns a split of the digits as a source.
+    """Returns a split of the digits as a source, with their labels.
 
     Raises:
       InputError: `image_shape` is not (8, 8, 1).
     """
     images = load_digits(split)
     check_shape("`dataset=digits`", images.shape[1:], image_shape)
-
-    def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
-        return shuffled(tf.data.Dataset.from_tensor_slices(images), len(images), epoch_seed)
-
-    return ImageSource(f"scikit-learn digits, {split}", len(images), records, lambda image: image, image_shape)
+    return array_source(images, f"scikit-learn digits, {split}", load_digit_labels(split))
 
 
 def _in_split(count: int, split: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line
 
 # tf.data raises these for damaged, missing or malformed records; the last, because TensorFlow's message quotes bytes.
@@ -52,6 +52,22 @@ class ImageSource:
     find_bad: Callable[[], str | None] = lambda: None
     bad_records: int = 0
 
+    def decode_with_label(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Maps an encoded image to uint8 [H, W, C] and its label, an int32 scalar."""
+        assert self.label
+        return self.decode(record), self.label(record)
+
+    def require_classes(self, num_classes: int) -> None:
+        """Checks that the images have labels of `num_classes` classes.
+
+        Raises:
+          ConfigError: they have none, or of another number of classes.
+        """
+        if self.label is None:
+            raise ConfigError("num_classes", f"={num_classes}: {self.name} has no labels")
+        if len(self.classes) != num_classes:
+            raise ConfigError("num_classes", f"={num_classes}: {self.name} has {len(self.classes)} classes")
+
     def read_error(self, error: Exception) -> InputError:
         """Returns the error to raise for one of READ_ERRORS; it names the file and the record."""
         return InputError(f"{self.name} cannot be read: {self.find_bad() or first_line(error)}")
@@ -66,8 +82,9 @@ def training_batches(
     start_step: int,
     worker: int = 0,
     workers: int = 1,
+    with_labels: bool = False,
 ) -> tf.data.Dataset:
-    """Returns endless batches uint8 [per_replica, H, W, C] for one worker.
+    """Returns endless batches for one worker: uint8 [per_replica, H, W, C], or pairs of these and labels int32.
 
     The global batch of step s is records s * batch_size, ... of the shuffled stream, however many workers and replicas
     share it: worker w takes the w-th of `workers` equal slices. Resuming reads, but does not decode, up to one epoch.
@@ -80,7 +97,9 @@ def training_batches(
       start_step: the training step of the first global batch.
       worker: the index of this worker.
       workers: the number of workers.
+      with_labels: whether to pair the images with their labels, int32 [per_replica].
     """
+    decode = source.decode_with_label if with_labels else source.decode
     first = start_step * batch_size
     share = batch_size // workers
     epochs = tf.data.Dataset.range(first // source.num_examples, _MAX_EPOCHS)
@@ -90,7 +109,7 @@ def training_batches(
         .batch(batch_size)
         .map(lambda records: records[worker * share : (worker + 1) * share])
         .unbatch()
-        .map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(decode, num_parallel_calls=tf.data.AUTOTUNE)
         .batch(per_replica, drop_remainder=True, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -121,6 +140,12 @@ class ImageReader:
             raise InputError(f"{self._source.name} ends after {first + len(images)} images, but more were expected")
         self._position = first + count
         return np.stack(images)
+
+
+def label_reader(source: ImageSource) -> ImageReader:
+    """Reads the labels of a source, int32 [count], as `ImageReader` reads its images."""
+    assert source.label
+    return ImageReader(dataclasses.replace(source, decode=source.label))
 
 
 def identity(source: ImageSource) -> dict[str, Any]:

@@ -29,6 +29,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _VARIANTS = tuple(_WEIGHTS.replace(".", f".{variant}.") for variant in ("fp16", "bf16"))
 _DTYPES = ("float32", "bfloat16", "float16")
 _SCHEDULER = "scheduler_config.json"
+_CLASSES = "class_embedding/kernel"
 _LAYERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
@@ -70,6 +71,8 @@ def diffusers_name(name: str, levels: int) -> str:
 
 def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """Returns one of our weights in PyTorch's layout: kernels are [out, in, H, W] or [out, in]."""
+    if name == _CLASSES:
+        return array  # a dense layer here, an embedding in diffusers
     if name.endswith("nin_shortcut/kernel"):
         return array.T[:, :, None, None]  # a dense layer here, a 1x1 convolution in diffusers
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
@@ -77,6 +80,8 @@ def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
 
 def from_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_diffusers`."""
+    if name == _CLASSES:
+        return array
     if name.endswith("nin_shortcut/kernel"):
         return array[:, :, 0, 0].T
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

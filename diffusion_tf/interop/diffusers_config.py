@@ -62,6 +62,7 @@ _SETTINGS = {
     "flip_sin_to_cos": "`flip_sin_to_cos`", "freq_shift": "`freq_shift`", "downsample_padding": "`downsample_padding`",
     "num_train_timesteps": "`num_timesteps`", "beta_schedule": "`beta_schedule`", "beta_start": "`beta_start`",
     "beta_end": "`beta_end`", "prediction_type": "`model_mean_type`", "variance_type": "`model_var_type`",
+    "num_class_embeds": "`num_classes`",
 }  # fmt: skip
 _PREDICTION_TYPES = {"eps": "epsilon", "xstart": "sample"}
 _VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
@@ -88,6 +89,7 @@ def unet_config(preset: Preset) -> dict[str, Any]:
         "norm_eps": preset.norm_eps,
         "add_attention": preset.mid_attention,
         "attention_head_dim": preset.attention_head_dim or None,
+        "num_class_embeds": preset.num_classes or None,
         "dropout": preset.dropout,
     }
 
@@ -300,6 +302,7 @@ def preset_from_folder(folder: str, image_size: int = 0, image_width: int = 0) -
             freq_shift=unet["freq_shift"],
             downsample_padding=unet["downsample_padding"],
             dropout=unet.get("dropout", 0.0),
+            num_classes=unet["num_class_embeds"] or 0,
             num_timesteps=scheduler["num_train_timesteps"],
             beta_start=scheduler["beta_start"],
             beta_end=scheduler["beta_end"],

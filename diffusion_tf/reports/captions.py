@@ -7,17 +7,20 @@ from diffusion_tf.solvers import default_spacing
 
 
 def sampler_name(sampling: Mapping[str, Any], dataset: str) -> str:
-    """The sampler, with the settings that are not its defaults; without the number of steps.
+    """The sampler, labels and guidance, where they are not the defaults; without the number of steps.
 
     Args:
-      sampling: what `SamplerSettings.describe` gives, such as a line of `evaluations.jsonl`.
+      sampling: what `SamplerSettings.describe` and `Condition.describe` give, such as a line of `evaluations.jsonl`.
       dataset: the preset's name.
     """
     name, spacing = sampling["sampler"], sampling.get("sampler_spacing")
     eta = f"eta {sampling['ddim_eta']:g}" if sampling.get("ddim_eta") else ""
+    labels, guidance = sampling.get("labels", "all"), sampling.get("guidance")
+    label = {"all": "", "none": "no label"}.get(labels, f"label {labels}")
+    guided = f"guidance {guidance:g}" if guidance else ""
     if spacing == default_spacing(name, dataset):
         spacing = None
-    return ", ".join(filter(None, (name, eta, spacing)))
+    return ", ".join(filter(None, (name, eta, spacing, label, guided)))
 
 
 def sampling_name(sampling: Mapping[str, Any], dataset: str) -> str:
@@ -31,7 +34,7 @@ def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
     Args:
       dataset: the preset's name.
       step: step of the checkpoint.
-      sampling: the seed, and what `SamplerSettings.describe` gives.
+      sampling: the seed, and as for `sampler_name`.
     """
     return f"{dataset}, checkpoint {step:,}, {sampling_name(sampling, dataset)}, seed {sampling['seed']}"
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from diffusion_tf import figures
+from diffusion_tf.conditioning import UNGUIDED, UNLABELLED, Condition
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images, x_to_pixels
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
@@ -74,16 +75,37 @@ def _in_batches(
 
 @contextlib.contextmanager
 def _reverse_process(
-    trained: TrainedModel, name: str, *, steps: int, batch_size: int, seed: int, shared_noise: bool = False
+    trained: TrainedModel,
+    name: str,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    guidance: float,
+    shared_noise: bool = False,
 ) -> Iterator[ReverseProcess]:
     """A reverse process with a progress bar of `steps`, counted for each image."""
     with progress_bar(total=steps, desc=name, unit="image step", unit_scale=True) as bar:
         yield ReverseProcess(
-            trained, batch_size=batch_size, seed=seed, shared_noise=shared_noise, on_progress=bar.update
+            trained,
+            batch_size=batch_size,
+            seed=seed,
+            shared_noise=shared_noise,
+            on_progress=bar.update,
+            guidance=guidance,
         )
 
 
-def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, subject: str) -> PaperFigure:
+def samples(
+    trained: TrainedModel,
+    *,
+    count: int,
+    batch_size: int,
+    seed: int,
+    subject: str,
+    condition: Condition = UNGUIDED,
+    classes: Sequence[str] = (),
+) -> PaperFigure:
     """Samples 0, 1, ..., not selected (Figs. 11, 13, 16-19).
 
     Args:
@@ -92,14 +114,28 @@ def samples(trained: TrainedModel, *, count: int, batch_size: int, seed: int, su
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
       subject: the caption.
+      condition: labels and guidance of the samples.
+      classes: the names of the classes, if known.
     """
-    images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
-    picture = figures.captioned_grids({subject: figures.square_grid(images)})
+    condition = condition.resolve(trained.preset)
+    images = Sampler(trained, batch_size=batch_size, seed=seed, condition=condition).draw(count)
+    grid = figures.square_grid(images)
+    if trained.preset.num_classes:
+        grid, legend = figures.class_grid(images, condition.of_images(0, count), classes)
+        subject += f"\n{legend}"
+    picture = figures.captioned_grids({subject: grid})
     return PaperFigure(picture, {"num_samples": count, "seed": seed}, "Uncurated samples.")
 
 
 def animation(
-    trained: TrainedModel, *, count: int, frames: int, batch_size: int, seed: int, subject: str
+    trained: TrainedModel,
+    *,
+    count: int,
+    frames: int,
+    batch_size: int,
+    seed: int,
+    subject: str,
+    condition: Condition = UNGUIDED,
 ) -> PaperFigure:
     """Sampling as a GIF: x_t of some samples over the reverse process.
 
@@ -110,15 +146,21 @@ def animation(
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: labels and guidance of the samples.
     """
-    num_timesteps = trained.diffusion.num_timesteps
+    num_timesteps, labels = trained.diffusion.num_timesteps, condition.resolve(trained.preset).of_images(0, count)
     times, grids = animation_times(trained.diffusion.schedule, frames), []
     with _reverse_process(
-        trained, "animation", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+        trained,
+        "animation",
+        steps=count * num_timesteps,
+        batch_size=batch_size,
+        seed=seed,
+        guidance=condition.guidance,
     ) as process:
         x_t = process.noise(count)
         for before, time in zip([num_timesteps, *times[:-1]], times, strict=True):
-            x_t = process(x_t, before, time)
+            x_t = process(x_t, before, time, labels=labels)
             grids.append(figures.square_grid(_to_images(x_t)))
     captions = [f"{subject}\nx_t at t = {time}" for time in times]
     return PaperFigure(figures.animation(grids, captions, seconds=4.0), {"t": times}, "Sampling, from noise to images.")
@@ -144,20 +186,31 @@ def _progressive_times(num_timesteps: int) -> list[int]:
     return [k * every + 1 for k in range(num_timesteps // every)][::-1]
 
 
-def _predictions(process: ReverseProcess, count: int, first_image: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(
+    process: ReverseProcess, count: int, condition: Condition, first_image: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Predictions of x_0 at `_progressive_times` [K, count, H, W, C], and the samples x_0 [count, H, W, C]."""
+    labels = condition.resolve(process.trained.preset).of_images(first_image, count)
     before = process.trained.diffusion.num_timesteps
     x_t, predictions = process.noise(count, first_image=first_image), []
     for time in _progressive_times(before):
-        x_t, before = process(x_t, before, time, first_image=first_image), time
-        predictions.append(process.predict_xstart(x_t, time))
-    return np.stack(predictions), np.clip(process(x_t, before, 0, first_image=first_image), -1.0, 1.0)
+        x_t, before = process(x_t, before, time, first_image=first_image, labels=labels), time
+        predictions.append(process.predict_xstart(x_t, time, labels=labels))
+    return np.stack(predictions), np.clip(process(x_t, before, 0, first_image=first_image, labels=labels), -1.0, 1.0)
 
 
 _ESTIMATE = "x_0 as estimated from x_t: the network's prediction (Eq. 15), shrunk to the mean image by least squares"
 
 
-def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: int, subject: str) -> PaperFigure:
+def progressive(
+    trained: TrainedModel,
+    *,
+    chains: int,
+    batch_size: int,
+    seed: int,
+    subject: str,
+    condition: Condition = UNGUIDED,
+) -> PaperFigure:
     """The x_0 estimated at ten times of the reverse process (Figs. 6, 14).
 
     It draws a whole batch to fit `XstartEstimate`.
@@ -168,12 +221,18 @@ def progressive(trained: TrainedModel, *, chains: int, batch_size: int, seed: in
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: labels and guidance of the samples.
     """
     num_timesteps, count = trained.diffusion.num_timesteps, max(chains, batch_size)
     with _reverse_process(
-        trained, "progressive", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+        trained,
+        "progressive",
+        steps=count * num_timesteps,
+        batch_size=batch_size,
+        seed=seed,
+        guidance=condition.guidance,
     ) as process:
-        predictions, final = _predictions(process, count)
+        predictions, final = _predictions(process, count, condition)
     times, estimate = _progressive_times(num_timesteps), XstartEstimate(predictions, final)
     estimates = estimate(predictions)
     columns = np.concatenate([estimates, final[None]])[:, :chains]
@@ -202,6 +261,7 @@ def progressive_quality(
     batch_size: int,
     seed: int,
     subject: str,
+    condition: Condition = UNGUIDED,
 ) -> PaperFigure:
     """Scores of the x_0 estimated over the reverse process (Fig. 10).
 
@@ -213,15 +273,21 @@ def progressive_quality(
       batch_size: images computed at once.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: labels and guidance of the samples.
     """
     num_timesteps = trained.diffusion.num_timesteps
     outputs_of = _in_batches(network, trained.strategy, batch_size)
     estimate, features = None, []  # of each batch at each time
     with _reverse_process(
-        trained, "progressive_quality", steps=count * num_timesteps, batch_size=batch_size, seed=seed
+        trained,
+        "progressive_quality",
+        steps=count * num_timesteps,
+        batch_size=batch_size,
+        seed=seed,
+        guidance=condition.guidance,
     ) as process:
         for first in range(0, count, batch_size):
-            predictions, final = _predictions(process, min(batch_size, count - first), first)
+            predictions, final = _predictions(process, min(batch_size, count - first), condition, first)
             estimate = estimate or XstartEstimate(predictions, final)
             features.append([outputs_of(x_to_pixels(x_start)) for x_start in estimate(predictions)])
     metrics = ("fid", "inception_score")
@@ -258,6 +324,7 @@ def shared_latents(
     batch_size: int,
     seed: int,
     subject: str,
+    condition: Condition = UNGUIDED,
 ) -> PaperFigure:
     """Samples of p(x_0 | x_t) that share x_t, at t = T, 3/4 T, T/2 and T/4 of a chain (Fig. 7).
 
@@ -271,18 +338,23 @@ def shared_latents(
       batch_size: images computed at once.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: labels and guidance of the samples.
     """
     num_timesteps = trained.diffusion.num_timesteps
     times = [num_timesteps * quarter // 4 for quarter in (4, 3, 2, 1)]
     outputs_of = network and _in_batches(network, trained.strategy, batch_size)
     rows, shares = [], []
     steps = chains * (num_timesteps - times[-1] + SAMPLES_PER_LATENT * sum(times))
-    with _reverse_process(trained, "shared_latents", steps=steps, batch_size=batch_size, seed=seed) as process:
+    labels = condition.resolve(trained.preset).of_images(0, chains)
+    with _reverse_process(
+        trained, "shared_latents", steps=steps, batch_size=batch_size, seed=seed, guidance=condition.guidance
+    ) as process:
         x_t, before = process.noise(chains), num_timesteps
         for time in times:
-            x_t, before = process(x_t, before, time), time
+            x_t, before = process(x_t, before, time, labels=labels), time
             # Indices that no chain has, so that the noise of a sample is not that of its chain.
-            x_start = process(np.repeat(x_t, SAMPLES_PER_LATENT, axis=0), time, 0, first_image=chains)
+            latents, of_samples = (np.repeat(array, SAMPLES_PER_LATENT, axis=0) for array in (x_t, labels))
+            x_start = process(latents, time, 0, first_image=chains, labels=of_samples)
             rows.append(_to_images(np.concatenate([x_t[:1], x_start[:SAMPLES_PER_LATENT]])))
             if outputs_of:
                 shares.append(_same_class_share(outputs_of(x_to_pixels(x_start))["logits"]))
@@ -326,6 +398,7 @@ def interpolate(
     times: Sequence[int],
     batch_size: int,
     seed: int,
+    condition: Condition = UNLABELLED,
 ) -> np.ndarray:
     """Diffuses two images to t with the same noise, mixes them, and decodes (Section 4.4).
 
@@ -338,6 +411,7 @@ def interpolate(
       times: the values of t, each in [0, T].
       batch_size: images computed at once.
       seed: seed of the noise.
+      condition: the label of all mixes, and guidance; default: no label.
 
     Returns:
       The decoded mixes x_0 for each t and each of LAMBDAS, float32 [len(times), 11, H, W, C].
@@ -353,9 +427,16 @@ def interpolate(
     ]
     steps = len(LAMBDAS) * sum(times)
     with _reverse_process(
-        trained, "interpolation", steps=steps, batch_size=batch_size, seed=seed, shared_noise=True
+        trained,
+        "interpolation",
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        guidance=condition.guidance,
+        shared_noise=True,
     ) as process:
-        decoded = process(np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS)), 0)
+        x_t, starts = np.concatenate(mixed).astype(np.float32), np.repeat(times, len(LAMBDAS))
+        decoded = process(x_t, starts, 0, labels=condition.labels[0])
     return decoded.reshape(len(times), len(LAMBDAS), *source_a.shape)
 
 
@@ -368,6 +449,7 @@ def interpolation(
     batch_size: int,
     seed: int,
     subject: str,
+    condition: Condition = UNLABELLED,
 ) -> PaperFigure:
     """`interpolate` as a picture with a row for each t (Fig. 8; with many values of t, Fig. 9).
 
@@ -379,8 +461,11 @@ def interpolation(
       batch_size: images computed at once, over all replicas.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: as for `interpolate`.
     """
-    decoded = interpolate(trained, source_a, source_b, times=times, batch_size=batch_size, seed=seed)
+    decoded = interpolate(
+        trained, source_a, source_b, times=times, batch_size=batch_size, seed=seed, condition=condition
+    )
     x_a, x_b = (images_to_x(source).numpy() for source in (source_a, source_b))
     numbers = {
         "t": list(times),
@@ -411,6 +496,7 @@ def neighbors(
     batch_size: int,
     seed: int,
     subject: str,
+    condition: Condition = UNGUIDED,
 ) -> PaperFigure:
     """Samples beside their nearest training images, by pixels and by features of a network (Figs. 12, 15).
 
@@ -423,8 +509,9 @@ def neighbors(
       batch_size: images computed at once.
       seed: seed of the noise.
       subject: the first line of the caption.
+      condition: labels and guidance of the samples.
     """
-    images = Sampler(trained, batch_size=batch_size, seed=seed).draw(count)
+    images = Sampler(trained, batch_size=batch_size, seed=seed, condition=condition).draw(count)
     columns, labels = [images[:, None]], ["sample"]
     numbers: dict[str, Any] = {"num_samples": count, "crop": crop}
     reader = ImageReader(source)

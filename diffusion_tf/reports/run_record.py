@@ -16,6 +16,7 @@ from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
 
 _SPLITS = ("train", "test")
+_SETTINGS = ("ddim_eta", "guidance")  # numbers in an evaluation that are no scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,9 @@ class RunRecord:
     reconstructions: str | None
 
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
-        """Whether the samples of an evaluation took all T steps of ancestral sampling, as the paper's did."""
-        return (evaluation["sampler"], evaluation["sampler_steps"]) == ("ancestral", self.config["num_timesteps"])
+        """Whether the samples of an evaluation are as the paper's: ancestral sampling in all T steps, no guidance."""
+        steps = evaluation["sampler"], evaluation["sampler_steps"]
+        return steps == ("ancestral", self.config["num_timesteps"]) and not evaluation.get("guidance")
 
     def best_fid(self) -> dict[str, Any]:
         """The evaluation that stands beside the paper's FID; empty if there is none.
@@ -62,7 +64,7 @@ class RunRecord:
 
 def scores(evaluation: dict[str, Any]) -> dict[str, float]:
     """The entries of an evaluation that are scores."""
-    return {name: v for name, v in evaluation.items() if isinstance(v, float) and name != "ddim_eta"}
+    return {name: v for name, v in evaluation.items() if isinstance(v, float) and name not in _SETTINGS}
 
 
 def reference_name(evaluation: dict[str, Any]) -> str:

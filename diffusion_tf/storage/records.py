@@ -30,12 +30,13 @@ class InitFrom(TypedDict):
 
 
 class Config(TypedDict):
-    """`config.json`: the fields of `Preset`, which checks them, the number of training images, and `DataSettings`."""
+    """`config.json`: the fields of `Preset`, which checks them, and what is known of the training images."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
     data: NotRequired[dict[str, float | str]]
     init_from: NotRequired[InitFrom]
+    classes: NotRequired[list[str]]
 
 
 class Metrics(TypedDict):
@@ -67,6 +68,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    labels: NotRequired[str]  # of a conditional run, like guidance
+    guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
 
 
@@ -76,12 +79,20 @@ class BestEvaluation(Evaluation):
     best_by: str
 
 
+class SampleFolder(TypedDict):
+    """`samples.json` in a folder of samples; what they depend on are further keys."""
+
+    num_samples: Count
+    complete: bool
+
+
 class Measurement(TypedDict):
     """What was measured."""
 
     images: str
     num_images: Count
     step: Count
+    given: NotRequired[str]  # `labels`: the bound of log p(x_0 | label)
     notes: NotRequired[dict[str, str]]
 
 

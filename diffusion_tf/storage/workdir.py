@@ -5,7 +5,7 @@ import dataclasses
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -18,6 +18,7 @@ from diffusion_tf.storage.files import (
     append_line,
     first_line,
     is_local,
+    listed,
     read_file,
     sync,
     warn_once,
@@ -38,6 +39,7 @@ class _Config(NamedTuple):
       earlier: the configurations before each of these changes, the newest first.
       data: where the training images come from.
       init_from: the weights that the run started with: `path` and `sha256`; None: random ones.
+      classes: the names of their classes, if the network is conditioned on them and if they are known.
     """
 
     preset: Preset
@@ -46,6 +48,7 @@ class _Config(NamedTuple):
     earlier: list[Preset]
     data: DataSettings
     init_from: dict[str, str] | None
+    classes: tuple[str, ...]
 
 
 def _earlier_recipes(preset: Preset, history: list[dict[str, Any]]) -> list[Preset]:
@@ -119,12 +122,20 @@ class Workdir:
         file.truncate(0)
         file.write(f"{os.getpid()}\n".encode())
 
-    def refuse_other_run(self, preset: Preset, num_examples: int | None, *, allow_recipe_change: bool = False) -> None:
-        """Checks that the folder is new, or holds a run of the same recipe and number of training images.
+    def refuse_other_run(
+        self,
+        preset: Preset,
+        num_examples: int | None,
+        *,
+        classes: Sequence[str] = (),
+        allow_recipe_change: bool = False,
+    ) -> None:
+        """Checks that the folder is new, or holds a run of the same recipe, number of training images and classes.
 
         Args:
           preset: the configuration that is asked for.
           num_examples: the number of training images; None: unknown.
+          classes: the names of their classes, if the network is conditioned on them.
           allow_recipe_change: whether the fields CHANGEABLE may differ.
 
         Raises:
@@ -136,6 +147,8 @@ class Workdir:
         data = []
         if there.num_examples not in (None, num_examples):  # None: imported weights
             data.append(f"num_examples: {num_examples} != {there.num_examples}")
+        if there.classes and there.classes != tuple(classes):
+            data.append(f"classes: {listed(classes)} != {listed(there.classes)}")
         unchanged = dataclasses.replace(preset, **{name: getattr(there.preset, name) for name in CHANGEABLE})
         fixed = unchanged.recipe_differences(there.preset) + data
         differences = fixed if allow_recipe_change else preset.recipe_differences(there.preset) + data
@@ -161,6 +174,7 @@ class Workdir:
         step: int = 0,
         data: DataSettings = PRESETS_OWN,
         init_from: dict[str, str] | None = None,
+        classes: Sequence[str] = (),
         allow_recipe_change: bool = False,
     ) -> None:
         """Creates the folder and writes the configuration, the size of the training set (if known) and the flags.
@@ -174,12 +188,13 @@ class Workdir:
           step: the step from which the run goes on.
           data: where the training images come from, for measurements to find them.
           init_from: `path` and `sha256` of the weights that a new run starts with; None: random ones.
+          classes: the names of their classes, if the network is conditioned on them.
           allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run that is there.
 
         Raises:
           InputError: the folder holds another run, or cannot be written.
         """
-        self.refuse_other_run(preset, num_examples, allow_recipe_change=allow_recipe_change)
+        self.refuse_other_run(preset, num_examples, classes=classes, allow_recipe_change=allow_recipe_change)
         history = []
         if self.holds_run():
             there = self._read_config()
@@ -189,7 +204,7 @@ class Workdir:
             if changes:
                 history.append({"step": step, "changes": changes})
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
-        optional = {"history": history, "data": data.to_json(), "init_from": init_from}
+        optional = {"history": history, "data": data.to_json(), "init_from": init_from, "classes": list(classes)}
         write_json(self._config, {**config, **{name: value for name, value in optional.items() if value}})
         write_file(self._flags, flags.encode())
 
@@ -220,13 +235,19 @@ class Workdir:
         """Returns `path` and `sha256` of the weights that the run in this folder started with; None: random ones."""
         return self._read_config().init_from
 
+    def read_classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes of a conditional run; none if they are unknown."""
+        return self._read_config().classes
+
     def _read_config(self) -> _Config:
         try:
             fields = read_json(self._config, Config)
             num_examples, history = fields.pop("num_examples"), fields.pop("history", [])
             data, init_from = DataSettings(**fields.pop("data", {})), fields.pop("init_from", None)
+            classes = tuple(fields.pop("classes", ()))
             preset = Preset(**fields)
-            return _Config(preset, num_examples, history, _earlier_recipes(preset, history), data, init_from)
+            earlier = _earlier_recipes(preset, history)
+            return _Config(preset, num_examples, history, earlier, data, init_from, classes)
         except (InputError, TypeError) as error:
             raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 

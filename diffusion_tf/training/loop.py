@@ -90,11 +90,14 @@ def train_in_workdir(
       allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run; config.json records it.
 
     Raises:
-      ConfigError: the folder holds another run or is in use, or the preset cannot be trained.
+      ConfigError: the folder holds another run or is in use, or the preset cannot be trained on these images.
       InputError, DivergedError, PreemptedError: as `train`.
     """
     workdir = Workdir(path)
-    workdir.refuse_other_run(preset, source.num_examples, allow_recipe_change=allow_recipe_change)
+    classes = source.classes if preset.num_classes else ()
+    if preset.num_classes:
+        source.require_classes(preset.num_classes)
+    workdir.refuse_other_run(preset, source.num_examples, classes=classes, allow_recipe_change=allow_recipe_change)
     trainer = Trainer(preset, strategy)
     with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
         if is_chief(strategy):
@@ -106,6 +109,7 @@ def train_in_workdir(
                 step=step,
                 data=data,
                 init_from={"path": initial.path, "sha256": initial.sha256} if initial else None,
+                classes=classes,
                 allow_recipe_change=allow_recipe_change,
             )
         if initial and not checkpoints.all_steps(workdir.checkpoints):

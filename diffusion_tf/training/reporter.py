@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl import logging
 
 from diffusion_tf import figures
+from diffusion_tf.conditioning import UNGUIDED
 from diffusion_tf.errors import NotFiniteError
 from diffusion_tf.presets import Preset
 from diffusion_tf.progress_bar import progress_bar
@@ -29,7 +30,7 @@ class Reporter:
       preset: says when to save and to sample.
       step: training steps taken so far; metrics of later steps are dropped.
       learning_rate: returns the learning rate of the training step with the given number of steps before it.
-      draw: draws samples with the current EMA weights, uint8 [N, H, W, C].
+      draw: draws samples with the current EMA weights, uint8 [N, H, W, C], of every class in turn.
       save: saves a checkpoint of the current step.
       callbacks: called after each line of metrics, before the step is saved.
     """
@@ -104,7 +105,7 @@ class Reporter:
         except NotFiniteError as error:
             logging.warning("no grid of samples at step %d: %s", step, error)
             return
-        report_samples(self._workdir, self._events, step, samples)
+        report_samples(self._workdir, self._events, step, samples, self._preset)
 
 
 def samples_path(workdir: Workdir, step: int) -> str:
@@ -112,15 +113,20 @@ def samples_path(workdir: Workdir, step: int) -> str:
     return os.path.join(workdir.samples, f"step_{step:08d}.png")
 
 
-def report_samples(workdir: Workdir, events: EventFile, step: int, samples: np.ndarray) -> None:
-    """Writes a grid of EMA samples to `samples/step_*.png` and to TensorBoard.
+def report_samples(workdir: Workdir, events: EventFile, step: int, samples: np.ndarray, preset: Preset) -> None:
+    """Writes a grid of EMA samples to `samples/step_*.png` and to TensorBoard; with classes, a row for each.
 
     Args:
       workdir: the run's folder.
       events: TensorBoard's event file.
       step: the training step of the EMA weights.
-      samples: uint8 [N, H, W, C].
+      samples: uint8 [N, H, W, C], of every class in turn.
+      preset: the run's configuration.
     """
-    grid = figures.square_grid(samples)
-    write_file(samples_path(workdir, step), figures.captioned_grids({f"EMA samples at step {step}": grid}))
+    caption, grid = f"EMA samples at step {step}", figures.square_grid(samples)
+    if preset.num_classes:
+        labels = UNGUIDED.resolve(preset).of_images(0, len(samples))
+        grid, legend = figures.class_grid(samples, labels, workdir.read_classes())
+        caption += f"\n{legend}"
+    write_file(samples_path(workdir, step), figures.captioned_grids({caption: grid}))
     events.image(step, "ema_samples", grid)

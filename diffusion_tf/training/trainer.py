@@ -1,6 +1,7 @@
 """Trains a network under a strategy: the compiled training step, and the batches that it takes."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorflow as tf
 
@@ -61,9 +62,11 @@ class Trainer:
         on_cpu = cpu_backend(preset.image_pixels, training=True)
         self._replica_step = replica_function(self._train_step, strategy, on_cpu)
 
-    def _train_step(self, images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _train_step(self, images: tf.Tensor, labels: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """`train_step` on the state's variables, in replica context: (loss, gradient norm) of the global batch."""
         images = tf.ensure_shape(images, (self.per_replica, *self.preset.image_shape))  # several hosts lose it
+        if labels is not None:
+            labels = tf.ensure_shape(labels, (self.per_replica,))
         context = tf.distribute.get_replica_context()
         before = self.state.tensors()
         first_example = tf.cast(context.replica_id_in_sync_group, tf.int64) * self.per_replica
@@ -74,6 +77,7 @@ class Trainer:
             images,
             self._make_rng(self.preset.seed, before.step, first_example),
             lambda values: context.all_reduce(tf.distribute.ReduceOp.SUM, values),
+            labels=labels,
             loss_and_gradients=self._loss_and_gradients,
             microbatch_bytes=self._microbatch_bytes,
         )
@@ -82,12 +86,14 @@ class Trainer:
 
     @tf.function
     def run_steps(
-        self, iterator: Iterator[tf.Tensor], num_steps: tf.Tensor, sums: dict[str, tf.Tensor] | None = None
+        self, iterator: Iterator[Any], num_steps: tf.Tensor, sums: dict[str, tf.Tensor] | None = None
     ) -> dict[str, tf.Tensor]:
         """Takes `num_steps` steps on the device, and returns `sums` (default: `zero_sums()`) with them added."""
         sums = sums or zero_sums()
         for _ in tf.range(num_steps):
-            loss, grad_norm = self.strategy.run(self._replica_step, args=(next(iterator),))
+            batch = next(iterator)
+            examples = batch if self.preset.num_classes else (batch,)
+            loss, grad_norm = self.strategy.run(self._replica_step, args=examples)
             # Equal on all replicas, so take the first one.
             loss = self.strategy.experimental_local_results(loss)[0]
             grad_norm = self.strategy.experimental_local_results(grad_norm)[0]
@@ -105,8 +111,11 @@ class Trainer:
         param_norm = tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
         return {**sums, "param_norm": param_norm}
 
-    def batches(self, source: ImageSource, data_order: int = 0) -> Iterator[tf.Tensor]:
-        """An iterator over the training batches from the state's step on; `data_order` selects their order."""
+    def batches(self, source: ImageSource, data_order: int = 0) -> Iterator[Any]:
+        """An iterator over `training_batches` from the state's step on, with labels if the preset has classes.
+
+        `data_order` selects their order.
+        """
 
         def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
             return training_batches(
@@ -117,6 +126,7 @@ class Trainer:
                 start_step=int(self.state.step.numpy()),
                 worker=context.input_pipeline_id,
                 workers=context.num_input_pipelines,
+                with_labels=self.preset.num_classes > 0,
             )
 
         return iter(self.strategy.distribute_datasets_from_function(worker_batches))

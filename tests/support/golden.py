@@ -13,7 +13,7 @@ from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.interop import tf1
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
-from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.trained_model import TrainedModel, guided
 from diffusion_tf.unet import UNet
 
 _FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
@@ -74,7 +74,7 @@ def tf1_name(path: str) -> str:
 def tf1_order(model: UNet) -> list[str]:
     """TF1 names of the model's variables, in the order in which the authors' graph creates them."""
     names = [tf1_name(v.path) for v in model.trainable_variables]
-    stages = ["temb/", "conv_in/", "down_", "mid/", "up_", "norm_out/", "conv_out/"]
+    stages = ["temb/", "conv_in/", "down_", "mid/", "up_", "norm_out/", "conv_out/", "class_embedding/"]
     layers = ["norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut", "norm", "q", "k", "v", "proj_out"]
     blocks = {"down": ["block_0", "attn_0", "block_1", "attn_1", "downsample"], "mid": ["block_1", "attn_1", "block_2"]}
     blocks["up"] = ["block_0", "attn_0", "block_1", "attn_1", "upsample"]
@@ -134,7 +134,7 @@ def decoder_atol(
 
 
 class KnownModel(TrainedModel):
-    """A model with a given function as its network, and any diffusion."""
+    """A model with a given function as its network, which takes labels if the preset has classes, and any diffusion."""
 
     def __init__(
         self,
@@ -145,8 +145,10 @@ class KnownModel(TrainedModel):
     ):
         self.preset, self.strategy, self.diffusion, self.network = preset, strategy, diffusion, network
 
-    def denoise_fn(self) -> diffusion_utils.DenoiseFn:
-        return self.network
+    def denoise_fn(self, labels: tf.Tensor | None = None, guidance: float = 0.0) -> diffusion_utils.DenoiseFn:
+        if labels is None or not self.preset.num_classes:
+            return self.network
+        return guided(self.network, labels, guidance, self.preset.channels)
 
 
 def known_model(
