@@ -280,10 +280,9 @@ def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_head_dim": "absent"}, 'add "attention_head_dim": null to the file'),
-        ({"attention_head_dim": 8}, "makes several heads"),
+        ({"attention_head_dim": 48}, "attention_head_dim=48 does not divide the channels with attention: .64, 64."),
         ({"act_fn": "gelu"}, 'act_fn="gelu"'),
-        ({"sample_size": None}, "no preset describes the network and diffusion of"),
+        ({"sample_size": None}, "image_size is required: .* has sample_size=null"),
         ({"block_out_channels": []}, "no preset describes"),
         ({"block_out_channels": [32, 48]}, "block_out_channels"),
         ({"block_out_channels": [0, 0]}, "no preset describes"),
