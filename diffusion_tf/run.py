@@ -40,8 +40,8 @@ class Run:
     """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
 
     Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images, `sample` once for each batch size,
-    sampler, number of steps and guidance. Every call of another method compiles: seconds for `digits`, up to a minute for the
-    larger networks. So make few calls with many images.
+    sampler, number of steps and guidance. Every call of another method compiles: seconds for `digits`, up to a minute
+    for the larger networks. So make few calls with many images.
 
     Attributes:
       preset: the configuration of network, diffusion and training.

@@ -496,6 +496,7 @@ def test_classes_are_the_embedding_of_diffusers(tmp_path):
     assert preset_from_folder(str(tmp_path / "x")).num_classes == 3
     arrays = read_diffusers(str(tmp_path / "x"), preset, classes, None)
     np.testing.assert_array_equal(arrays["ema/class_embedding/kernel"], table)
+    plain = get_preset("digits", ch_mult=(2,))
+    model = UNet.from_preset(plain)
     with pytest.raises(InputError, match=r"num_class_embeds=3, and the preset's .* has null \(`num_classes`\)"):
-        plain = get_preset("digits", ch_mult=(2,))
-        read_diffusers(str(tmp_path / "x"), plain, UNet.from_preset(plain), None)
+        read_diffusers(str(tmp_path / "x"), plain, model, None)
