@@ -39,3 +39,8 @@ class _Lines(tqdm.tqdm):
         if not self.disable and (self.n != self.last_print_n or self.n == self.initial):
             self.display()
         self.disable = True
+
+
+def print_line(text: str) -> None:
+    """Prints a line to standard error, where progress goes too."""
+    print(text, file=sys.stderr, flush=True)

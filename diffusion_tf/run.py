@@ -1,10 +1,9 @@
 """The public API: `load` a trained run or `train` one, then sample, denoise, measure and compress with it."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +13,22 @@ from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.conditioning import NO_LABEL, Condition
-from diffusion_tf.data import conditional_preset, open_source
-from diffusion_tf.data.arrays import array_source, check_images
+from diffusion_tf.data import conditional_preset, open_images, open_source
+from diffusion_tf.data.arrays import array_source, check_images, materialize
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop.diffusers import check_size, read_diffusers
+from diffusion_tf.inpainting import Inpainter, check_masks
+from diffusion_tf.interop.diffusers import check_size, read_ema
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
+from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.recipes import choose_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
-from diffusion_tf.solvers import SamplerSettings
+from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
@@ -33,6 +36,7 @@ from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
+Images: TypeAlias = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
 
 
@@ -132,6 +136,85 @@ class Run:
             )
         self._samplers[compiled].seed, self._samplers[compiled].condition = seed, condition
         return self._samplers[compiled].draw(num_samples)
+
+    def vary(
+        self,
+        images: np.ndarray,
+        *,
+        strength: float = 0.6,
+        seed: int = 0,
+        sampler: str = "ancestral",
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Makes a picture like each image by adding noise and removing it (SDEdit, Meng et al. 2021); shows progress.
+
+        Costs `strength` times as many network evaluations per image as a sample.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          strength: the share of the process to go back to, in (0, 1]: near 0 the image returns, at 1 almost nothing of
+            it is left.
+          seed: of the noise, in [0, 2^32); picture i has noise of its own.
+          sampler: as for `sample`.
+          steps: of the whole process, as for `sample`.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          uint8 [N, H, W, C].
+
+        Raises:
+          ConfigError: an argument does not fit the run.
+          NotFiniteError: a picture is not finite, since the network overflows.
+        """
+        check_images(images, self.preset.image_shape)
+        settings = SamplerSettings(sampler, steps, strength=strength)
+        batch_size = self._batch_size(batch_size, len(images))
+        varied = Sampler(self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings)
+        return varied.draw(len(images), start_from=images)
+
+    def inpaint(
+        self,
+        images: np.ndarray,
+        masks: np.ndarray,
+        *,
+        resamplings: int = RESAMPLINGS,
+        jump_length: int = JUMP_LENGTH,
+        seed: int = 0,
+        sampler: str = "ancestral",
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Paints the masked pixels of images to fit the others (RePaint, Lugmayr et al. 2022); shows progress.
+
+        Costs about `resamplings` times as many network evaluations per image as a sample.
+
+        Args:
+          images: uint8 [N, H, W, C].
+          masks: bool [H, W] for all images or [N, H, W]: True where to paint.
+          resamplings: how often each stretch of steps is taken; more fit better what is painted to what is known.
+          jump_length: steps in a stretch.
+          seed: of the noise, in [0, 2^32); picture i has noise of its own.
+          sampler: `ancestral` or `ddim`.
+          steps: of the sampler; default: as for `sample`.
+          batch_size: images computed at once, over all replicas; default: at most 64.
+
+        Returns:
+          uint8 [N, H, W, C]; pixels that are not masked are those of `images`.
+
+        Raises:
+          ConfigError: an argument does not fit the run.
+          NotFiniteError: a picture is not finite, since the network overflows.
+        """
+        check_images(images, self.preset.image_shape)
+        batch_size, painted = self._batch_size(batch_size, len(images)), check_masks(masks, images)
+        inpainter = Inpainter(
+            self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=SamplerSettings(sampler, steps),
+            resamplings=resamplings, jump_length=jump_length,
+        )  # fmt: skip
+        starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="inpainting")
+        batches = ((first, slice(first, first + batch_size)) for first in starts)
+        return np.concatenate([inpainter(images[batch], painted[batch], first_image=first) for first, batch in batches])
 
     def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike, *, labels: npt.ArrayLike = NO_LABEL) -> np.ndarray:
         """Evaluates the network once per image.
@@ -337,16 +420,17 @@ def load(
 
 
 def train(
-    preset: str | Preset,
+    preset: str | Preset | None,
     workdir: str,
-    images: np.ndarray | None = None,
+    images: Images | None = None,
     *,
-    labels: np.ndarray | None = None,
+    labels: npt.ArrayLike | None = None,
     conditional: bool = False,
     callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
     tfrecord: str | None = None,
     strategy: str | tf.distribute.Strategy = "auto",
+    init_from: str | None = None,
     allow_recipe_change: bool = False,
 ) -> Run:
     """Trains up to `preset.num_steps` (Algorithm 1), or resumes from the newest checkpoint in `workdir`.
@@ -354,16 +438,22 @@ def train(
     A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
 
     Args:
-      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`.
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None takes
+        the recipe of the run in `workdir`, or of `init_from`, or chooses one by the images.
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
-      images: uint8 [N, H, W, C] to train on; default: the preset's own data.
-      labels: the class of each of `images`, integers [N] from 0, with `conditional`.
+      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; a folder of pictures,
+        which are cut and scaled, for a recipe that is chosen to 64x64 RGB, and kept as TFRecords in ~/.cache; an .npz
+        file; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read into
+        memory once, 16 GB at most.
+      labels: int or str [N], the class of each image of an array; default: none.
       conditional: condition the network on the classes of the images, which need labels.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
+      init_from: start a new run with the EMA weights of another run, by its folder or a checkpoint, or with those of a
+        diffusers folder. A resumed run does not read them again.
       allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
         ema_decay, dropout, loss_type or precision; config.json records the change.
 
@@ -376,32 +466,56 @@ def train(
       DivergedError: training diverged, also after it went back to a checkpoint once.
       PreemptedError: the machine is about to be taken away; the run is saved.
     """
-    if isinstance(preset, str):
-        preset = get_preset(preset)
-    if labels is not None and (images is None or not conditional):
-        raise ConfigError("labels", "go with `images` and `conditional=True`")
-    if images is None:
-        data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
-        source = open_source(preset, "train", data)
-    elif data_dir or tfrecord:
+    wanted = _wanted_preset(preset, workdir, init_from)
+    if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
-    else:
-        check_images(images, preset.image_shape)
-        data, source = PRESETS_OWN, array_source(images, labels=labels)
+    if labels is not None and not (isinstance(images, np.ndarray) and conditional):
+        raise ConfigError("labels", "go with `conditional=True` and `images` that are an array")
+    source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
+    chosen = wanted or choose_preset(source.image_shape, source.num_examples)
     if conditional:
-        preset = conditional_preset(preset, source)
+        chosen = conditional_preset(chosen, source)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset,
+        chosen,
         resolved,
         source,
         workdir,
-        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        command=f"diffusion_tf.train({chosen}, {workdir!r})\n",
         data=data,
+        initial=initial_weights(Workdir(workdir), init_from, chosen),
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
+
+
+def _wanted_preset(preset: str | Preset | None, workdir: str, init_from: str | None) -> Preset | None:
+    """The recipe that `train` asks for; None if the images are to decide."""
+    if isinstance(preset, str):
+        return get_preset(preset)
+    if preset is None and Workdir(workdir).holds_run():
+        return Workdir(workdir).read_preset()
+    return fine_tuning_preset(init_from, {}) if preset is None and init_from else preset
+
+
+def _open_images(
+    preset: Preset | None, images: Images | None, labels: npt.ArrayLike | None, data: DataSettings
+) -> tuple[ImageSource, DataSettings]:
+    """The training images as `train` takes them, and where measurements find them."""
+    shape = preset.image_shape if preset else None
+    if isinstance(images, str | os.PathLike):
+        path = os.fspath(images)
+        data = DataSettings(npz=path) if path.lower().endswith(".npz") else DataSettings(images=path)
+        return open_images(data, "train", lambda own: shape or own), data
+    if images is None:
+        if preset is None:
+            raise ConfigError("preset", "is required without `images` to choose one by")
+        return open_source(preset, "train", data), data
+    if isinstance(images, tf.data.Dataset):
+        images, labels = materialize(images)
+    check_images(images, shape)
+    return array_source(images, labels=labels), PRESETS_OWN
 
 
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:
@@ -410,15 +524,13 @@ def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strateg
     check_size(folder, preset)
     with strategy.scope():
         model = UNet.from_preset(preset, weights="frozen")
-    arrays = read_diffusers(folder, preset, model, None)
-    digest = hashlib.sha256()
+    weights, digest = read_ema(folder, preset, model)
     for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
-        variable.assign(arrays[f"ema/{name}"])
-        digest.update(arrays[f"ema/{name}"].tobytes())
+        variable.assign(weights[name])
     model.freeze()
     trained = TrainedModel(preset, strategy, model)
     trained.name = folder
-    return Run(trained, path=folder, step=0, weights_digest=digest.hexdigest())
+    return Run(trained, path=folder, step=0, weights_digest=digest)
 
 
 def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.Strategy:

@@ -9,9 +9,10 @@ from numpy.typing import ArrayLike
 
 from diffusion_tf.conditioning import NO_LABEL, UNGUIDED, Condition
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.runtime.replicas import per_replica_batch_size
+from diffusion_tf.runtime.replicas import pad_batch, per_replica_batch_size
 from diffusion_tf.solvers import (
     SamplerSettings,
     SamplerTable,
@@ -22,7 +23,7 @@ from diffusion_tf.solvers import (
 )
 from diffusion_tf.trained_model import TrainedModel
 
-_CALLS = 20  # device calls for one batch, between which the progress bar moves
+CALLS = 20  # device calls for one batch, between which the progress bar moves
 
 # noise_fn(t) is the standard normal noise [B, H, W, C] of the step at t; noise_fn(T) is x_T itself.
 NoiseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -159,7 +160,7 @@ class Sampler:
     Attributes:
       seed: as given; another value takes effect at the next call, which does not compile again.
       condition: as given, with default labels filled in; other labels take effect as another seed does.
-      num_steps: steps of a call, each a network evaluation of every image.
+      num_steps: steps of a call, all steps of the settings or the last ones that their strength takes.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
@@ -174,14 +175,16 @@ class Sampler:
         settings: SamplerSettings | None = None,
         condition: Condition = UNGUIDED,
     ):
-        diffusion = trained.diffusion
-        table = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
+        diffusion, settings = trained.diffusion, settings or SamplerSettings()
+        table = sampler_table(settings, trained.preset, diffusion)
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
-        self.num_steps = diffusion.num_timesteps if table is None else len(table.timesteps)
+        num_steps = settings.last_steps(diffusion.num_timesteps) if table is None else len(table.timesteps)
+        self.num_steps = num_steps
         self.seed = seed
         self.condition = condition.resolve(trained.preset)
         self._trained = trained
-        self._timesteps = np.arange(diffusion.num_timesteps)[::-1] if table is None else table.timesteps
+        self._settings = settings
+        self._timesteps = np.arange(num_steps)[::-1] if table is None else table.timesteps
         self._batch_size = batch_size
 
         def noise(first_image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -199,7 +202,7 @@ class Sampler:
             noise_fn = sample_noise(seed[0], first_image, shape)
             denoise_fn = trained.denoise_fn(labels, condition.guidance)
             if table is None:
-                start, stop = (diffusion.num_timesteps - steps_done for steps_done in (start, stop))
+                start, stop = (num_steps - steps_done for steps_done in (start, stop))
                 x_t = reverse_steps(diffusion, denoise_fn, noise_fn, x_t, start, stop)
             else:
                 x_t, pred_xstart = table_steps(
@@ -210,19 +213,30 @@ class Sampler:
         self._noise = trained.over_replicas(noise, batch_size)
         self._steps = trained.over_replicas(steps, batch_size)
 
-    def __call__(self, first_image: int) -> tf.Tensor:
+    def __call__(self, first_image: int, start_from: np.ndarray | None = None) -> tf.Tensor:
         """Images first_image, ..., first_image + batch_size - 1, float32 [batch_size, H, W, C] in [-1, 1].
 
         `num_steps` network evaluations. A progress bar appears if they take longer than ten seconds.
 
+        Args:
+          first_image: index of the first image.
+          start_from: images uint8 [N, H, W, C], N <= batch_size, whose noisy versions the reverse process starts from
+            (SDEdit, Meng et al. 2021); default: from x_T, which takes a strength of 1.
+
         Raises:
+          ConfigError: the sampler's strength is below 1, and there are no images to start from.
           NotFiniteError: an image is not finite.
         """
         seed = tf.fill([self._batch_size], tf.constant(self.seed, tf.int64))
         labels = tf.constant(self.condition.of_images(first_image, self._batch_size))
         x_t = self._noise(first_image, seed)
+        if start_from is not None:
+            x_start = pad_batch(images_to_x(start_from), self._batch_size)
+            x_t = self._trained.diffusion.q_sample(x_start, tf.fill([self._batch_size], self._timesteps[0]), x_t)
+        elif self._settings.strength < 1:
+            raise ConfigError("strength", f"={self._settings.strength} needs images to start from")
         pred_xstart = tf.zeros_like(x_t)
-        stride = -(-self.num_steps // _CALLS)
+        stride = -(-self.num_steps // CALLS)
         with progress_bar(total=self.num_steps, unit="step", desc="batch", nested=True) as bar:
             for start in range(0, self.num_steps, stride):
                 stop = min(start + stride, self.num_steps)
@@ -233,8 +247,10 @@ class Sampler:
                 bar.update(stop - start)
         return tf.clip_by_value(x_t, -1.0, 1.0)
 
-    def draw(self, num_samples: int) -> np.ndarray:
+    def draw(self, num_samples: int, start_from: np.ndarray | None = None) -> np.ndarray:
         """Draws samples 0, ..., num_samples - 1, uint8 [num_samples, H, W, C], with a progress bar.
+
+        `start_from` is that of a call, here with an image for each sample.
 
         Raises:
           NotFiniteError: a sample is not finite.
@@ -242,17 +258,18 @@ class Sampler:
         batches = []
         with progress_bar(total=num_samples, unit="sample", desc="sampling") as bar:
             for first in range(0, num_samples, self._batch_size):
-                batches.append(self.images(first, min(self._batch_size, num_samples - first)))
+                count = min(self._batch_size, num_samples - first)
+                given = None if start_from is None else start_from[first : first + count]
+                batches.append(self.images(first, count, given))
                 bar.update(len(batches[-1]))
         return np.concatenate(batches)
 
-    def images(self, first_image: int, count: int) -> np.ndarray:
+    def images(self, first_image: int, count: int, start_from: np.ndarray | None = None) -> np.ndarray:
         """Samples first_image, ..., first_image + count - 1, uint8 [count, H, W, C], for count <= batch_size.
 
-        Raises:
-          NotFiniteError: a sample is not finite.
+        `start_from` and the errors are those of a call.
         """
-        return x_to_images(self(first_image)[:count]).numpy()
+        return x_to_images(self(first_image, start_from)[:count]).numpy()
 
 
 class ReverseProcess:
@@ -331,7 +348,7 @@ class ReverseProcess:
         Raises:
           NotFiniteError: an image is not finite.
         """
-        stride = -(-self.trained.diffusion.num_timesteps // _CALLS)
+        stride = -(-self.trained.diffusion.num_timesteps // CALLS)
         results = []
         for first, count, (x, label, starts, stops) in self._batches(x_t, labels, start, stop):
             for high in range(starts.max(), stops.min(), -stride):

@@ -158,12 +158,15 @@ class SamplerSettings:
         `dpm_solver++`.
       eta: noise of DDIM, in [0, 1]: 0 adds none, 1 adds as much as the posterior q(x_{t-1} | x_t, x_0) has.
       spacing: one of SPACINGS, see `timesteps`; default: `default_spacing`.
+      strength: take only this share of the steps, the last ones, in (0, 1]; below 1 they start from given images
+        (SDEdit, Meng et al. 2021).
     """
 
     name: str = "ancestral"
     steps: int | None = None
     eta: float = 0.0
     spacing: str | None = None
+    strength: float = 1.0
 
     def resolve(self, preset: Preset) -> "SamplerSettings":
         """These settings with every default filled in for `preset`.
@@ -181,6 +184,8 @@ class SamplerSettings:
             raise ConfigError("ddim_eta", f"={self.eta} must be in [0, 1]")
         if self.eta and self.name != "ddim":
             raise ConfigError("ddim_eta", f"={self.eta} goes with `sampler=ddim`, not {self.name}")
+        if not 0 < self.strength <= 1:
+            raise ConfigError("strength", f"={self.strength} must be in (0, 1]")
         spacing = self.spacing or default_spacing(self.name, preset.dataset)
         return dataclasses.replace(self, steps=steps, spacing=spacing)
 
@@ -192,7 +197,13 @@ class SamplerSettings:
             description["ddim_eta"] = resolved.eta
         if (resolved.name, resolved.steps) != ("ancestral", preset.num_timesteps):
             description["sampler_spacing"] = resolved.spacing
+        if resolved.strength < 1:
+            description["strength"] = resolved.strength
         return description
+
+    def last_steps(self, steps: int) -> int:
+        """How many of the last steps `strength` takes, at least one."""
+        return max(1, round(self.strength * steps))
 
 
 def default_spacing(name: str, dataset: str) -> str:
@@ -215,8 +226,57 @@ def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: "Gaussia
     if resolved.name == "ancestral" and resolved.steps == diffusion.num_timesteps:
         return None
     assert resolved.steps and resolved.spacing
-    ts = timesteps(diffusion.schedule, resolved.steps, resolved.spacing)
+    ts = timesteps(diffusion.schedule, resolved.steps, resolved.spacing)[-resolved.last_steps(resolved.steps) :]
     return _SOLVERS[resolved.name].table(diffusion, ts, resolved.eta)
+
+
+# --- Inpainting ------------------------------------------------------------------------------------------------
+
+RESAMPLINGS = 10  # how often RePaint takes each step
+JUMP_LENGTH = 10  # steps that a jump goes back
+
+
+@dataclasses.dataclass(frozen=True)
+class RepaintTable:
+    """The network evaluations of RePaint (Lugmayr et al. 2022) over the steps of a sampler.
+
+    Attributes:
+      steps: int [M]: the step that evaluation i takes, an index into the sampler's timesteps.
+      ends: float64 [M]: alphas_cumprod where that step ends.
+      jumps: float64 [M]: what the jump after evaluation i multiplies alphas_cumprod by; 1 where there is none.
+    """
+
+    steps: np.ndarray
+    ends: np.ndarray
+    jumps: np.ndarray
+
+
+def repaint_table(schedule: NoiseSchedule, ts: np.ndarray, *, resamplings: int, jump_length: int) -> RepaintTable:
+    """RePaint's schedule on a sampler's timesteps: every stretch of steps is taken several times before the next one.
+
+    After a stretch of `jump_length` steps it adds the noise of those steps, and takes them again. The last step, and
+    the steps before the first whole stretch, are taken once.
+
+    Args:
+      schedule: of the process.
+      ts: the sampler's timesteps int [N], descending.
+      resamplings: how often each stretch is taken, the paper's r; 1 makes no jumps.
+      jump_length: steps in a stretch, the paper's j.
+
+    Raises:
+      ConfigError: a number is not positive.
+    """
+    for name, value in (("resamplings", resamplings), ("jump_length", jump_length)):
+        if value < 1:
+            raise ConfigError(name, f"={value} must be greater than 0")
+    stretches = (len(ts) - 1) // jump_length
+    head = len(ts) - 1 - stretches * jump_length
+    steps = np.arange(len(ts))
+    repeated = steps[head:-1].reshape(stretches, 1, jump_length).repeat(resamplings, axis=1)
+    steps = np.concatenate([steps[:head], repeated.ravel(), steps[-1:]])
+    begin, end = _levels(schedule, ts)
+    ends = end[steps]
+    return RepaintTable(steps, ends, np.append(begin[steps[1:]] / ends[:-1], 1.0))
 
 
 # --- Timesteps -------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ from typing import Any
 from absl import flags
 
 from diffusion_tf.conditioning import Condition, parse_labels
-from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
+from diffusion_tf.data_settings import PRESETS_OWN, RESIZE_MODES, DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
 from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
 
 FLAGS = flags.FLAGS
+_data_flags: list[str] = []  # those of this program that are settings of `DataSettings`
 # Flags defined by these functions belong to the program that calls them, and appear in its --help.
 flags.disclaim_key_flags()
 
@@ -62,14 +63,43 @@ def define_precision_flag() -> None:
     flags.DEFINE_enum("precision", None, CHOICES["precision"], doc)
 
 
-def define_data_flags() -> None:
-    """Defines --data_dir and --tfrecord."""
+def define_data_flags(*, images: bool = True) -> None:
+    """Defines the flags that say where images come from: the fields of `DataSettings`.
+
+    Args:
+      images: False for a program whose flag --images means something else.
+    """
+    run = " Default for measurements: as in training."
+    _data_flags[:] = [field.name for field in dataclasses.fields(DataSettings) if images or field.name != "images"]
+    if images:
+        define_path("images", None, f"Folder of pictures, at any depth; train/ and test/ in it are its splits.{run}")
+    define_path("npz", None, f"An .npz file of uint8 `images` or `samples` [N, H, W, C], and maybe `labels` [N].{run}")
+    flags.DEFINE_string("tfds", None, f"A prepared TFDS dataset of images: NAME or NAME:VERSION.{run}")
+    define_path("tfrecord", None, f"StyleGAN TFRecords: a file, or a glob of shards.{run}")
+    flags.DEFINE_enum(
+        "resize",
+        PRESETS_OWN.resize,
+        RESIZE_MODES,
+        "How pictures of another size become images: crop cuts the centre of the right aspect ratio and scales it, pad"
+        " scales the whole picture and adds white, stretch changes the aspect ratio, none refuses them.",
+    )
+    flags.DEFINE_float(
+        "held_out",
+        PRESETS_OWN.held_out,
+        "Fraction of the pictures of --images or --npz that is the test split, unless the folder has one.",
+        lower_bound=0.0,
+    )
     define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
     define_path(
-        "tfrecord",
+        "cache_dir",
         None,
-        "StyleGAN TFRecords to read the images from: a file, or a glob of shards. Default for measurements: those of"
-        " training.",
+        "Folder where pictures are kept as TFRecords. Default: ~/.cache/diffusion_tf, or in XDG_CACHE_HOME.",
+    )
+    flags.DEFINE_integer(
+        "skip_bad_records",
+        PRESETS_OWN.skip_bad_records,
+        "Number of bad records of --tfrecord to replace, or of unreadable pictures of --images to leave out.",
+        lower_bound=0,
     )
 
 
@@ -79,18 +109,22 @@ def data_from_flags(run: DataSettings = PRESETS_OWN) -> DataSettings:
     Raises:
       InputError: the flags do not fit together.
     """
-    names = [field.name for field in dataclasses.fields(DataSettings) if field.name in FLAGS]
-    given: dict[str, Any] = {name: FLAGS[name].value for name in names if FLAGS[name].present}
-    return DataSettings(**given) if given else run
+    return run.replaced({name: FLAGS[name].value for name in _data_flags if FLAGS[name].present})
 
 
 def define_measurement_flags(
-    *, batch_size: int | None, out: str = "JSON file to write. Default: in the workdir."
+    *, batch_size: int | None, out: str = "JSON file to write. Default: in the workdir.", images: bool = True
 ) -> None:
-    """Defines the flags of every measurement: the run, where to compute, images, checkpoint, seed and output."""
+    """Defines the flags of every measurement: the run, where to compute, images, checkpoint, seed and output.
+
+    Args:
+      batch_size: the default of --batch_size.
+      out: the help of --out.
+      images: as for `define_data_flags`.
+    """
     define_workdir_flag()
     define_strategy_flags()
-    define_data_flags()
+    define_data_flags(images=images)
     flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
     flags.DEFINE_integer("batch_size", batch_size, "Images computed at once, over all replicas.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1)
@@ -124,7 +158,7 @@ def define_condition_flags() -> None:
         "label",
         None,
         "Classes to draw, for a run with classes: names or indices separated by commas, which the samples take in turn,"
-        " or none. Default: all classes.",
+        " or none. Default: all classes; none for pictures that are changed.",
     )
     flags.DEFINE_float(
         "guidance",
@@ -133,13 +167,18 @@ def define_condition_flags() -> None:
     )
 
 
-def condition_from_flags(preset: Preset, classes: Sequence[str]) -> Condition:
-    """The labels and guidance that `define_condition_flags` asks for; `classes` are the names of the run's classes.
+def condition_from_flags(preset: Preset, classes: Sequence[str], default: tuple[int, ...] = ()) -> Condition:
+    """The labels and guidance that `define_condition_flags` asks for.
+
+    Args:
+      preset: the run's configuration.
+      classes: the names of its classes.
+      default: the labels without --label, as in `Condition`.
 
     Raises:
       InputError: they do not fit the run.
     """
-    labels = () if FLAGS.label is None else parse_labels(FLAGS.label, classes, preset.num_classes)
+    labels = default if FLAGS.label is None else parse_labels(FLAGS.label, classes, preset.num_classes)
     return Condition(labels, FLAGS.guidance).resolve(preset)
 
 
@@ -151,9 +190,13 @@ def define_bound_flags() -> None:
     flags.DEFINE_boolean("labels", True, "Condition the bound on the labels of the images, for a run with classes.")
 
 
-def define_preset_flags() -> None:
-    """Defines --dataset, and a flag for every other field of `Preset`."""
-    flags.DEFINE_string("dataset", "digits", f"The preset: {', '.join(PRESETS)}.")
+def define_preset_flags(note: str = "") -> None:
+    """Defines --dataset, a flag for every other field of `Preset`, and --image_height as another name of one.
+
+    Args:
+      note: what to add to the help of --dataset.
+    """
+    flags.DEFINE_string("dataset", "digits", f"The preset: {', '.join(PRESETS)}.{note}")
     for field in dataclasses.fields(Preset):
         doc = f"{flag_names(field.metadata['help'])} Default: as in the preset."
         if field.name == "dataset":
@@ -168,6 +211,7 @@ def define_preset_flags() -> None:
             flags.DEFINE_float(field.name, None, doc)
         else:
             flags.DEFINE_list(field.name, None, f"{doc} Integers separated by commas.")
+    flags.DEFINE_alias("image_height", "image_size")
 
 
 def preset_from_flags(run: Preset | None = None) -> Preset:
@@ -175,6 +219,15 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
 
     Raises:
       InputError: the preset is unknown, or a value is out of range.
+    """
+    return dataclasses.replace(run or get_preset(FLAGS.dataset), **preset_overrides())
+
+
+def preset_overrides() -> dict[str, Any]:
+    """The values that flags give to fields of a preset.
+
+    Raises:
+      InputError: a value is of another type.
     """
     overrides: dict[str, Any] = {}
     for field in dataclasses.fields(Preset):
@@ -187,7 +240,15 @@ def preset_from_flags(run: Preset | None = None) -> Preset:
             except ValueError as error:
                 raise InputError(f"--{field.name}={','.join(value)}: must be integers separated by commas") from error
         overrides[field.name] = value
-    return dataclasses.replace(run or get_preset(FLAGS.dataset), **overrides)
+    return overrides
+
+
+def image_shape(default: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(H, W, C) by --image_size, --image_width and --channels, and otherwise as in `default`; one size is a square."""
+    height, width, channels = default
+    if FLAGS.image_size is not None:
+        height, width = FLAGS.image_size, FLAGS.image_size
+    return height, FLAGS.image_width or width, FLAGS.channels or channels
 
 
 def preset_arguments(preset: Preset, base: Preset) -> list[str]:

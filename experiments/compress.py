@@ -23,7 +23,7 @@ from diffusion_tf.errors import InputError
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
-_flags.define_measurement_flags(batch_size=None, out="Folder to write.")
+_flags.define_measurement_flags(batch_size=None, out="Folder to write.", images=False)
 _flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with one array uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
@@ -57,9 +57,9 @@ import tensorflow as tf
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
-from diffusion_tf.compression.measurement import Measurement, encode_picture
+from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data.pictures import read_picture
+from diffusion_tf.data.pictures import encode_picture, read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file

@@ -10,7 +10,7 @@ from support import gaussian_data, golden
 
 from diffusion_tf.conditioning import Condition
 from diffusion_tf.diffusion_utils import x_to_images
-from diffusion_tf.errors import NotFiniteError
+from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import (
@@ -139,6 +139,36 @@ def test_a_sampler_in_several_calls_is_algorithm_2_in_one():
     )
     expected = tf.clip_by_value(whole(tf.constant(8, tf.int64)), -1.0, 1.0)
     np.testing.assert_array_equal(Sampler(trained, batch_size=4, seed=3)(8), expected)
+
+
+@pytest.mark.parametrize("strength", [0.125, 0.5, 1.0])
+def test_a_sampler_starts_from_the_noisy_version_of_an_image(strength):
+    trained = golden.known_model(golden.DENOISE_FNS["dn_xt"], make_strategy("one_device"))
+    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1), np.uint8)
+    sampler = Sampler(trained, batch_size=4, seed=3, settings=SamplerSettings(strength=strength))
+    steps = int(8 * strength)
+    process = ReverseProcess(trained, batch_size=3, seed=3)
+    abar = trained.diffusion.schedule.alphas_cumprod[steps - 1]
+    x_t = np.sqrt(abar) * (images / 127.5 - 1) + np.sqrt(1 - abar) * process.noise(3, first_image=5)
+    expected = x_to_images(process(x_t.astype(np.float32), steps, 0, first_image=5)).numpy()
+    varied = sampler.images(5, 3, start_from=images)
+    np.testing.assert_allclose(varied.astype(int), expected, atol=1)  # float rounding
+    assert sampler.num_steps == steps
+    if strength < 1:
+        with pytest.raises(ConfigError, match="needs images to start from"):
+            sampler(0)
+
+
+def test_an_exact_denoiser_of_one_image_leads_back_to_it_from_any_strength():
+    image = np.random.RandomState(0).randint(0, 256, (1, 8, 8, 1), np.uint8)
+    x_start = tf.constant(image / 127.5 - 1, tf.float32)
+    preset = dataclasses.replace(golden.TINY, model_mean_type="xstart", model_var_type="fixedsmall")
+    trained = golden.known_model(
+        lambda x_t, t: tf.broadcast_to(x_start, x_t.shape), make_strategy("one_device"), preset
+    )
+    for settings in (SamplerSettings(strength=0.01), SamplerSettings("dpm_solver++", 6, strength=0.5)):
+        varied = Sampler(trained, batch_size=2, seed=0, settings=settings).images(0, 2, start_from=image.repeat(2, 0))
+        np.testing.assert_array_equal(varied, image.repeat(2, 0))
 
 
 def test_ddim_inversion_leads_to_latents_and_back():

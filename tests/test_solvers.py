@@ -66,6 +66,18 @@ def test_logsnr_spacing_is_even_where_timesteps_are_dense():
         timesteps(NoiseSchedule(1.0 / np.arange(50, 0, -1)), 10, "logsnr")
 
 
+def test_a_strength_takes_the_last_steps_as_a_sampler_of_their_own():
+    diffusion, preset = golden.linear_diffusion("eps", "fixedsmall", 1000), get_preset("cifar10")
+    table = sampler_table(SamplerSettings("dpm_solver++", 20, strength=0.6), preset, diffusion)
+    expected = dpm_solver_table(SCHEDULE, timesteps(SCHEDULE, 20, "trailing")[8:])
+    np.testing.assert_array_equal(table.timesteps, expected.timesteps)
+    np.testing.assert_array_equal(table.coefficients, expected.coefficients)
+    assert [SamplerSettings(strength=strength).last_steps(20) for strength in (1e-9, 0.5, 1.0)] == [1, 10, 20]
+    for strength in (0.0, 1.1, np.nan):
+        with pytest.raises(ConfigError, match="strength="):
+            SamplerSettings(strength=strength).resolve(preset)
+
+
 @pytest.mark.parametrize("key", sorted(key for key in GOLDEN if key.startswith("ddim") and key.endswith("_prev")))
 def test_steps_of_ddim_match_diffusers(key):
     """With `use_clipped_model_output=True`, which computes eps from the clipped x_0."""

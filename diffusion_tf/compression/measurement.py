@@ -10,6 +10,7 @@ from PIL import Image
 from diffusion_tf import figures
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.image_files import CompressedImage, RateDistortion
+from diffusion_tf.data.pictures import encode_picture
 
 _QUALITIES = (1, 10, 30, 50, 75, 90, 100)  # of JPEG and WebP
 _SHOWN_IMAGES = 8
@@ -97,14 +98,6 @@ def other_formats(images: np.ndarray) -> list[dict[str, Any]]:
         bits = 8 * float(np.mean(sizes)) / images[0].size
         rows.append({"format": name, **options, "bits_per_dim": bits, "rmse": float(np.sqrt(np.mean(squares)))})
     return rows
-
-
-def encode_picture(image: np.ndarray, name: str, **options: Any) -> bytes:
-    """An image uint8 [H, W, C] in a format that Pillow writes, with that format's options."""
-    buffer = io.BytesIO()
-    # Pillow has no axis for a single channel.
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, name, **options)
-    return buffer.getvalue()
 
 
 def _file_bytes(curve: RateDistortion) -> np.ndarray:

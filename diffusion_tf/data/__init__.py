@@ -7,13 +7,17 @@ read the images of a split in the order of their records.
 
 import dataclasses
 
+from diffusion_tf.data.arrays import npz_source
 from diffusion_tf.data.digits import digits_source
+from diffusion_tf.data.fitting import PICTURES_SHAPE, ChooseShape, Fitting
+from diffusion_tf.data.image_cache import cached_source
+from diffusion_tf.data.picture_folder import find_split
 from diffusion_tf.data.source import ImageSource
-from diffusion_tf.data.tfds import TFDS_NAMES, tfds_source
+from diffusion_tf.data.tfds import TFDS_NAMES, any_tfds_source, tfds_source
 from diffusion_tf.data.tfrecords import tfrecord_source
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.presets import Preset
+from diffusion_tf.presets import OWN_IMAGES, Preset
 
 
 def open_source(
@@ -32,14 +36,46 @@ def open_source(
     Raises:
       InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
     """
-    if data.tfrecord:
-        return tfrecord_source(data.tfrecord, preset.image_shape, data.skip_bad_records)
+    if data.names_images:
+        return open_images(data, split, lambda _: preset.image_shape)
     if preset.dataset == "digits":
         return digits_source(split, preset.image_shape)
     if preset.dataset in TFDS_NAMES:
         return tfds_source(TFDS_NAMES[preset.dataset], split, data.data_dir, preset.image_shape)
+    if preset.dataset == OWN_IMAGES:
+        raise ConfigError(
+            "dataset", f"={OWN_IMAGES} has no images of its own: name a folder of pictures by `images=FOLDER`"
+        )
     raise ConfigError(
         "dataset", f"={preset.dataset} is read from StyleGAN TFRecords: name them by `tfrecord=FILE_OR_GLOB`"
+    )
+
+
+def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> ImageSource:
+    """Opens the images that a setting names; prints a line about pictures and their cache.
+
+    Args:
+      data: names a folder of pictures, an .npz file, a TFDS dataset, or TFRecords.
+      split: as for `open_source`.
+      choose_shape: maps the (H, W, C) that the images have by themselves, PICTURES_SHAPE if their sizes differ, to that
+        of the run.
+
+    Raises:
+      InputError: as `open_source`.
+    """
+    if data.tfrecord:
+        return tfrecord_source(data.tfrecord, choose_shape(PICTURES_SHAPE), data.skip_bad_records)
+    if data.npz:
+        return npz_source(data.npz, split, data.held_out, data.resize, choose_shape)
+    if data.tfds:
+        return any_tfds_source(data, split, choose_shape)
+    assert data.images
+    return cached_source(
+        find_split(data.images, split, data.held_out),
+        f"{data.images}, {split}",
+        Fitting(choose_shape(PICTURES_SHAPE), data.resize),
+        cache_dir=data.cache_dir,
+        skip_bad_images=data.skip_bad_records,
     )
 
 

@@ -1,16 +1,13 @@
-"""Encoded images in a folder or an LMDB of LSUN: their list, their bytes, and their pixels at one resolution."""
+"""Encoded images in a folder or an LMDB of LSUN: their list and their bytes."""
 
 import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
-from diffusion_tf.data.pictures import decode_picture, extensions, read_bytes
+from diffusion_tf.data.pictures import extensions, read_bytes
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line
 
@@ -25,36 +22,53 @@ class EncodedImages:
       keys: the keys in the LMDB, decoded as latin-1, in its order; or the paths below the folder, sorted. Bytes of a
         path that are not UTF-8 are lone surrogates, as in `os.fsdecode`.
       left_out: the number of files and folders of each kind that are not in the list.
+      setting: the setting that names the images, for messages: source or images.
+      labels: the index of the class of each image; none without labels.
+      classes: the names of the classes.
     """
 
     path: str
     is_lmdb: bool
     keys: list[str]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    setting: str = "source"
+    labels: Sequence[int] = ()
+    classes: tuple[str, ...] = ()
+
+    def select(self, places: Sequence[int]) -> "EncodedImages":
+        """Returns the images at some places of the list."""
+        labels = [self.labels[place] for place in places] if self.labels else ()
+        return dataclasses.replace(self, keys=[self.keys[place] for place in places], labels=labels)
+
+    def stamps(self) -> list[str]:
+        """Returns the size and time of change of each image's file, or of the LMDB: what tells old content from new."""
+        paths = ["data.mdb"] if self.is_lmdb else self.keys
+        return [_stamp(os.path.join(self.path, path)) for path in paths]
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Callable[[str], bytes]]:
-        """Opens the images; calling the result with a key reads its encoded image.
+    def reader(self) -> Iterator[Callable[[str], tuple[bytes, int | None]]]:
+        """Opens the images; calling the result with a key reads the encoded image and the index of its class.
 
         Raises:
           InputError: the LMDB cannot be opened; or, when called, the image cannot be read (the message is the reason
             alone).
         """
         if not self.is_lmdb:
-            yield lambda key: read_bytes(os.path.join(self.path, key))
+            labels = dict(zip(self.keys, self.labels, strict=True)) if self.labels else {}
+            yield lambda key: (read_bytes(os.path.join(self.path, key)), labels.get(key))
             return
-        with _open_lmdb(self.path) as transaction:
+        with _open_lmdb(self.path, self.setting) as transaction:
 
-            def read(key: str) -> bytes:
+            def read(key: str) -> tuple[bytes, int | None]:
                 encoded = transaction.get(key.encode("latin-1"))
                 if encoded is None:
                     raise InputError("the LMDB has lost its key: is something writing to it?")
-                return encoded
+                return encoded, None
 
             yield read
 
 
-def find_images(source: str, limit: int | None = None) -> EncodedImages:
+def find_images(source: str, limit: int | None = None, setting: str = "source") -> EncodedImages:
     """Lists the images in an LMDB's folder (with data.mdb), or in a folder and its subfolders.
 
     Links to folders are followed, and a folder is listed once however many links lead to it. Files of other kinds than
@@ -63,6 +77,7 @@ def find_images(source: str, limit: int | None = None) -> EncodedImages:
     Args:
       source: the folder.
       limit: the number of images to list; default: all.
+      setting: the setting that names the folder, for messages.
 
     Raises:
       InputError: the folder does not exist, cannot be read, or holds no images.
@@ -70,22 +85,22 @@ def find_images(source: str, limit: int | None = None) -> EncodedImages:
     path = os.path.abspath(os.path.expanduser(source))
     if not os.path.isdir(path):
         what = "is a file (unpack it first)" if os.path.exists(path) else "does not exist"
-        raise ConfigError("source", f"={source} {what}: name the folder of an LMDB (with data.mdb) or of images")
+        raise ConfigError(setting, f"={source} {what}: name the folder of an LMDB (with data.mdb) or of images")
     is_lmdb = os.path.exists(os.path.join(path, "data.mdb"))
     left_out: Counter[str] = Counter()
     if is_lmdb:
-        with _open_lmdb(path) as transaction:
+        with _open_lmdb(path, setting) as transaction:
             keys = [key.decode("latin-1") for key in transaction.cursor().iternext(values=False)]
             if len(keys) != (entries := transaction.stat()["entries"]):
-                raise ConfigError("source", f"={source} is damaged: {len(keys):,} of its {entries:,} images are there")
+                raise ConfigError(setting, f"={source} is damaged: {len(keys):,} of its {entries:,} images are there")
     else:
-        keys = _list_folder(path, left_out)
+        keys = _list_folder(path, left_out, setting)
     if not keys:
         there = f"; it holds {counts(left_out)}" if left_out else ""
         raise ConfigError(
-            "source", f"={source} holds no images: neither an LMDB (data.mdb) nor {', '.join(extensions())}{there}"
+            setting, f"={source} holds no images: neither an LMDB (data.mdb) nor {', '.join(extensions())}{there}"
         )
-    return EncodedImages(path, is_lmdb, keys[:limit], left_out)
+    return EncodedImages(path, is_lmdb, keys[:limit], left_out, setting)
 
 
 def counts(kinds: Mapping[str, int]) -> str:
@@ -93,24 +108,15 @@ def counts(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
 
 
-def decode_square(encoded: bytes, resolution: int) -> np.ndarray:
-    """Decodes an image as StyleGAN's create_lsun does: uint8 [3, resolution, resolution], RGB.
-
-    The upright image is cropped to its central square, and scaled by Lanczos resampling.
-
-    Raises:
-      InputError: the picture cannot be decoded; the message is the reason alone.
-    """
-    image = decode_picture(encoded, channels=3)
-    height, width, _ = image.shape
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    # resize(box=...) would sample beyond the square
-    square = PIL.Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square.resize((resolution, resolution), PIL.Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+def _stamp(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError as error:  # a link to nothing, say, which reading reports
+        return error.strerror or ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
-def _list_folder(path: str, left_out: Counter[str]) -> list[str]:
+def _list_folder(path: str, left_out: Counter[str], setting: str) -> list[str]:
     """The sorted paths of the pictures below a folder; counts in `left_out` what else is there."""
     folders, links, files = [path], list[str](), list[str]()
     seen: set[tuple[int, int]] = set()
@@ -124,7 +130,7 @@ def _list_folder(path: str, left_out: Counter[str]) -> list[str]:
             seen.add((status.st_dev, status.st_ino))
             names = os.listdir(folder)
         except OSError as error:
-            raise ConfigError("source", f"={path} cannot be listed ({error})") from error
+            raise ConfigError(setting, f"={path} cannot be listed ({error})") from error
         for name in sorted(names):
             entry = os.path.join(folder, name)
             extension = os.path.splitext(name)[1].lower()
@@ -140,12 +146,12 @@ def _list_folder(path: str, left_out: Counter[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _open_lmdb(path: str) -> Iterator[Any]:
+def _open_lmdb(path: str, setting: str) -> Iterator[Any]:
     """Opens a read-only transaction of the LMDB in a folder."""
     try:
         import lmdb  # only LSUN's original files need it
     except ImportError as error:
-        raise ConfigError("source", f"={path} is an LMDB, and lmdb is not installed: pip install lmdb") from error
+        raise ConfigError(setting, f"={path} is an LMDB, and lmdb is not installed: pip install lmdb") from error
     try:
         # A lock file could not be created in a read-only folder; a name that is not UTF-8 must be bytes.
         options = {"readonly": True, "lock": False, "readahead": False}
@@ -153,8 +159,8 @@ def _open_lmdb(path: str) -> Iterator[Any]:
             pages, size = database.info()["last_pgno"] + 1, os.path.getsize(os.path.join(path, "data.mdb"))
             if pages * database.stat()["psize"] > size:  # reading beyond the file's end would kill the process
                 raise ConfigError(
-                    "source", f"={path} is truncated: data.mdb has {size:,} bytes, and {pages:,} pages: copy it again"
+                    setting, f"={path} is truncated: data.mdb has {size:,} bytes, and {pages:,} pages: copy it again"
                 )
             yield transaction
     except lmdb.Error as error:
-        raise ConfigError("source", f"={path} cannot be read as an LMDB ({first_line(error)})") from error
+        raise ConfigError(setting, f"={path} cannot be read as an LMDB ({first_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Pictures that other programs wrote, as uint8 [H, W, C]: the one place where their files are decoded.
+"""Pictures that other programs wrote, as uint8 [H, W, C]: the one place where files are decoded and encoded.
 
 The first frame of a picture is turned upright as its EXIF data says, and converted:
 
@@ -18,6 +18,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -118,6 +119,20 @@ def decode_picture(encoded: bytes, channels: int, size: tuple[int, int] | None =
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Converts an image uint8 [H, W, C] as the module's description says: uint8 [H, W, channels].
+
+    Raises:
+      ConfigError: there are no pictures of C or of `channels` channels.
+    """
+    if image.shape[2] == channels:
+        return image
+    if not {channels, image.shape[2]} <= _ARRAY_MODES.keys():
+        raise ConfigError("channels", f"={channels}: images of {image.shape[2]} channels keep them")
+    picture = PIL.Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return np.asarray(_convert(picture, _ARRAY_MODES[channels])).reshape(*image.shape[:2], channels)
+
+
 def _decode(encoded: bytes, mode: str, size: tuple[int, int] | None) -> PIL.Image.Image:
     """The upright picture in one of the modes L, RGB and RGBA."""
     is_tiff = encoded.startswith((b"II", b"MM"))
@@ -215,3 +230,11 @@ def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
     if "transparency" in picture.info:
         grey.putalpha(PIL.Image.fromarray((wide != picture.info["transparency"]).astype(np.uint8) * 255))
     return grey
+
+
+def encode_picture(image: np.ndarray, name: str, **options: Any) -> bytes:
+    """An image uint8 [H, W, C] in a format that Pillow writes, with that format's options."""
+    buffer = io.BytesIO()
+    # Pillow has no axis for a single channel.
+    PIL.Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, name, **options)
+    return buffer.getvalue()

@@ -1,14 +1,14 @@
-"""Writes images as sharded TFRecords by several processes; an interrupted run continues where it stopped.
+"""Writes images as sharded TFRecords by several workers; an interrupted run continues where it stopped.
 
-A worker writes a whole shard to a temporary path and reads it back. Only the main process renames it and records it in
-the manifest NAME.json, so every shard that is missing from the manifest is still to be written.
+`prepare` is for files of StyleGAN's format in a folder of the user's, `write_shards` for any shards. A worker writes a
+whole shard to a temporary path and reads it back. Only the main process renames it and records it in the manifest, a
+JSON file, so every shard that is missing from the manifest is still to be written.
 
-Every worker imports TensorFlow, which takes seconds. Spawning repeats the imports of the main program anyway, and
-TensorFlow's writer has a fast CRC32C and writes to gs://.
+Workers are processes or threads. Every process imports TensorFlow, which takes seconds. Spawning repeats the imports of
+the main program anyway, and TensorFlow's writer has a fast CRC32C and writes to gs://.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import multiprocessing
 import os
@@ -23,6 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_tf.data.fitting import Fitting
 from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.tfrecord_shards import Shard, check_skipped, write_shard
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
@@ -31,7 +32,7 @@ from diffusion_tf.storage.files import check_writable, writing
 from diffusion_tf.storage.json_files import read_json, write_json
 
 # A killed run loses at most one shard per worker, and training's shuffle buffer holds 5,461 images of 256x256.
-_IMAGES_PER_SHARD = 4096
+IMAGES_PER_SHARD = 4096
 _MIN_SHARDS = 16
 
 
@@ -72,19 +73,10 @@ def prepare(
         be read.
     """
     count = len(images.keys)
-    num_shards = num_shards or min(count, max(_MIN_SHARDS, -(-count // _IMAGES_PER_SHARD)))
+    num_shards = num_shards or min(count, max(_MIN_SHARDS, -(-count // IMAGES_PER_SHARD)))
     _check(out=out, name=name, resolution=resolution, num_shards=num_shards, count=count)
-    prefix = os.path.join(os.path.expanduser(out), f"{name}-r{resolution.bit_length() - 1:02d}-")
-    bounds = [shard * count // num_shards for shard in range(num_shards + 1)]
-    shards = [
-        Shard(
-            f"{prefix}{shard:05d}-of-{num_shards:05d}.tfrecords",
-            dataclasses.replace(images, keys=images.keys[bounds[shard] : bounds[shard + 1]]),
-            resolution,
-            skip_bad_images,
-        )
-        for shard in range(num_shards)
-    ]
+    folder = os.path.expanduser(out)
+    prefix = os.path.join(folder, f"{name}-r{resolution.bit_length() - 1:02d}-")
     settings = {
         "source": images.path,
         "num_images": count,
@@ -92,18 +84,71 @@ def prepare(
         "resolution": resolution,
         "num_shards": num_shards,
     }
-    manifest_path = os.path.join(os.path.expanduser(out), f"{name}.json")
-    manifest = _open_manifest(manifest_path, settings, shards, f"{prefix}*.tfrecords")
+    manifest = write_shards(
+        make_shards(images, prefix, num_shards, Fitting((resolution, resolution, 3)), skip_bad_images),
+        os.path.join(folder, f"{name}.json"),
+        settings,
+        make_executor(num_workers),
+    )
+    check_manifest(manifest, images, skip_bad_images)
+    return f"{prefix}*.tfrecords", manifest
+
+
+def make_shards(
+    images: EncodedImages,
+    prefix: str,
+    num_shards: int,
+    fitting: Fitting,
+    skip_bad_images: int,
+    stopped: threading.Event | None = None,
+) -> list[Shard]:
+    """Divides images into the shards PREFIX00000-of-NNNNN.tfrecords of equal size.
+
+    Args:
+      images: the images.
+      prefix: the beginning of the shards' paths.
+      num_shards: the number of shards.
+      fitting: how the images get their size.
+      skip_bad_images: the number of unreadable images to leave out.
+      stopped: ends the writing when it is set, for workers that are threads.
+    """
+    bounds = [shard * len(images.keys) // num_shards for shard in range(num_shards + 1)]
+    return [
+        Shard(
+            f"{prefix}{shard:05d}-of-{num_shards:05d}.tfrecords",
+            images.select(range(bounds[shard], bounds[shard + 1])),
+            fitting,
+            skip_bad_images,
+            stopped,
+        )
+        for shard in range(num_shards)
+    ]
+
+
+def write_shards(
+    shards: list[Shard], manifest_path: str, settings: dict[str, Any], executor: Executor
+) -> dict[str, Any]:
+    """Writes the shards that are missing, and returns the manifest.
+
+    Args:
+      shards: all shards, of the same images.
+      manifest_path: the manifest, beside the shards; written here if it is new.
+      settings: what the shards were made from, with `num_images`; an existing manifest must have the same.
+      executor: runs the workers.
+
+    Raises:
+      InputError: the manifest has other settings or cannot be written, or an image cannot be read.
+    """
+    pattern = re.sub(r"\d{5}-of-\d{5}(?=\.tfrecords$)", "*", shards[0].path)
+    manifest = _open_manifest(manifest_path, settings, shards, pattern)
     try:
-        _write_missing(shards, manifest_path, manifest, make_executor(num_workers))
+        _write_missing(shards, manifest_path, manifest, executor)
     except BaseException:
         for shard in shards:
             with contextlib.suppress(tf.errors.OpError):
                 shard.remove_temporary()
         raise
-    if not any(entry["records"] for entry in manifest["shards"].values()):
-        raise ConfigError("source", f"={images.path}: none of its {count:,} images can be read")
-    return f"{prefix}*.tfrecords", manifest
+    return manifest
 
 
 def _check(*, out: str, name: str, resolution: int, num_shards: int, count: int) -> None:
@@ -170,8 +215,9 @@ def _read_manifest(path: str, settings: dict[str, Any], shards: set[str]) -> dic
 def _is_manifest(value: Any, settings: dict[str, Any]) -> bool:
     """Whether a JSON value has the fields of a manifest, and each of them the type that this program writes."""
     fields: dict[str, type] = {key: type(setting) for key, setting in settings.items()}
+    entry_fields: dict[str, type] = {"records": int, "bytes": int, "sha256": str, "skipped": dict}
     return _has_types(value, {**fields, "shards": dict}) and all(
-        _has_types(entry, {"records": int, "bytes": int, "sha256": str, "skipped": dict})
+        (_has_types(entry, entry_fields) or _has_types(entry, {**entry_fields, "enlarged": int}))
         and _has_types(entry["skipped"], dict.fromkeys(entry["skipped"], str))
         for entry in value["shards"].values()
     )
@@ -195,7 +241,7 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
       InputError: a worker failed.
     """
     entries = manifest["shards"]
-    missing = [shard for shard in shards if not _is_whole(shard.path, entries.get(os.path.basename(shard.path)))]
+    missing = missing_shards(shards, manifest)
     total = manifest["num_images"]
     done = total - sum(len(shard.images.keys) for shard in missing)
     others = set(multiprocessing.active_children())
@@ -207,12 +253,15 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                 for key, reason in entry["skipped"].items():
                     bar.write(f"skipped {key}: {reason}", file=sys.stderr)
                 entries[os.path.basename(shard.path)] = entry
-                check_skipped({key: why for e in entries.values() for key, why in e["skipped"].items()}, shard)
+                check_skipped(all_skipped(manifest), shard.images, shard.skip_bad_images)
                 if entry["records"]:
                     _publish(shard)
                 write_json(manifest_path, {**manifest, "shards": dict(sorted(entries.items()))})
                 bar.update(len(shard.images.keys))
         except BaseException as error:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for shard in shards:
+                shard.stop()
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # the executor would wait minutes for the shards in progress
             if isinstance(error, BrokenProcessPool):
@@ -221,6 +270,32 @@ def _write_missing(shards: list[Shard], manifest_path: str, manifest: dict[str, 
                     " to continue; a smaller `num_workers` needs less memory"
                 ) from error
             raise
+
+
+def read_manifest(path: str, settings: dict[str, Any], shards: list[Shard]) -> dict[str, Any] | None:
+    """Returns the manifest at `path` if there is one of these settings and shards, else None."""
+    try:
+        return _read_manifest(path, settings, {os.path.basename(shard.path) for shard in shards})
+    except InputError:
+        return None
+
+
+def missing_shards(shards: list[Shard], manifest: dict[str, Any]) -> list[Shard]:
+    """Returns the shards that a manifest does not list, or whose files are lost."""
+    entries = manifest["shards"]
+    return [shard for shard in shards if not _is_whole(shard.path, entries.get(os.path.basename(shard.path)))]
+
+
+def check_manifest(manifest: dict[str, Any], images: EncodedImages, skip_bad_images: int) -> None:
+    """Raises ConfigError if a manifest of `images` leaves out all of them, or more than `skip_bad_images`."""
+    check_skipped(all_skipped(manifest), images, skip_bad_images)
+    if not any(entry["records"] for entry in manifest["shards"].values()):
+        raise ConfigError(images.setting, f"={images.path}: none of its {len(images.keys):,} images can be read")
+
+
+def all_skipped(manifest: dict[str, Any]) -> dict[str, str]:
+    """Returns the images that a manifest's shards leave out, with the reasons."""
+    return {key: reason for entry in manifest["shards"].values() for key, reason in entry["skipped"].items()}
 
 
 def _is_whole(path: str, entry: dict[str, Any] | None) -> bool:

@@ -1,6 +1,8 @@
 """TFRecords in the format of StyleGAN's dataset_tool.
 
-A record holds `shape`, int64 [3] = (C, H, W), and `data`, the bytes of uint8 [C, H, W].
+A record holds `shape`, int64 [3] = (C, H, W), and `data`, the bytes of uint8 [C, H, W]. Records of this program may
+also hold `label`, the index of the class as the bytes of a little-endian int32: the length of an integer would depend
+on its value, and the records of a file have one length.
 """
 
 import fnmatch
@@ -22,7 +24,7 @@ from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_si
 from diffusion_tf.errors import ConfigError
 
 _FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
-
+_LABEL = {"label": tf.io.FixedLenFeature([], tf.string)}
 
 _ADVICE = "repair the file, or tolerate bad records by `skip_bad_records=N`"
 
@@ -47,17 +49,30 @@ class _File(NamedTuple):
         return self.num_whole + (self.rest_bytes > 0)
 
 
-def serialize(image: np.ndarray) -> bytes:
-    """Returns a uint8 [C, H, W] image as a record; images of one shape give records of one length."""
+def serialize(image: np.ndarray, label: int | None = None) -> bytes:
+    """Returns a uint8 [C, H, W] image, and its label if it has one, as a record.
+
+    Images of one shape give records of one length.
+    """
     feature = {
         "shape": tf.train.Feature(int64_list=tf.train.Int64List(value=image.shape)),
         "data": tf.train.Feature(bytes_list=tf.train.BytesList(value=[image.tobytes()])),
     }
+    if label is not None:
+        encoded = np.array(label, "<i4").tobytes()
+        feature["label"] = tf.train.Feature(bytes_list=tf.train.BytesList(value=[encoded]))
     example = tf.train.Example(features=tf.train.Features(feature=feature))
     return example.SerializeToString(deterministic=True)  # otherwise the order of the features is random
 
 
-def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_records: int) -> ImageSource:
+def tfrecord_source(
+    pattern: str,
+    image_shape: tuple[int, int, int],
+    skip_bad_records: int,
+    *,
+    classes: tuple[str, ...] = (),
+    advice: str = _ADVICE,
+) -> ImageSource:
     """Opens the images of all files that match `pattern`.
 
     Args:
@@ -65,6 +80,8 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
       image_shape: (H, W, C) of the images.
       skip_bad_records: the number of unreadable records to tolerate; each is replaced by the last good one before it.
         If it is not 0, all records are read now to find them.
+      classes: the names of the classes, if the records have labels.
+      advice: what to do about a damaged record, for messages.
 
     Raises:
       InputError: no file matches, a file is not such a TFRecord, or too many records are bad.
@@ -74,7 +91,7 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
         raise ConfigError("tfrecord", f"={pattern} matches no file")
     decode = _decoder(image_shape)
     files = [_open(path, image_shape) for path in paths]
-    bad = _tolerated(files, decode, skip_bad_records)
+    bad = _tolerated(files, decode, skip_bad_records, advice)
     num_examples = sum(file.num_records for file in files)
     buffer_size = shuffle_buffer_size(num_examples, image_shape)
     runs = [
@@ -94,11 +111,21 @@ def tfrecord_source(pattern: str, image_shape: tuple[int, int, int], skip_bad_re
     def find_bad() -> str | None:
         for path in paths:
             for text in find_bad_records(path, decode, limit=1).values():
-                return f"{text}: {_ADVICE}"
+                return f"{text}: {advice}"
         return None
 
     num_bad = sum(map(len, bad))
-    return ImageSource(pattern, num_examples, records, decode, image_shape, find_bad=find_bad, bad_records=num_bad)
+    return ImageSource(
+        pattern,
+        num_examples,
+        records,
+        decode,
+        image_shape,
+        label=_decode_label if classes else None,
+        classes=classes,
+        find_bad=find_bad,
+        bad_records=num_bad,
+    )
 
 
 def _matching(pattern: str) -> list[str]:
@@ -123,6 +150,11 @@ def _decoder(image_shape: tuple[int, int, int]) -> Callable[[tf.Tensor], tf.Tens
         return tf.transpose(image, [1, 2, 0])
 
     return decode
+
+
+def _decode_label(record: tf.Tensor) -> tf.Tensor:
+    """The label of a record, int32."""
+    return tf.io.decode_raw(tf.io.parse_single_example(record, _LABEL)["label"], tf.int32)[0]
 
 
 def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
@@ -161,7 +193,7 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
 
 
 def _tolerated(
-    files: Sequence[_File], decode: Callable[[tf.Tensor], tf.Tensor], skip_bad_records: int
+    files: Sequence[_File], decode: Callable[[tf.Tensor], tf.Tensor], skip_bad_records: int, advice: str
 ) -> list[dict[int, str]]:
     """Returns the bad records of each file as {index: description}; none if none are tolerated.
 
@@ -176,7 +208,7 @@ def _tolerated(
                     f"={file.path} is truncated: record {file.num_whole} has {file.rest_bytes} of the"
                     f" {file.record_bytes} bytes of record 0",
                 )
-        check_lengths([file.path for file in files], _ADVICE)
+        check_lengths([file.path for file in files], advice)
         return [{} for _ in files]
     bad = [
         find_bad_records(

@@ -1,9 +1,11 @@
 """Reads and writes weights in the folders of diffusers.
 
 Only safetensors files are read, never pickles. Names, shapes and dtypes are compared with the network's before memory
-for the arrays is allocated.
+for the arrays is allocated. Weights in half precision become float32, which represents each of them exactly.
 """
 
+import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,9 @@ from diffusion_tf.training.state import state_arrays
 from diffusion_tf.unet import UNet
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Files of the hub's variants, read where that file is missing.
+_VARIANTS = tuple(_WEIGHTS.replace(".", f".{variant}.") for variant in ("fp16", "bf16"))
+_DTYPES = ("float32", "bfloat16", "float16")
 _SCHEDULER = "scheduler_config.json"
 _CLASSES = "class_embedding/kernel"
 _LAYERS = {
@@ -82,7 +87,7 @@ def from_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim: str | None) -> Arrays:
+def read_diffusers(folder: str, preset: Preset, model: UNet) -> Arrays:
     """Reads a saved DDPMPipeline or UNet2DModel, named as in a checkpoint of a run at step 0.
 
     The files lie in `folder` itself, or in its subfolders `unet` and `scheduler`; without a scheduler, only the
@@ -93,42 +98,53 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
       folder: a folder written by `save_pretrained`, or cloned from the hub.
       preset: the preset that the configurations must match.
       model: the preset's network.
-      attention_head_dim: the value where the network's configuration has none, as JSON: `null` or a number.
 
     Raises:
       InputError: a file is missing, damaged or a pickle, or belongs to another network or diffusion.
     """
     networks, scheduler = diffusers_config.network_folders(folder), diffusers_config.find_scheduler(folder)
     for network in networks:
-        diffusers_config.check_unet(os.path.join(network, "config.json"), preset, attention_head_dim)
+        diffusers_config.check_unet(os.path.join(network, "config.json"), preset)
     if scheduler:
         diffusers_config.check_scheduler(scheduler, preset)
     weights = [_read_network(network, preset, model) for network in networks]
     return state_arrays(weights[0], weights[-1])
 
 
+def read_ema(folder: str, preset: Preset, model: UNet) -> tuple[Arrays, str]:
+    """Returns the EMA weights that `read_diffusers` reads, by our names, and the SHA-256 that identifies them."""
+    arrays = read_diffusers(folder, preset, model)
+    weights = {name: arrays[f"ema/{name}"] for name in model.weight_names}
+    digest = hashlib.sha256()
+    for array in weights.values():
+        digest.update(array.tobytes())
+    return weights, digest.hexdigest()
+
+
 def check_size(folder: str, preset: Preset) -> None:
-    """Checks, before a network takes memory, that the files in a diffusers folder are large enough for its weights.
+    """Checks, before a network takes memory, that the files in a diffusers folder hold enough numbers for its weights.
 
     Raises:
-      InputError: a file is missing, or too small.
+      InputError: a file is missing, damaged or too small.
     """
     for network in diffusers_config.network_folders(folder):
         path = _weights_path(network)
-        found, least = tf.io.gfile.stat(path).length, 4 * preset.least_weights
-        if found < least:
+        found = sum(math.prod(spec.shape) for spec in read_header(path).specs.values())
+        if found < preset.least_weights:
             raise InputError(
-                f"{path} holds another network: it has {found:,} bytes, and the weights of config.json take {least:,}"
-                " at least"
+                f"{path} holds another network: it has {found:,} weights, and the network of config.json"
+                f" {preset.least_weights:,} at least"
             )
 
 
 def _weights_path(network: str) -> str:
-    path = os.path.join(network, _WEIGHTS)
-    pickled = path.replace(".safetensors", ".bin")
-    if tf.io.gfile.exists(pickled) and not tf.io.gfile.exists(path):
+    paths = [os.path.join(network, name) for name in (_WEIGHTS, *_VARIANTS)]
+    if found := next(filter(tf.io.gfile.exists, paths), None):
+        return found
+    pickled = paths[0].replace(".safetensors", ".bin")
+    if tf.io.gfile.exists(pickled):
         raise InputError(f"{pickled} is a pickle, which may run code, and is not read: save the weights as {_WEIGHTS}")
-    return diffusers_config.require_file(path)
+    return diffusers_config.require_file(paths[0])
 
 
 def _read_network(network: str, preset: Preset, model: UNet) -> Arrays:
@@ -143,13 +159,17 @@ def _read_network(network: str, preset: Preset, model: UNet) -> Arrays:
 
 
 def _read_weights(path: str, wanted: Mapping[str, ArraySpec]) -> Arrays:
-    """Returns the arrays of a file by their new names; they are read only if they are as `wanted`."""
+    """Returns the arrays of a file as float32 by their new names; they are read only if they are as `wanted`."""
     header = read_header(path)
-    found = {_new_name(name): spec for name, spec in header.specs.items()}
+    found = {_new_name(name): _as_float32(spec) for name, spec in header.specs.items()}
     if len(found) < len(header.specs):
         raise InputError(f"{path} holds layers of attention under both old and new names")
     check_specs(found, wanted, path)
-    return {_new_name(name): array for name, array in read_arrays(path, header).items()}
+    return {_new_name(name): array.astype(np.float32, copy=False) for name, array in read_arrays(path, header).items()}
+
+
+def _as_float32(spec: ArraySpec) -> ArraySpec:
+    return ArraySpec("float32", spec.shape) if spec.dtype in _DTYPES else spec
 
 
 def _new_name(name: str) -> str:

@@ -22,12 +22,20 @@ class Change(TypedDict):
     changes: dict[str, Value]
 
 
+class InitFrom(TypedDict):
+    """The weights with which a run started."""
+
+    path: str
+    sha256: str
+
+
 class Config(TypedDict):
     """`config.json`: the fields of `Preset`, which checks them, and what is known of the training images."""
 
     num_examples: Count | None
     history: NotRequired[list[Change]]
     data: NotRequired[dict[str, float | str]]
+    init_from: NotRequired[InitFrom]
     classes: NotRequired[list[str]]
 
 
@@ -69,6 +77,13 @@ class BestEvaluation(Evaluation):
     """`checkpoints/best/evaluation.json`: the evaluation of the best checkpoint, and the score that chose it."""
 
     best_by: str
+
+
+class SampleFolder(TypedDict):
+    """`samples.json` in a folder of samples; what they depend on are further keys."""
+
+    num_samples: Count
+    complete: bool
 
 
 class Measurement(TypedDict):

@@ -9,7 +9,8 @@ import json
 import math
 from typing import Any, NamedTuple
 
-import safetensors.numpy
+import numpy as np
+import safetensors
 import tensorflow as tf
 
 from diffusion_tf.errors import DamagedFileError, InputError
@@ -100,9 +101,14 @@ def read_arrays(path: str, header: Header, kind: str = "safetensors file") -> Ar
     """
     data = read_file(path, header.file_bytes)
     try:
-        return safetensors.numpy.load(data)
+        # safetensors.numpy.load does not know bfloat16.
+        return {name: _array(header.specs[name], view["data"]) for name, view in safetensors.deserialize(data)}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise DamagedFileError(f"{path} is not a {kind}, or is damaged ({first_line(error)})") from error
+
+
+def _array(spec: ArraySpec, data: bytes) -> np.ndarray:
+    return np.frombuffer(data, tf.as_dtype(spec.dtype).as_numpy_dtype).reshape(spec.shape)
 
 
 def _parse(text: bytes) -> tuple[dict[str, ArraySpec], dict[str, Any]]:

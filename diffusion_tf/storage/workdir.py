@@ -38,6 +38,7 @@ class _Config(NamedTuple):
       history: each change of the recipe: the step, and the old and new values by field.
       earlier: the configurations before each of these changes, the newest first.
       data: where the training images come from.
+      init_from: the weights that the run started with: `path` and `sha256`; None: random ones.
       classes: the names of their classes, if the network is conditioned on them and if they are known.
     """
 
@@ -46,6 +47,7 @@ class _Config(NamedTuple):
     history: list[dict[str, Any]]
     earlier: list[Preset]
     data: DataSettings
+    init_from: dict[str, str] | None
     classes: tuple[str, ...]
 
 
@@ -139,7 +141,7 @@ class Workdir:
         Raises:
           ConfigError: the folder holds another run; the message names the fields that differ.
         """
-        if not tf.io.gfile.exists(self._config):
+        if not self.holds_run():
             return
         there = self._read_config()
         data = []
@@ -171,6 +173,7 @@ class Workdir:
         *,
         step: int = 0,
         data: DataSettings = PRESETS_OWN,
+        init_from: dict[str, str] | None = None,
         classes: Sequence[str] = (),
         allow_recipe_change: bool = False,
     ) -> None:
@@ -184,6 +187,7 @@ class Workdir:
           flags: what the user called.
           step: the step from which the run goes on.
           data: where the training images come from, for measurements to find them.
+          init_from: `path` and `sha256` of the weights that a new run starts with; None: random ones.
           classes: the names of their classes, if the network is conditioned on them.
           allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run that is there.
 
@@ -192,21 +196,25 @@ class Workdir:
         """
         self.refuse_other_run(preset, num_examples, classes=classes, allow_recipe_change=allow_recipe_change)
         history = []
-        if tf.io.gfile.exists(self._config):
+        if self.holds_run():
             there = self._read_config()
-            history = there.history
+            history, init_from = there.history, there.init_from
             pairs = {name: (getattr(there.preset, name), getattr(preset, name)) for name in CHANGEABLE}
             changes = {name: {"old": old, "new": new} for name, (old, new) in pairs.items() if old != new}
             if changes:
                 history.append({"step": step, "changes": changes})
         config = {**dataclasses.asdict(preset), "num_examples": num_examples}
-        optional = {"history": history, "data": data.to_json(), "classes": list(classes)}
+        optional = {"history": history, "data": data.to_json(), "init_from": init_from, "classes": list(classes)}
         write_json(self._config, {**config, **{name: value for name, value in optional.items() if value}})
         write_file(self._flags, flags.encode())
 
+    def holds_run(self) -> bool:
+        """Whether the folder holds a run."""
+        return tf.io.gfile.exists(self._config)
+
     def earlier_recipes(self) -> list[Preset]:
         """Returns the configurations of this run before each recorded change of its recipe, the newest first."""
-        return self._read_config().earlier if tf.io.gfile.exists(self._config) else []
+        return self._read_config().earlier if self.holds_run() else []
 
     def read_preset(self) -> Preset:
         """Returns the configuration of the run in this folder.
@@ -215,13 +223,17 @@ class Workdir:
           InputError: the folder holds no run, or its configuration cannot be read.
         """
         self._refuse_file()
-        if not tf.io.gfile.exists(self._config):
+        if not self.holds_run():
             raise ConfigError("workdir", f"={self.path} holds no run (no config.json): train one there first")
         return self._read_config().preset
 
     def read_data(self) -> DataSettings:
         """Returns where the training images of the run in this folder come from; its preset must be readable."""
         return self._read_config().data
+
+    def read_init_from(self) -> dict[str, str] | None:
+        """Returns `path` and `sha256` of the weights that the run in this folder started with; None: random ones."""
+        return self._read_config().init_from
 
     def read_classes(self) -> tuple[str, ...]:
         """Returns the names of the classes of a conditional run; none if they are unknown."""
@@ -231,9 +243,11 @@ class Workdir:
         try:
             fields = read_json(self._config, Config)
             num_examples, history = fields.pop("num_examples"), fields.pop("history", [])
-            data, classes = DataSettings(**fields.pop("data", {})), tuple(fields.pop("classes", ()))
+            data, init_from = DataSettings(**fields.pop("data", {})), fields.pop("init_from", None)
+            classes = tuple(fields.pop("classes", ()))
             preset = Preset(**fields)
-            return _Config(preset, num_examples, history, _earlier_recipes(preset, history), data, classes)
+            earlier = _earlier_recipes(preset, history)
+            return _Config(preset, num_examples, history, earlier, data, init_from, classes)
         except (InputError, TypeError) as error:
             raise InputError(f"{self._config} is not a configuration of this version ({first_line(error)})") from error
 

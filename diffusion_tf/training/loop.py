@@ -26,6 +26,7 @@ from diffusion_tf.training.optimizer import warmed_up_learning_rate
 from diffusion_tf.training.preemption import PreemptionNotice
 from diffusion_tf.training.progress import Progress
 from diffusion_tf.training.reporter import MetricsCallback, Reporter
+from diffusion_tf.training.state import InitialWeights
 from diffusion_tf.training.trainer import Trainer
 
 _NUM_GRID_SAMPLES = 64
@@ -71,6 +72,7 @@ def train_in_workdir(
     *,
     command: str,
     data: DataSettings = PRESETS_OWN,
+    initial: InitialWeights | None = None,
     callbacks: Sequence[MetricsCallback] = (),
     allow_recipe_change: bool = False,
 ) -> None:
@@ -83,6 +85,7 @@ def train_in_workdir(
       path: the run's folder.
       command: what the user called, for flags.txt.
       data: where `source` was opened, for config.json.
+      initial: the weights that a run without checkpoints starts with; default: random ones.
       callbacks: as for `train`.
       allow_recipe_change: whether the fields CHANGEABLE may differ from those of the run; config.json records it.
 
@@ -105,9 +108,15 @@ def train_in_workdir(
                 command,
                 step=step,
                 data=data,
+                init_from={"path": initial.path, "sha256": initial.sha256} if initial else None,
                 classes=classes,
                 allow_recipe_change=allow_recipe_change,
             )
+        if initial and not checkpoints.all_steps(workdir.checkpoints):
+            trainer.state.start_from(initial)
+            if is_chief(strategy):  # from now on the run does not need the source
+                manifest = {"config_sha256": preset.recipe_sha256()}
+                checkpoints.save(workdir.checkpoints, 0, trainer.state.to_arrays(), manifest)
         train(trainer, workdir, source, callbacks=callbacks)
 
 

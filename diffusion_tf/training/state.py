@@ -1,5 +1,6 @@
 """The training state: weights, their EMA, Adam's moments and the step, as variables and as a checkpoint's arrays."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,8 +9,24 @@ import tensorflow as tf
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
+from diffusion_tf.storage.files import Arrays
 from diffusion_tf.training.optimizer import StateTensors
 from diffusion_tf.unet import UNet
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """Weights with which a new run starts.
+
+    Attributes:
+      path: where they come from.
+      sha256: what identifies them.
+      weights: float32 arrays by weight name.
+    """
+
+    path: str
+    sha256: str
+    weights: Arrays
 
 
 class TrainState:
@@ -53,6 +70,18 @@ class TrainState:
         variables = self._named_variables()
         size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
         assign_arrays(variables, checkpoints.load(path, size), path)
+
+    def start_from(self, initial: InitialWeights) -> None:
+        """Assigns weights to `params` and to their EMA; a table of classes that they lack keeps its initial values.
+
+        Raises:
+          InputError: the weights are those of another network; nothing has changed.
+        """
+        for values in (self.params, self.ema):
+            named = dict(zip(self.model.weight_names, values, strict=True))
+            lacking = [name for name in named if name.startswith("class_embedding") and name not in initial.weights]
+            variables = {name: variable for name, variable in named.items() if name not in lacking}
+            assign_arrays(variables, initial.weights, initial.path)
 
     def tensors(self) -> StateTensors:
         """The state as tensors. Call it in replica context."""

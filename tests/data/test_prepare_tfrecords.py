@@ -22,6 +22,7 @@ import tensorflow as tf
 from support.full_disks import mounted
 
 from diffusion_tf.data import open_source
+from diffusion_tf.data.fitting import Fitting
 from diffusion_tf.data.image_folders import counts, find_images
 from diffusion_tf.data.prepare_tfrecords import prepare
 from diffusion_tf.data.source import ImageReader
@@ -345,9 +346,11 @@ def test_a_failing_disk_is_reported(folder, tmp_path):
     (tmp_path / "out/church-r04-00001-of-00003.tfrecords.tmp").mkdir(parents=True)
     with pytest.raises(InputError, match=r"cannot write .*church-r04-00001-of-00003.tfrecords \(.*repeat the command"):
         write(folder, tmp_path / "out")
-    shard = Shard(str(tmp_path / "flipped.tfrecords"), find_images(str(folder)), resolution=16, skip_bad_images=0)
+    shard = Shard(
+        str(tmp_path / "flipped.tfrecords"), find_images(str(folder)), Fitting((16, 16, 3)), skip_bad_images=0
+    )
     with pytest.raises(InputError, match="does not read back as it was written: is its disk sound"):
-        write_shard(shard, serialize=lambda image: serialize(image ^ 1))
+        write_shard(shard, serialize=lambda image, _: serialize(image ^ 1))
 
 
 @pytest.mark.parametrize(

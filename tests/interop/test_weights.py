@@ -14,7 +14,7 @@ import tensorflow as tf
 from support import golden
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop.diffusers import check_size, read_diffusers, write_diffusers
+from diffusion_tf.interop.diffusers import check_size, diffusers_name, read_diffusers, to_diffusers, write_diffusers
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
 from diffusion_tf.interop.tf1 import find_prefix, read_tf1, tf1_name
 from diffusion_tf.interop.tf1_index import find_blocks
@@ -443,8 +443,38 @@ def test_unet_ema_beside_unet_holds_the_ema_weights(model, tmp_path):
 def test_a_network_larger_than_its_file_takes_no_memory(tmp_path):
     widths = {"block_out_channels": [512, 1024]}
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **widths)
-    with pytest.raises(InputError, match=r"safetensors holds another network: it has .* config.json take .* at least"):
+    with pytest.raises(InputError, match=r"network: it has .* weights, and the network of config.json .* at least"):
         check_size(folder, preset_from_folder(folder))
+
+
+@pytest.mark.parametrize("kinds", ["bfloat16", "float16", "float32 bfloat16 float16"])
+def test_weights_in_half_precision_become_float32_exactly(kinds, model, tmp_path):
+    dtypes = [tf.as_dtype(kind).as_numpy_dtype for kind in kinds.split()]
+    stored = {key: w.astype(dtypes[i % len(dtypes)]) for i, (key, w) in enumerate(diffusers_weights().items())}
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    (tmp_path / "unet" / WEIGHTS).write_bytes(safetensors.numpy.save(stored))
+    arrays = read_diffusers(folder, golden.SMALL, model, None)
+    for name in model.weight_names:
+        theirs = to_diffusers(name, arrays[f"ema/{name}"])
+        assert theirs.dtype == np.float32
+        expected = stored[diffusers_name(name, levels=2)].astype(np.float64)  # NumPy's or ml_dtypes' conversion
+        np.testing.assert_array_equal(theirs.astype(np.float64), expected)
+
+
+def test_a_file_of_the_hubs_fp16_variant_is_read_where_the_plain_one_is_missing(model, tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
+    plain = tmp_path / "unet" / WEIGHTS
+    variant = plain.with_suffix(".fp16.safetensors")
+    variant.write_bytes(safetensors.numpy.save({k: (2 * w).astype(np.float16) for k, w in diffusers_weights().items()}))
+    kernel = diffusers_weights()["conv_in.weight"]
+
+    def read():
+        return to_diffusers("conv_in/kernel", read_diffusers(folder, golden.SMALL, model, None)["ema/conv_in/kernel"])
+
+    np.testing.assert_array_equal(read(), kernel)
+    plain.unlink()
+    np.testing.assert_array_equal(read(), (2 * kernel).astype(np.float16))
+    check_size(folder, preset_from_folder(folder))
 
 
 def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path):
@@ -454,7 +484,7 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
     header_size = int.from_bytes(whole[:8], "little")
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:  # as torch.save writes
         archive.writestr("archive/data.pkl", pickle.dumps({"conv_in.weight": 1}))
-    half = {key: w.astype(np.float16) for key, w in diffusers_weights().items()}
+    whole_numbers = {key: w.astype(np.int32) for key, w in diffusers_weights().items()}
     missing = {key: w for key, w in diffusers_weights().items() if key != "conv_in.bias"}
     both = {**diffusers_weights(), "mid_block.attentions.0.query.bias": np.zeros(64, np.float32)}
     for content, message in (
@@ -463,7 +493,7 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
         (whole[:8] + b"?" + whole[9:], "its header does not describe arrays"),
         ((tmp_path / "model.zip").read_bytes(), "it is a pickle, which may run code"),
         (pickle.dumps(missing, protocol=4), "it is a pickle, which may run code"),
-        (safetensors.numpy.save(half), r"is float16 .*, not float32"),
+        (safetensors.numpy.save(whole_numbers), r"is int32 .*, not float32"),
         (safetensors.numpy.save(missing), "holds another network: conv_in.bias is missing"),
         (safetensors.numpy.save(both), "holds layers of attention under both old and new names"),
     ):
@@ -474,8 +504,8 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save the weights as"):
         read_diffusers(folder, golden.SMALL, model, None)
-    path.with_suffix(".bin").rename(path.with_suffix(".fp16.safetensors"))
-    there = "diffusion_pytorch_model.safetensors: .*unet holds config.json, diffusion_pytorch_model.fp16.safetensors"
+    path.with_suffix(".bin").rename(path.with_suffix(".fp32.safetensors"))
+    there = "diffusion_pytorch_model.safetensors: .*unet holds config.json, diffusion_pytorch_model.fp32.safetensors"
     with pytest.raises(InputError, match=rf"cannot read .*{there}"):
         read_diffusers(folder, golden.SMALL, model, None)
     with pytest.raises(InputError, match=r"cannot read .*nothing/config.json: there is no such folder"):
