@@ -42,7 +42,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         sources = [name for name in SOURCES if getattr(self, name)]
         if len(sources) > 1:
-            raise ConfigError(sources[1], f" and `{sources[0]}` both name images: give one")
+            raise ConfigError(sources[1], f"and `{sources[0]}` both name images: give one")
         if self.resize not in RESIZE_MODES:
             raise ConfigError("resize", f"={self.resize}: choose one of {', '.join(RESIZE_MODES)}")
         if not 0 <= self.held_out < 1:

@@ -1,4 +1,4 @@
-"""Inpainting by RePaint (Lugmayr et al. 2022): painting a part of given images with an unconditional network."""
+"""Inpainting by RePaint (Lugmayr et al. 2022): painting a part of given images with any trained network."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -18,7 +18,6 @@ from diffusion_tf.rng import CounterRng
 WeightsMode = Literal["trainable", "inference", "frozen"]
 
 NUM_GROUPS = 32
-_EPSILON = 1e-6  # Keras' own is 1e-3
 
 # The scale of the last layer of each branch: near zero, so that every block starts as the identity.
 NEAR_ZERO = 1e-10
@@ -27,9 +26,9 @@ NEAR_ZERO = 1e-10
 class GroupNorm(keras.layers.Layer):
     """Group normalisation with 32 groups, in float32: maps [B, H, W, C_i], side by side, to one [B, H, W, sum C_i]."""
 
-    def __init__(self, channels: int, name: str, swish: bool = False):
+    def __init__(self, channels: int, name: str, epsilon: float, swish: bool = False):
         super().__init__(name=name, dtype="float32", autocast=False)
-        self.swish = swish
+        self.epsilon, self.swish = epsilon, swish
         _built(self, channels)
 
     def build(self, shape: Sequence[int | None]) -> None:
@@ -58,7 +57,7 @@ class GroupNorm(keras.layers.Layer):
             gamma,
             beta,
             num_groups=NUM_GROUPS,
-            epsilon=_EPSILON,
+            epsilon=self.epsilon,
             swish=self.swish,
             offset=offset,
             keep=keep,
@@ -72,6 +71,15 @@ class Conv2D(keras.layers.Conv2D):
     def convolution_op(self, inputs: tf.Tensor, kernel: keras.Variable) -> tf.Tensor:
         """The convolution, to which Keras adds the bias."""
         return ops.conv2d(inputs, tf.convert_to_tensor(kernel), strides=self.strides[0])
+
+
+class PaddedConv2D(Conv2D):
+    """A 3x3 convolution of x with one zero on all sides: at stride 2, other windows than those of SAME padding."""
+
+    def convolution_op(self, inputs: tf.Tensor, kernel: keras.Variable) -> tf.Tensor:
+        """The convolution, to which Keras adds the bias."""
+        padding = [[0, 0], [1, 1], [1, 1], [0, 0]]
+        return ops.conv2d(inputs, tf.convert_to_tensor(kernel), strides=self.strides[0], padding=padding)
 
 
 class ConvAndBias(Conv2D):
@@ -125,7 +133,7 @@ class DenseAndBias(keras.layers.Dense):
 
 
 class LayerBuilder:
-    """Builds convolutions and dense layers: each seeded by the run's seed and its own path, in the compute dtype.
+    """Builds the layers: each seeded by the run's seed and its own path, in the compute dtype.
 
     Layers are built at once, in the name scope of the layer that they are part of. To build them on demand, Keras would
     trace the network several times.
@@ -134,10 +142,11 @@ class LayerBuilder:
       seed: of the initial weights.
       precision: dtype of the products.
       trainable: whether the weights are held in float32; otherwise in the dtype of the products.
+      norm_eps: what group normalisation adds to the variance.
     """
 
-    def __init__(self, seed: int, precision: str, trainable: bool):
-        self._seed = seed
+    def __init__(self, seed: int, precision: str, trainable: bool, norm_eps: float):
+        self._seed, self._norm_eps = seed, norm_eps
         self._policy = "mixed_bfloat16" if precision == "bfloat16" and trainable else precision
 
     def conv(self, in_channels: int, channels: int, path: str, kind: type = Conv2D, **kwargs: Any) -> Any:
@@ -163,6 +172,10 @@ class LayerBuilder:
           **kwargs: `scale` of the initial weights, and arguments of the layer.
         """
         return _built(kind(channels, **self._arguments(path, **kwargs)), in_channels)
+
+    def norm(self, channels: int, name: str, swish: bool = False) -> GroupNorm:
+        """A group normalisation, with swish after it if asked for."""
+        return GroupNorm(channels, name, self._norm_eps, swish)
 
     def _arguments(self, path: str, scale: float = 1.0, **kwargs: Any) -> dict[str, Any]:
         seed = zlib.crc32(f"{self._seed}/{path}".encode()) >> 1

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.conditioning import NO_LABEL
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
@@ -94,7 +95,7 @@ class BoundEvaluator:
         self._trained, self._terms_are_timesteps = trained, stretches is None
         per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
-        def evaluate(first_image: tf.Tensor, images: tf.Tensor) -> BoundTerms:
+        def evaluate(first_image: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> BoundTerms:
             def noise_fn(k: tf.Tensor) -> tf.Tensor:
                 return CounterRng(seed, k, first_image).normal("likelihood", images.shape)
 
@@ -106,19 +107,25 @@ class BoundEvaluator:
                 return tf.where(k == 0, 0, 1 + tf.minimum(tf.cast(position, tf.int32), last - 1))
 
             num_terms = last + 1 if stretches is None else stretches + 1
-            return calc_bpd_loop(
-                trained.diffusion, trained.denoise_fn(), images_to_x(images), noise_fn, timesteps_fn, num_terms
-            )
+            denoise_fn = trained.denoise_fn(labels)
+            return calc_bpd_loop(trained.diffusion, denoise_fn, images_to_x(images), noise_fn, timesteps_fn, num_terms)
 
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
-    def __call__(self, first_image: int, images: np.ndarray) -> BoundTerms:
-        """The terms of images uint8 [n, H, W, C], n <= batch_size; `first_image` is the index of images[0].
+    def __call__(self, first_image: int, images: np.ndarray, labels: np.ndarray | None = None) -> BoundTerms:
+        """The terms of images uint8 [n, H, W, C], n <= batch_size.
+
+        Args:
+          first_image: the index of images[0].
+          images: the images.
+          labels: their labels int [n], -1 for none; default: none.
 
         Raises:
           NotFiniteError: a term or an error of an image is not finite.
         """
-        bound = BoundTerms(*(value.numpy() for value in self._evaluate(first_image, images)))
+        labels = np.full(len(images), NO_LABEL) if labels is None else labels
+        values = self._evaluate(first_image, images, labels.astype(np.int32))
+        bound = BoundTerms(*(value.numpy() for value in values))
         finite = np.isfinite(bound.terms_bpd) & np.isfinite(bound.mse)
         if not finite.all():
             # The highest t, where sampling would meet it first.
@@ -165,7 +172,13 @@ def mean_and_standard_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def bound_of_images(
-    trained: TrainedModel, images: np.ndarray, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None
+    trained: TrainedModel,
+    images: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    labels: np.ndarray | None = None,
+    num_timesteps_estimate: int | None = None,
 ) -> Bound:
     """The bound of images (Eq. 5), with a progress bar.
 
@@ -176,6 +189,7 @@ def bound_of_images(
       images: uint8 [N, H, W, C].
       batch_size: images of one call, over all replicas.
       seed: seed of the noise, int in [0, 2^32).
+      labels: the label of each image, int [N]; the bound is that of log p(x_0 | label). Default: no labels.
       num_timesteps_estimate: estimate the terms L_1, ..., L_{T-1} from this many of them; None: evaluate all.
 
     Raises:
@@ -184,7 +198,11 @@ def bound_of_images(
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     firsts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="bits/dim")
-    batches = [_batch_bound(evaluator, first, images[first : first + batch_size]) for first in firsts]
+    labels = np.full(len(images), NO_LABEL) if labels is None else labels
+    batches = [
+        _batch_bound(evaluator, first, *(array[first : first + batch_size] for array in (images, labels)))
+        for first in firsts
+    ]
     return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
 
 
@@ -197,6 +215,7 @@ def measure_bound(
     seed: int,
     partial: str,
     subject: Mapping[str, Any],
+    read_labels: Callable[[int, int], np.ndarray] | None = None,
     num_timesteps_estimate: int | None = None,
 ) -> Bound:
     """`bound_of_images` for many images: reads them batch by batch, and can be interrupted.
@@ -212,6 +231,7 @@ def measure_bound(
       seed: seed of the noise, int in [0, 2^32).
       partial: the folder for the results of all interrupted measurements; may be gs://.
       subject: what identifies the weights and the images, in a form that JSON can hold.
+      read_labels: reads the labels of these images, int32 [count], for the bound of log p(x_0 | label).
       num_timesteps_estimate: as in `bound_of_images`.
 
     Raises:
@@ -225,15 +245,21 @@ def measure_bound(
         "precision": trained.preset.precision,
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
+        **({"given": "labels"} if read_labels else {}),
     }
     kept = ResumableBatches(partial, description, num_examples=num_images, batch_size=batch_size)
-    batches = kept.compute(lambda first, count: _batch_bound(evaluator, first, read_images(first, count)), "bits/dim")
-    return _combine(list(batches), trained.diffusion.num_timesteps, num_timesteps_estimate)
+
+    def bound_of(first: int, count: int) -> Arrays:
+        labels = read_labels(first, count) if read_labels else None
+        return _batch_bound(evaluator, first, read_images(first, count), labels)
+
+    batches = list(kept.compute(bound_of, "bits/dim"))
+    return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
 
 
-def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray) -> Arrays:
+def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray, labels: np.ndarray | None) -> Arrays:
     """What `_combine` needs of a batch: values [n] of each image, and sums [K] over the images."""
-    bound = evaluator(first, images)
+    bound = evaluator(first, images, labels)
     terms = bound.terms_bpd.astype(np.float64)
     return {
         "prior_bpd": bound.prior_bpd.astype(np.float64),

@@ -61,11 +61,26 @@ class Preset:
     image_width: int = _field("Width of the images in pixels; 0: as their height.", 0, added=True)
     channels: int = _field("Colour channels of the images.", 3)
     random_flip: bool = _field("Flip each training image horizontally with probability 1/2.", True)
+    random_shift: int = _field(
+        "Shift each training image by up to this many pixels in each direction; its mirror image fills the border.",
+        0,
+        added=True,
+    )
 
     ch: int = _field("Channels of the network at the highest resolution.", 128)
     ch_mult: tuple[int, ...] = _field("Channels at each resolution, as multiples of `ch`.", (1, 2, 2, 2))
     num_res_blocks: int = _field("Residual blocks at each resolution.", 2)
     attn_resolutions: tuple[int, ...] = _field("Resolutions with self-attention, as heights in pixels.", (16,))
+    attention_head_dim: int = _field("Channels of each head of self-attention; 0: one head.", 0, added=True)
+    mid_attention: bool = _field("Whether the middle of the network has self-attention.", True, added=True)
+    norm_eps: float = _field("What group normalisation adds to the variance.", 1e-6, added=True)
+    flip_sin_to_cos: bool = _field("Whether the cosines of t come before its sines.", False, added=True)
+    freq_shift: int = _field(
+        "0: the wavelengths of t stop one step short of 10,000 (times 2 pi); 1: they reach it.", 1, added=True
+    )
+    downsample_padding: int = _field(
+        "Where a convolution of stride 2 pads: 0 below and to the right; 1 on all sides.", 0, added=True
+    )
     dropout: float = _field("Dropout rate of the residual blocks, in [0, 1).", 0.0, changeable=True)
 
     num_classes: int = _field("Classes that the network is conditioned on; 0: none.", 0, added=True)
@@ -136,6 +151,7 @@ class Preset:
         for name, base in _MULTIPLES:
             step = getattr(self, base)
             self._require(name, getattr(self, name) % step == 0, f"must be a multiple of `{base}={step}`")
+        self._require("random_shift", self.random_shift < min(self.image_shape[:2]), "must be less than the sides")
         for name, size, most, what in (
             ("ch", self.least_weights, _MAX_WEIGHTS, "weights or more"),
             ("image_size", self.image_pixels * self.ch, _MAX_FEATURES, "features of one image in a layer"),
@@ -219,7 +235,8 @@ _MAX_WEIGHTS = 2**28  # of the lower bound; the largest network of the paper has
 _MAX_FEATURES = 2**30  # 2^32 bytes in float32
 _MAX_POSITIONS = 2**14  # of an image, in attention, whose memory is their square
 _LARGEST = {
-    "image_size": 1024, "image_width": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64, "num_timesteps": 100_000,
+    "image_size": 1024, "image_width": 1024, "channels": 64, "ch": 4096, "num_res_blocks": 64,
+    "attention_head_dim": 4096, "norm_eps": 1.0, "num_timesteps": 100_000,
     "batch_size": 2**20, "num_steps": 10**9, "warmup_steps": 10**9, "steps_per_loop": 10**6,
     "checkpoint_every": 10**9, "keep_checkpoints": 10**6, "keep_every": 10**9, "sample_every": 10**9,
     "max_skipped_steps": 10**9, "num_classes": 10**6,
@@ -228,12 +245,17 @@ _LARGEST = {
 # (fields, whether a value is valid, what it must be), in the order in which they are checked.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "image_size channels ch num_res_blocks learning_rate batch_size num_steps grad_clip steps_per_loop"
+        "image_size channels ch num_res_blocks norm_eps learning_rate batch_size num_steps grad_clip steps_per_loop"
         " checkpoint_every keep_checkpoints max_skipped_steps",
         lambda v: 0 < v < math.inf,
         "must be greater than 0",
     ),
-    ("image_width num_classes warmup_steps keep_every sample_every", lambda v: v >= 0, "must be 0 or more"),
+    ("freq_shift downsample_padding", lambda v: v in (0, 1), "must be 0 or 1"),
+    (
+        "image_width attention_head_dim num_classes random_shift warmup_steps keep_every sample_every",
+        lambda v: v >= 0,
+        "must be 0 or more",
+    ),
     ("dropout label_dropout ema_decay", lambda v: 0 <= v < 1, "must be in [0, 1)"),
     ("beta_start beta_end", lambda v: 0 < v < 1, "must be in (0, 1)"),
     ("num_timesteps", lambda v: v >= 2, "must be 2 or more"),
@@ -304,26 +326,3 @@ def get_preset(dataset: str, **overrides: Any) -> Preset:
     if dataset not in PRESETS:
         raise ConfigError("dataset", f"={dataset}: choose one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[dataset], **overrides)
-
-
-def choose_preset(image_shape: tuple[int, int, int], num_images: int) -> Preset:
-    """A recipe for images (H, W, C) that no preset is for: that of cifar10 with as many levels as divide them.
-
-    Raises:
-      ConfigError: there are no images of this shape.
-    """
-    del num_images
-    height, width, channels = image_shape
-    levels, smaller = 1, (height, width)
-    while levels < 4 and all(size % 2 == 0 and size >= 8 for size in smaller):
-        levels, smaller = levels + 1, (smaller[0] // 2, smaller[1] // 2)
-    return dataclasses.replace(
-        PRESETS["cifar10"],
-        dataset=OWN_IMAGES,
-        image_size=height,
-        image_width=0 if width == height else width,
-        channels=channels,
-        ch=64,
-        ch_mult=(1, 2, 2, 2)[:levels],
-        attn_resolutions=(height >> (levels - 1),) if levels > 1 else (),
-    )

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,18 +12,20 @@ import tensorflow as tf
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data import open_source
-from diffusion_tf.data.arrays import array_source, check_images
+from diffusion_tf.conditioning import NO_LABEL, Condition
+from diffusion_tf.data import conditional_preset, open_images, open_source
+from diffusion_tf.data.arrays import array_source, check_images, materialize
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.inpainting import Inpainter, check_masks
 from diffusion_tf.interop.diffusers import check_size, read_ema
 from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_from_folder
-from diffusion_tf.interop.fine_tuning import initial_weights
+from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.recipes import choose_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
@@ -34,6 +36,7 @@ from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import MetricsCallback
 from diffusion_tf.unet import UNet
 
+Images: TypeAlias = np.ndarray | str | os.PathLike[str] | tf.data.Dataset  # what `train` takes
 _BATCH_SIZE = 64  # the most images of one call unless `batch_size` says otherwise
 
 
@@ -48,6 +51,8 @@ class Run:
       preset: the configuration of network, diffusion and training.
       step: training steps that the weights have taken; 0 for a diffusers folder, which does not record them.
       path: the workdir or diffusers folder.
+      classes: the names of the classes that the network is conditioned on, in the order of their indices; empty without
+        classes, or where the folder names none.
     """
 
     def __init__(
@@ -58,15 +63,17 @@ class Run:
         step: int,
         weights_digest: str,
         data: DataSettings = PRESETS_OWN,
+        classes: Sequence[str] = (),
     ):
         self.preset = trained.preset
         self.step = step
         self.path = path
+        self.classes = tuple(classes)
         self._trained = trained
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str, int | None], Sampler] = {}
+        self._samplers: dict[tuple[int, str, int | None, float], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -91,11 +98,13 @@ class Run:
         sampler: str = "ancestral",
         steps: int | None = None,
         batch_size: int | None = None,
+        labels: Sequence[int] = (),
+        guidance: float = 0.0,
     ) -> np.ndarray:
-        """Draws samples; shows progress. Costs `steps` network evaluations per sample.
+        """Draws samples; shows progress. Costs `steps` network evaluations per sample, and twice that with guidance.
 
-        Sample i is a function of the weights, the sampler, `seed` and i alone. The batch size changes it by float
-        rounding only.
+        Sample i is a function of the weights, the sampler, its label, `guidance`, `seed` and i alone. The batch size
+        changes it by float rounding only.
 
         Args:
           num_samples: N.
@@ -103,6 +112,8 @@ class Run:
           sampler: `ancestral` (Algorithm 2), `ddim` or `dpm_solver++`.
           steps: network evaluations per sample, in [1, T]; default: T, 50 and 20 for these samplers.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
+          guidance: w in (1 + w) f(x, label) - w f(x), 0 or more, for a run with classes.
 
         Returns:
           uint8 [N, H, W, C].
@@ -114,11 +125,14 @@ class Run:
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
         seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
-        compiled = batch_size, sampler, steps
+        condition = Condition(tuple(labels), guidance).resolve(self.preset)
+        compiled = batch_size, sampler, steps, guidance
         if compiled not in self._samplers:
             settings = SamplerSettings(sampler, steps)
-            self._samplers[compiled] = Sampler(self._trained, batch_size=batch_size, seed=seed, settings=settings)
-        self._samplers[compiled].seed = seed
+            self._samplers[compiled] = Sampler(
+                self._trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
+            )
+        self._samplers[compiled].seed, self._samplers[compiled].condition = seed, condition
         return self._samplers[compiled].draw(num_samples)
 
     def vary(
@@ -200,12 +214,13 @@ class Run:
         batches = ((first, slice(first, first + batch_size)) for first in starts)
         return np.concatenate([inpainter(images[batch], painted[batch], first_image=first) for first, batch in batches])
 
-    def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike) -> np.ndarray:
+    def denoise(self, x_t: npt.ArrayLike, t: npt.ArrayLike, *, labels: npt.ArrayLike = NO_LABEL) -> np.ndarray:
         """Evaluates the network once per image.
 
         Args:
           x_t: float32 [N, H, W, C], images in [-1, 1] after t + 1 steps of noise.
           t: int32 [N] or one int, in [0, T): index t is the paper's step t + 1.
+          labels: indices of `classes`, int [N] or one int; -1 is none.
 
         Returns:
           What the network predicts (`preset.model_mean_type`; by default eps), float32 [N, H, W, C]; 2 C channels where
@@ -224,12 +239,13 @@ class Run:
             raise ConfigError("t", f"must be an int or int [{len(x_t)}], not {t.dtype} {list(t.shape)}")
         if t.min() < 0 or t.max() >= self.preset.num_timesteps:
             raise ConfigError("t", f"must be in [0, {self.preset.num_timesteps})")
-        batch_size = self._batch_size(None, len(x_t), most=len(x_t))
+        labels, batch_size = self._labels(labels, len(x_t)), self._batch_size(None, len(x_t), most=len(x_t))
         if batch_size not in self._denoise_calls:
             self._denoise_calls[batch_size] = self._trained.over_replicas(
-                lambda _, x_t, t: self._trained.denoise_fn()(x_t, t), batch_size
+                lambda _, x_t, t, labels: self._trained.denoise_fn(labels)(x_t, t), batch_size
             )
-        output = self._denoise_calls[batch_size](0, x_t, np.broadcast_to(t, len(x_t)).astype(np.int32)).numpy()
+        t = np.broadcast_to(t, len(x_t)).astype(np.int32)
+        output = self._denoise_calls[batch_size](0, x_t, t, labels).numpy()
         self._trained.check_finite(output, "outputs")
         return output
 
@@ -240,6 +256,7 @@ class Run:
         seed: int = 0,
         num_timesteps_estimate: int | None = None,
         batch_size: int | None = None,
+        labels: npt.ArrayLike = NO_LABEL,
     ) -> np.ndarray:
         """Measures the variational bound (Eq. 5) of each image; shows progress.
 
@@ -252,6 +269,7 @@ class Run:
           num_timesteps_estimate: estimate the sum of the bound without bias from L_0 and this many random terms per
             image; default: all T terms.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: indices of `classes`, int [N] or one int, for the bound of log p(x_0 | label); -1 is none.
 
         Returns:
           Bits/dim, float64 [N].
@@ -267,6 +285,7 @@ class Run:
             images,
             batch_size=self._batch_size(batch_size, len(images)),
             seed=_check_seed(seed),
+            labels=self._labels(labels, len(images)),
             num_timesteps_estimate=num_timesteps_estimate,
         ).total_bpd
 
@@ -340,6 +359,20 @@ class Run:
         folder = os.path.join(self.path, "compression")
         return TableStore(folder, self._trained, self._weights_digest, self.step, open_train=open_train)
 
+    def _labels(self, labels: npt.ArrayLike, num_images: int) -> np.ndarray:
+        """Labels of images, one each or one for all, as int32 [num_images].
+
+        Raises:
+          ConfigError: their shape or dtype is wrong, or there is no such class.
+        """
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" or labels.shape not in ((), (num_images,)):
+            raise ConfigError(
+                "labels", f"must be an int or int [{num_images}], not {labels.dtype} {list(labels.shape)}"
+            )
+        Condition(tuple(np.unique(labels).tolist())).resolve(self.preset)
+        return np.broadcast_to(labels, num_images).astype(np.int32)
+
     def _batch_size(self, batch_size: int | None, num_images: int, most: int = _BATCH_SIZE) -> int:
         """The batch size to use: a multiple of the replicas by default."""
         if batch_size is not None:
@@ -380,14 +413,17 @@ def load(
     step, file = checkpoints.find(workdir.checkpoints, checkpoint)
     trained = TrainedModel.from_checkpoint(preset, resolved, file)
     digest = checkpoints.load_digest(file)
-    return Run(trained, path=path, step=step, weights_digest=digest, data=workdir.read_data())
+    data, classes = workdir.read_data(), workdir.read_classes()
+    return Run(trained, path=path, step=step, weights_digest=digest, data=data, classes=classes)
 
 
 def train(
-    preset: str | Preset,
+    preset: str | Preset | None,
     workdir: str,
-    images: np.ndarray | None = None,
+    images: Images | None = None,
     *,
+    labels: npt.ArrayLike | None = None,
+    conditional: bool = False,
     callbacks: Sequence[MetricsCallback] = (),
     data_dir: str | None = None,
     tfrecord: str | None = None,
@@ -400,10 +436,16 @@ def train(
     A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
 
     Args:
-      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`.
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None takes
+        the recipe of the run in `workdir`, or of `init_from`, or chooses one by the images.
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
-      images: uint8 [N, H, W, C] to train on; default: the preset's own data.
+      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; a folder of pictures,
+        which are cut and scaled, for a recipe that is chosen to 64x64 RGB, and kept as TFRecords in ~/.cache; an .npz
+        file; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read into
+        memory once, 16 GB at most.
+      labels: int or str [N], the class of each image of an array; default: none.
+      conditional: condition the network on the classes of the images, which need labels.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.
       data_dir: the folder of prepared TFDS datasets; default: ~/tensorflow_datasets.
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
@@ -422,29 +464,56 @@ def train(
       DivergedError: training diverged, also after it went back to a checkpoint once.
       PreemptedError: the machine is about to be taken away; the run is saved.
     """
-    if isinstance(preset, str):
-        preset = get_preset(preset)
-    if images is None:
-        data = DataSettings(data_dir=data_dir, tfrecord=tfrecord)
-        source = open_source(preset, "train", data)
-    elif data_dir or tfrecord:
+    wanted = _wanted_preset(preset, workdir, init_from)
+    if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")
-    else:
-        check_images(images, preset.image_shape)
-        data, source = PRESETS_OWN, array_source(images)
+    if labels is not None and not (isinstance(images, np.ndarray) and conditional):
+        raise ConfigError("labels", "go with `conditional=True` and `images` that are an array")
+    source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
+    chosen = wanted or choose_preset(source.image_shape, source.num_examples)
+    if conditional:
+        chosen = conditional_preset(chosen, source)
     resolved = _resolve_strategy(strategy)
     train_in_workdir(
-        preset,
+        chosen,
         resolved,
         source,
         workdir,
-        command=f"diffusion_tf.train({preset}, {workdir!r})\n",
+        command=f"diffusion_tf.train({chosen}, {workdir!r})\n",
         data=data,
-        initial=initial_weights(Workdir(workdir), init_from, preset),
+        initial=initial_weights(Workdir(workdir), init_from, chosen),
         callbacks=callbacks,
         allow_recipe_change=allow_recipe_change,
     )
     return load(workdir, strategy=resolved)
+
+
+def _wanted_preset(preset: str | Preset | None, workdir: str, init_from: str | None) -> Preset | None:
+    """The recipe that `train` asks for; None if the images are to decide."""
+    if isinstance(preset, str):
+        return get_preset(preset)
+    if preset is None and Workdir(workdir).holds_run():
+        return Workdir(workdir).read_preset()
+    return fine_tuning_preset(init_from, {}) if preset is None and init_from else preset
+
+
+def _open_images(
+    preset: Preset | None, images: Images | None, labels: npt.ArrayLike | None, data: DataSettings
+) -> tuple[ImageSource, DataSettings]:
+    """The training images as `train` takes them, and where measurements find them."""
+    shape = preset.image_shape if preset else None
+    if isinstance(images, str | os.PathLike):
+        path = os.fspath(images)
+        data = DataSettings(npz=path) if path.lower().endswith(".npz") else DataSettings(images=path)
+        return open_images(data, "train", lambda own: shape or own), data
+    if images is None:
+        if preset is None:
+            raise ConfigError("preset", "is required without `images` to choose one by")
+        return open_source(preset, "train", data), data
+    if isinstance(images, tf.data.Dataset):
+        images, labels = materialize(images)
+    check_images(images, shape)
+    return array_source(images, labels=labels), PRESETS_OWN
 
 
 def _load_diffusers(folder: str, preset: Preset, strategy: tf.distribute.Strategy, checkpoint: int | None) -> Run:

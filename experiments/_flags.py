@@ -158,7 +158,7 @@ def define_condition_flags() -> None:
         "label",
         None,
         "Classes to draw, for a run with classes: names or indices separated by commas, which the samples take in turn,"
-        " or none. Default: all classes.",
+        " or none. Default: all classes; none for pictures that are changed.",
     )
     flags.DEFINE_float(
         "guidance",
@@ -167,13 +167,18 @@ def define_condition_flags() -> None:
     )
 
 
-def condition_from_flags(preset: Preset, classes: Sequence[str]) -> Condition:
-    """The labels and guidance that `define_condition_flags` asks for; `classes` are the names of the run's classes.
+def condition_from_flags(preset: Preset, classes: Sequence[str], default: tuple[int, ...] = ()) -> Condition:
+    """The labels and guidance that `define_condition_flags` asks for.
+
+    Args:
+      preset: the run's configuration.
+      classes: the names of its classes.
+      default: the labels without --label, as in `Condition`.
 
     Raises:
       InputError: they do not fit the run.
     """
-    labels = () if FLAGS.label is None else parse_labels(FLAGS.label, classes, preset.num_classes)
+    labels = default if FLAGS.label is None else parse_labels(FLAGS.label, classes, preset.num_classes)
     return Condition(labels, FLAGS.guidance).resolve(preset)
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import flags, logging
 
 from diffusion_tf.data import open_source
-from diffusion_tf.data.source import ImageReader, ImageSource, identity
+from diffusion_tf.data.source import ImageReader, ImageSource, identity, label_reader
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation.feature_networks import (
     DIGITS_SHAPE,
@@ -120,7 +120,11 @@ class MeasuredRun:
         step, checkpoint = self.find_checkpoint()
         source = self.open_source(FLAGS.split)
         num_images = min(FLAGS.num_images or source.num_examples, source.num_examples)
-        reader = ImageReader(source)
+        reader, read_labels = ImageReader(source), None
+        if self.preset.num_classes and FLAGS.labels:
+            if source.label is None:
+                raise InputError(f"{source.name} has no labels, which the run is conditioned on: give --nolabels")
+            read_labels = label_reader(source)
         bound = measure_bound(
             TrainedModel.from_checkpoint(self.preset, self.strategy, checkpoint),
             reader,
@@ -129,12 +133,15 @@ class MeasuredRun:
             seed=FLAGS.seed,
             partial=self.results.partial,
             subject={"checkpoint": checkpoints.load_digest(checkpoint), **identity(source)},
+            read_labels=read_labels,
             num_timesteps_estimate=num_timesteps_estimate,
         )
         levels = count_levels(reader, num_images)
         subject = {"dataset": self.preset.dataset, "images": source.name, "split": FLAGS.split}
         sizes = {"num_images": num_images, "levels": levels, "uniform_code_bits_per_dim": math.log2(levels)}
         notes = {"bits_per_dim": describe_levels(levels)} if levels < 256 else {}
+        if read_labels:
+            subject["given"] = "labels"
         return bound, {**subject, **sizes, "step": step, "seed": FLAGS.seed, "notes": notes}
 
 

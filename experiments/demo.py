@@ -1,6 +1,9 @@
-"""Trains the digits preset on this machine, draws samples, and scores them.
+"""Trains the digits preset, or a small network on your pictures, on this machine; draws samples, and scores them.
 
-python -m experiments.demo --workdir=runs/digits
+  python -m experiments.demo --workdir=runs/digits
+  python -m experiments.demo --workdir=runs/mine --images=FOLDER
+
+With pictures it also writes the report of the run.
 """
 
 import contextlib
@@ -8,17 +11,26 @@ import os
 
 from absl import flags
 
+from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
+_flags.define_data_flags()
+flags.DEFINE_integer("image_size", 32, "Height and width of the images that pictures become.", lower_bound=4)
+flags.DEFINE_integer("channels", 3, "Their channels: 1 is grey, 3 is RGB, 4 is RGB and alpha.", lower_bound=1)
+flags.DEFINE_integer("num_steps", 500, "Training steps on pictures.", lower_bound=1)
 flags.DEFINE_integer("num_samples", 256, "Number of samples, at least 100.", lower_bound=100)
 
 
 def _check() -> None:
     _flags.require_flags("workdir")
+    data = _flags.data_from_flags()
+    for name in ("image_size", "channels", "num_steps"):
+        if FLAGS[name].present and not data.names_images:
+            raise InputError(f"--{name} is for pictures: name them by --images=FOLDER")
 
 
 _program.parse_flags(__name__, _check)
@@ -42,6 +54,8 @@ from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import report_samples, samples_path
+
+from . import _demo_images
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
@@ -67,6 +81,13 @@ Next
 
 
 def main() -> None:
+    if _flags.data_from_flags().names_images:
+        _demo_images.main()
+    else:
+        _demo_digits()
+
+
+def _demo_digits() -> None:
     network = digits_network()
     check_metrics(_METRICS, network.name, FLAGS.num_samples, len(load_digits()))  # before the work, not after it
     preset = get_preset("digits", sample_every=0)  # samples are drawn below

@@ -28,6 +28,7 @@ from . import _flags, _program
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=100)
 _flags.define_sampler_flags()
+_flags.define_condition_flags()
 flags.DEFINE_list("metrics", None, f"Any of {', '.join(METRICS)}. Default: all that the features allow.")
 flags.DEFINE_integer("num_samples", None, "Number of samples. Default: 50,000; 1,000 for digits.", lower_bound=2)
 _flags.define_path("samples", None, "Score this .npz (`samples`, uint8 [N, H, W, C]) instead of a checkpoint.")
@@ -91,11 +92,12 @@ def _make_scorer(run: MeasuredRun, num_samples: int) -> tuple[Scorer, str]:
 
 def _make_checkpoint_scorer(run: MeasuredRun) -> CheckpointScorer:
     settings = _flags.sampler_from_flags(run.preset)
+    condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes())
     num_samples = FLAGS.num_samples or (1000 if run.preset.dataset == "digits" else 50_000)
     scorer, best_by = _make_scorer(run, num_samples)
     samples = RunSamples(
         run.strategy, run.preset, num_samples=num_samples, batch_size=FLAGS.batch_size, seed=FLAGS.seed,
-        settings=settings,
+        settings=settings, condition=condition,
     )  # fmt: skip
     return CheckpointScorer(run.workdir, scorer, samples, best_by, run.results)
 

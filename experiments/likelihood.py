@@ -34,7 +34,7 @@ from diffusion_tf.storage.json_files import write_json
 from ._measured_run import MeasuredRun
 
 _TABLE = """
-{images}: {num_images} images, step {step}
+{images}: {num_images} images{given}, step {step}
   bits/dim      {bits_per_dim:.5f}{error}{notes}
     L_T         {prior_bits_per_dim:.3e}
     L_1..L_T-1  {middle_bits_per_dim:.5f}
@@ -70,7 +70,8 @@ def main() -> None:
         result["notes"]["bits_per_dim_standard_error"] = "undefined for one image"
     shown = f" +- {error:.5f} (standard error)" if math.isfinite(error) else ""
     notes = "".join(f"\n      {name}: {note}" for name, note in result["notes"].items())
-    print(_TABLE.format(**{**result, "error": shown, "notes": notes}))
+    given = " given their labels" if "given" in result else ""
+    print(_TABLE.format(**{**result, "error": shown, "notes": notes, "given": given}))
     if bound.terms_bpd is not None and bound.terms_standard_error is not None:
         result["terms_bits_per_dim"] = bound.terms_bpd.tolist()
         result["terms_bits_per_dim_standard_error"] = bound.terms_standard_error.tolist()

@@ -90,7 +90,8 @@ def main() -> None:
         for t in reversed(range(len(rate)))
     ]
     table = _table(rows, with_paper=run.preset.dataset == "cifar10" and len(rate) == 1000)
-    print(f"{subject['images']}: {subject['num_images']} images, step {subject['step']}")
+    given = " given their labels" if "given" in subject else ""
+    print(f"{subject['images']}: {subject['num_images']} images{given}, step {subject['step']}")
     _print_table(table)
     print_notes(subject["notes"])
     base = os.path.splitext(out)[0]

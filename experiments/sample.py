@@ -200,7 +200,8 @@ def _write_grid(run: MeasuredRun, caption: str, samples: np.ndarray, condition: 
 def main() -> None:
     run = MeasuredRun.from_flags()
     settings = _settings(run.preset)
-    condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes())
+    default_labels = (NO_LABEL,) if FLAGS.inpaint or FLAGS.start_from else ()
+    condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes(), default_labels)
     step, checkpoint = run.find_checkpoint()
     given = _read_given(run.preset.image_shape)
     num_samples = FLAGS.num_samples or (len(given.images) if given else 64)

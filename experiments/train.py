@@ -13,14 +13,15 @@ import json
 from absl import flags
 
 from diffusion_tf.data_settings import DataSettings
-from diffusion_tf.presets import CHANGEABLE, Preset, choose_preset
+from diffusion_tf.presets import CHANGEABLE, Preset
+from diffusion_tf.recipes import choose_preset
 
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_strategy_flags()
-_flags.define_preset_flags(" Without it, --images, --npz and --tfds choose a recipe by the images.")
+_flags.define_preset_flags(" Without it, a recipe is chosen for the images of --images, --npz, --tfds or --tfrecord.")
 _flags.define_data_flags()
 _flags.define_path(
     "init_from",
@@ -42,7 +43,7 @@ flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the
 def _check() -> None:
     data = _flags.data_from_flags()
     if _chooses(data):
-        _flags.preset_from_flags(choose_preset(_flags.image_shape((64, 64, 3)), 1))
+        choose_preset(_flags.image_shape((64, 64, 3)), 1, **_flags.preset_overrides())
     elif FLAGS.init_from is None:
         _flags.preset_from_flags()
     if not FLAGS.dry_run:
@@ -51,12 +52,12 @@ def _check() -> None:
 
 def _chooses(data: DataSettings) -> bool:
     """Whether the recipe is to be chosen by the images."""
-    return bool(data.images or data.npz or data.tfds) and not (FLAGS["dataset"].present or FLAGS.init_from)
+    return data.names_images and not (FLAGS["dataset"].present or FLAGS.init_from)
 
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data import conditional_preset, open_images, open_source, own_shape
+from diffusion_tf.data import conditional_preset, open_images, open_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
@@ -111,8 +112,8 @@ def _recipe(data: DataSettings) -> tuple[Preset, ImageSource | None]:
             return fine_tuning_preset(FLAGS.init_from, _flags.preset_overrides()), None
     if not _chooses(data):
         return _flags.preset_from_flags(), None
-    source = open_images(data, "train", _flags.image_shape(own_shape(data)))
-    return _flags.preset_from_flags(choose_preset(source.image_shape, source.num_examples)), source
+    source = open_images(data, "train", _flags.image_shape)
+    return choose_preset(source.image_shape, source.num_examples, **_flags.preset_overrides()), source
 
 
 if __name__ == "__main__":

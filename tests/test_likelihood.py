@@ -263,3 +263,39 @@ def test_levels_are_those_that_occur():
     assert likelihood.count_levels(lambda *_: every, 1) == 256
     assert "17 of the 256 levels" in likelihood.describe_levels(17)
     assert "log2(17) = 4.09 bits/dim" in likelihood.describe_levels(17)
+
+
+CLASS_MEANS = (-0.5, 0.25)
+
+
+def test_the_bound_given_labels_is_the_closed_form(tmp_path):
+    """A network that predicts the mean of the image's class: both Gaussians of a term have one variance."""
+    preset = dataclasses.replace(golden.TINY, num_classes=2, model_mean_type="xstart")
+
+    def network(x_t, _, labels):
+        means = tf.gather(tf.constant(CLASS_MEANS), tf.maximum(labels, 0))
+        return tf.where(labels < 0, 0.0, means)[:, None, None, None] * tf.ones_like(x_t)
+
+    trained = golden.known_model(network, make_strategy("one_device"), preset)
+    images, labels = load_digits()[:5], np.array([0, 1, -1, 1, 0])
+    schedule = trained.diffusion.schedule
+    gain = np.sum(schedule.posterior_mean_coef1[1:] ** 2 / schedule.posterior_variance[1:]) / 2 / np.log(2)
+
+    def expected(labels):
+        means = np.where(labels < 0, 0.0, np.take(CLASS_MEANS, labels))[:, None, None, None]
+        return gain * np.square(images / 127.5 - 1 - means).mean(axis=(1, 2, 3))
+
+    found = likelihood.bound_of_images(trained, images, batch_size=2, seed=0, labels=labels)
+    np.testing.assert_allclose(found.middle_bpd, expected(labels), rtol=1e-4)
+    unlabelled = likelihood.bound_of_images(trained, images, batch_size=2, seed=0)
+    np.testing.assert_allclose(unlabelled.middle_bpd, expected(np.full(5, -1)), rtol=1e-4)
+
+    def measure(read_labels):
+        return likelihood.measure_bound(
+            trained, lambda first, count: images[first : first + count], num_images=5, batch_size=2, seed=0,
+            partial=str(tmp_path), subject={}, read_labels=read_labels,
+        ).middle_bpd  # fmt: skip
+
+    np.testing.assert_array_equal(measure(None), unlabelled.middle_bpd)
+    # A measurement of its own, although it is kept in the same folder.
+    np.testing.assert_array_equal(measure(lambda first, count: labels[first : first + count]), found.middle_bpd)

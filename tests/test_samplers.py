@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from support import gaussian_data, golden
 
+from diffusion_tf.conditioning import Condition
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.rng import CounterRng
@@ -225,3 +226,59 @@ def test_padding_a_partial_batch_adds_no_steps():
     process = ReverseProcess(golden.known_model(denoise_fn, make_strategy("mirrored")), batch_size=8, seed=0)
     process(process.noise(3), 8, 5)
     assert sorted(calls) == [5] * 8 + [6] * 8 + [7] * 8  # one image for each of eight replicas
+
+
+CLASSES = dataclasses.replace(golden.TINY, num_classes=3)
+
+
+def by_label(x_t, t, labels):
+    """A network whose eps grows with the label, -1 for none, and over time."""
+    return 0.1 * x_t + 0.2 * (tf.cast(labels, tf.float32) + tf.cast(t, tf.float32))[:, None, None, None]
+
+
+def shifted(shifts):
+    """The same for images 0, 1, ... whose labels are `shifts`, as a model without labels."""
+    return golden.known_model(lambda x_t, t: by_label(x_t, t, shifts), make_strategy("one_device"))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "dpm_solver++"])
+def test_every_sampler_draws_image_i_with_its_label_and_guidance(name):
+    """(1 + w) f(label) - w f(-1) is f(label + w (label + 1)) for this network."""
+    condition, settings = Condition((2, 0, -1), 1.5), SamplerSettings(name, 4)
+    trained = golden.known_model(by_label, make_strategy("one_device"), CLASSES)
+    found = Sampler(trained, batch_size=4, seed=3, settings=settings, condition=condition)(4)
+    labels = np.array([0, -1, 2, 0], np.float32)  # of images 4, 5, 6, 7
+    one = shifted(labels + 1.5 * (labels + 1))
+    np.testing.assert_allclose(found, Sampler(one, batch_size=4, seed=3, settings=settings)(4), atol=1e-4)
+
+
+def test_other_labels_do_not_compile_again():
+    traces = []
+
+    def network(x_t, t, labels):
+        traces.append(x_t.shape)
+        return by_label(x_t, t, labels)
+
+    sampler = Sampler(
+        golden.known_model(network, make_strategy("one_device"), CLASSES), batch_size=3, seed=0,
+        settings=SamplerSettings("ddim", 4),
+    )  # fmt: skip
+    first, compiled = sampler(0), len(traces)
+    sampler.condition = Condition((1, 2, 0))
+    second = sampler(0)
+    assert len(traces) == compiled and np.abs(second - first).max(axis=(1, 2, 3)).min() > 0.01
+
+
+def test_the_reverse_process_and_inversion_take_labels():
+    labels = np.array([2, -1, 0], np.int32)
+    given = golden.known_model(by_label, make_strategy("one_device"), CLASSES)
+    fixed = shifted(labels + (labels + 1))  # as guidance 1 moves them
+    process, expected = (ReverseProcess(trained, batch_size=3, seed=0, guidance=1.0) for trained in (given, fixed))
+    x_T = process.noise(3)
+    np.testing.assert_allclose(process(x_T, 8, 3, labels=labels), expected(x_T, 8, 3), atol=1e-4)
+    predicted = process.predict_xstart(x_T, 8, labels=labels)
+    np.testing.assert_allclose(predicted, expected.predict_xstart(x_T, 8), atol=1e-4)
+    images = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1), np.uint8)
+    arguments = {"steps": 4, "spacing": "trailing", "batch_size": 3, "guidance": 1.0}
+    latents, _ = ddim_inversion(given, images, labels=labels, **arguments)
+    np.testing.assert_allclose(latents, ddim_inversion(fixed, images, **arguments)[0], atol=1e-4)

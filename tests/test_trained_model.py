@@ -113,3 +113,31 @@ def test_frozen_weights_give_the_same_network(precision):
         error = np.sqrt(np.mean(np.square(frozen - expected))) / np.std(expected)
         assert error < {"float32": 1e-5, "bfloat16": 0.05}[precision]
         assert np.any(frozen != plain) == onednn.available(tf.as_dtype(precision))
+
+
+@pytest.mark.parametrize("var_type", ["fixedsmall", "learned"])
+def test_guidance_extrapolates_from_no_label_to_the_label(var_type):
+    """Against two evaluations of the network, in float64; learned variances are those of the label."""
+    preset = get_preset("digits", ch_mult=(2,), num_classes=3, model_var_type=var_type, loss_type="kl")
+    trained = TrainedModel(preset, make_strategy("one_device"))
+    golden.assign_random_weights(trained.model, np.random.RandomState(0))
+    random = np.random.RandomState(1)
+    x_t, t = random.standard_normal((4, 8, 8, 1)).astype(np.float32), np.array([3, 0, 999, 500], np.int32)
+    labels, none = np.array([0, 2, -1, 1], np.int32), np.full(4, -1, np.int32)
+    given, plain = (trained.model(x_t, t, of).numpy().astype(np.float64) for of in (labels, none))
+    expected = np.concatenate([3 * given[..., :1] - 2 * plain[..., :1], given[..., 1:]], axis=-1)
+    calls = []
+
+    class Counting(UNet):
+        def call(self, x_t, t, labels=None, rng=None):
+            calls.append(x_t.shape[0])
+            return super().call(x_t, t, labels, rng)
+
+    counting = Counting.from_preset(preset)
+    counting.set_weights(trained.model.get_weights())
+    trained = TrainedModel(preset, trained.strategy, counting)
+    np.testing.assert_allclose(trained.denoise_fn(tf.constant(labels), 2.0)(x_t, t), expected, atol=1e-4)
+    np.testing.assert_allclose(trained.denoise_fn(tf.constant(labels))(x_t, t), given, atol=1e-5)
+    np.testing.assert_allclose(trained.denoise_fn()(x_t, t), plain, atol=1e-5)
+    assert calls == [8, 4, 4]  # one evaluation of twice the images, or of the images
+    assert np.abs(given - plain)[[0, 1, 3]].max(axis=(1, 2, 3)).min() > 1e-3

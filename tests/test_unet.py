@@ -283,3 +283,46 @@ def test_a_frozen_network_refuses_every_assignment(tmp_path):
             assign()
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
+
+
+CLASSES = get_preset("digits", num_classes=3)
+
+
+def test_a_label_adds_its_row_of_the_table_to_the_embedding_of_t():
+    """Against the network without classes, whose second bias holds the row."""
+    model, plain = UNet.from_preset(CLASSES), UNet.from_preset(get_preset("digits"))
+    assert model.count_params() - plain.count_params() == 3 * 4 * CLASSES.ch
+    random = np.random.RandomState(0)
+    golden.assign_random_weights(plain, random)
+    table = random.standard_normal((3, 4 * CLASSES.ch)).astype(np.float32)
+    weights = dict(zip(plain.weight_names, plain.trainable_variables, strict=True)) | {"class_embedding/kernel": table}
+    for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
+        variable.assign(weights[name])
+    x, t = random.standard_normal((4, 8, 8, 1)).astype(np.float32), np.array([0, 10, 500, 999], np.int32)
+    labels = np.array([2, -1, 0, 2], np.int32)
+    rows = [model(x, t, labels), model(x, t)]
+    np.testing.assert_allclose(rows[1], plain(x, t), atol=1e-5)  # no labels
+    bias = plain.temb_dense1.bias.numpy()
+    for i, label in enumerate(labels):
+        plain.temb_dense1.bias.assign(bias + (table[label] if label >= 0 else 0.0))
+        np.testing.assert_allclose(rows[0][i], plain(x, t)[i], atol=1e-5, err_msg=f"label {label}")
+    assert np.abs(rows[0] - rows[1])[[0, 2, 3]].max(axis=(1, 2, 3)).min() > 1e-3
+
+
+def test_the_class_embedding_is_trained_by_the_labels_that_occur():
+    model = UNet.from_preset(CLASSES)
+    golden.assign_random_weights(model, np.random.RandomState(0))
+    x, t = tf.ones([2, 8, 8, 1]), tf.constant([3, 700])
+    with tf.GradientTape() as tape:
+        output = tf.reduce_sum(tf.square(model(x, t, tf.constant([1, -1]))))
+    gradient = tape.gradient(output, model.class_embedding.kernel.value).numpy()
+    assert gradient[1].any() and not gradient[[0, 2]].any()
+
+
+def test_a_saved_keras_model_keeps_its_classes(tmp_path):
+    model = UNet.from_preset(CLASSES)
+    golden.assign_random_weights(model, np.random.RandomState(0))
+    model.save(str(tmp_path / "unet.keras"))
+    loaded = keras.saving.load_model(str(tmp_path / "unet.keras"))
+    x, t, labels = tf.ones([2, 8, 8, 1]), tf.constant([3, 700]), tf.constant([1, 2])
+    np.testing.assert_array_equal(loaded(x, t, labels), model(x, t, labels))

@@ -7,12 +7,13 @@ read the images of a split in the order of their records.
 
 import dataclasses
 
+from diffusion_tf.data.arrays import npz_source
 from diffusion_tf.data.digits import digits_source
-from diffusion_tf.data.fitting import Fitting
+from diffusion_tf.data.fitting import PICTURES_SHAPE, ChooseShape, Fitting
 from diffusion_tf.data.image_cache import cached_source
 from diffusion_tf.data.picture_folder import find_split
 from diffusion_tf.data.source import ImageSource
-from diffusion_tf.data.tfds import TFDS_NAMES, tfds_source
+from diffusion_tf.data.tfds import TFDS_NAMES, any_tfds_source, tfds_source
 from diffusion_tf.data.tfrecords import tfrecord_source
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
@@ -36,7 +37,7 @@ def open_source(
       InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
     """
     if data.names_images:
-        return open_images(data, split, preset.image_shape)
+        return open_images(data, split, lambda _: preset.image_shape)
     if preset.dataset == "digits":
         return digits_source(split, preset.image_shape)
     if preset.dataset in TFDS_NAMES:
@@ -50,33 +51,32 @@ def open_source(
     )
 
 
-def open_images(data: DataSettings, split: str, image_shape: tuple[int, int, int]) -> ImageSource:
-    """Opens the images that a setting names, at any shape.
+def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> ImageSource:
+    """Opens the images that a setting names; prints a line about pictures and their cache.
 
     Args:
-      data: names the images.
+      data: names a folder of pictures, an .npz file, a TFDS dataset, or TFRecords.
       split: as for `open_source`.
-      image_shape: (H, W, C) of the images.
+      choose_shape: maps the (H, W, C) that the images have by themselves, PICTURES_SHAPE if their sizes differ, to that
+        of the run.
 
     Raises:
       InputError: as `open_source`.
     """
     if data.tfrecord:
-        return tfrecord_source(data.tfrecord, image_shape, data.skip_bad_records)
+        return tfrecord_source(data.tfrecord, choose_shape(PICTURES_SHAPE), data.skip_bad_records)
+    if data.npz:
+        return npz_source(data.npz, split, data.held_out, data.resize, choose_shape)
+    if data.tfds:
+        return any_tfds_source(data, split, choose_shape)
     assert data.images
-    images = find_split(data.images, split, data.held_out)
     return cached_source(
-        images,
+        find_split(data.images, split, data.held_out),
         f"{data.images}, {split}",
-        Fitting(image_shape, data.resize),
+        Fitting(choose_shape(PICTURES_SHAPE), data.resize),
         cache_dir=data.cache_dir,
         skip_bad_images=data.skip_bad_records,
     )
-
-
-def own_shape(data: DataSettings) -> tuple[int, int, int]:
-    """Returns the (H, W, C) that images have by themselves; 64x64x3 for pictures, whose sizes may differ."""
-    return 64, 64, 3
 
 
 def conditional_preset(preset: Preset, source: ImageSource) -> Preset:

@@ -29,7 +29,7 @@ def load_digit_labels(split: str = "all") -> np.ndarray:
 
 
 def digits_source(split: str, image_shape: tuple[int, int, int]) -> ImageSource:
-    """Returns a split of the digits as a source with labels.
+    """Returns a split of the digits as a source, with their labels.
 
     Raises:
       InputError: `image_shape` is not (8, 8, 1).

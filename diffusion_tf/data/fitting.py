@@ -7,11 +7,17 @@ what is smaller. Of pictures with alpha, it scales the colours weighted by their
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
 
-from diffusion_tf.data.pictures import decode_picture
+from diffusion_tf.data.pictures import convert_channels, decode_picture
+from diffusion_tf.errors import ConfigError
+
+# Maps the (H, W, C) that images have by themselves to that of a run.
+ChooseShape = Callable[[tuple[int, int, int]], tuple[int, int, int]]
+PICTURES_SHAPE = (64, 64, 3)  # what is by itself the shape of pictures, whose sizes differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,19 @@ class Fitting:
         top, left = (height - scaled.shape[0]) // 2, (width - scaled.shape[1]) // 2
         image[top : top + scaled.shape[0], left : left + scaled.shape[1]] = scaled
         return image
+
+    def fit_array(self, images: np.ndarray) -> np.ndarray:
+        """Returns images uint8 [N, h, w, c] of one size as uint8 [N, H, W, C]; costs up to a millisecond each.
+
+        Raises:
+          ConfigError: they have another size and `resize` is none, or their channels cannot be converted.
+        """
+        if images.shape[1:] == self.image_shape:
+            return images
+        if self.resize == "none" and images.shape[1:3] != self.image_shape[:2]:
+            sizes = "{}x{}, and the run's {}x{}".format(*images.shape[1:3], *self.image_shape)
+            raise ConfigError("resize", f"=none: the images are {sizes} (height x width): crop, pad or stretch them")
+        return np.stack([self.fit(convert_channels(image, self.image_shape[2])) for image in images])
 
     def enlarges(self, picture: np.ndarray) -> bool:
         """Whether `fit` invents pixels: the part of the picture that it scales is smaller than the result."""

@@ -7,20 +7,18 @@ picture lies in one.
 """
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NotRequired, TypedDict
 
 from diffusion_tf.data.image_folders import EncodedImages, find_images
+from diffusion_tf.data.partition import Label, hold_out, index_classes
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import read_file
 from diffusion_tf.storage.json_files import parse_json
 
 _TEST_NAMES = ("test", "validation", "val")
 _METADATA = "metadata.jsonl"
-
-Label = str | int
 
 
 class _Line(TypedDict):
@@ -42,50 +40,16 @@ def find_split(folder: str, split: str, held_out: float) -> EncodedImages:
       InputError: the folder cannot be read, has too few pictures, or its labels do not fit its pictures.
     """
     images = find_images(folder, setting="images")
-    splits, depth = _splits(images, held_out)
-    if not splits[split]:
-        raise ConfigError(
-            "held_out", f"={held_out:g}: {folder} has no test split: `split=train` is all of its pictures"
-        )
     try:
-        return _labelled(images, splits, depth).select(splits[split])
+        splits, depth = _splits(images, held_out)
+        images = _labelled(images, splits, depth)
     except InputError as error:
         raise ConfigError("images", f"={folder}: {error}") from error
-
-
-def hold_out(names: Sequence[str], fraction: float, setting: str) -> list[bool]:
-    """Chooses by a hash of its name whether each image is held out; at least one is, and at least one is not.
-
-    Args:
-      names: the names of the images.
-      fraction: the expected fraction; 0 holds out none.
-      setting: the setting that names the images, for the message.
-
-    Raises:
-      ConfigError: there is only one image, and `fraction` is not 0.
-    """
-    if not fraction:
-        return [False] * len(names)
-    if len(names) == 1:
-        raise ConfigError(setting, " holds one image, and one is held out: add others, or train on it by `held_out=0`")
-    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names]
-    values = [int.from_bytes(digest, "big") for digest in hashes]
-    count = min(max(sum(value < fraction * 2**64 for value in values), 1), len(names) - 1)
-    limit = sorted(values)[count]
-    return [value < limit for value in values]
-
-
-def index_classes(labels: Sequence[Label]) -> tuple[list[int], tuple[str, ...]]:
-    """Returns the index of each label among the sorted labels, and these as the names of the classes.
-
-    Raises:
-      InputError: some labels are texts and others are numbers.
-    """
-    if len({type(label) for label in labels}) > 1:
-        raise InputError("some labels are texts and others are numbers: use one kind")
-    classes = sorted(set(labels))
-    index = {label: place for place, label in enumerate(classes)}
-    return [index[label] for label in labels], tuple(map(str, classes))
+    if not splits[split]:
+        raise ConfigError(
+            "held_out", f"={held_out:g} leaves {folder} without a test split: its pictures are all in `split=train`"
+        )
+    return images.select(splits[split])
 
 
 def _splits(images: EncodedImages, held_out: float) -> tuple[dict[str, list[int]], int]:
@@ -100,7 +64,7 @@ def _splits(images: EncodedImages, held_out: float) -> tuple[dict[str, list[int]
     train = places("train") if depth else list(range(len(images.keys)))
     if test_name := next((name for name in _TEST_NAMES if depth and name in names), None):
         return {"train": train, "test": places(test_name)}, depth
-    held = hold_out([images.keys[place] for place in train], held_out, "images")
+    held = hold_out([images.keys[place] for place in train], held_out)
     return {
         "train": [place for place, out in zip(train, held, strict=True) if not out],
         "test": [place for place, out in zip(train, held, strict=True) if out],

@@ -119,6 +119,20 @@ def decode_picture(encoded: bytes, channels: int, size: tuple[int, int] | None =
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
+def convert_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Converts an image uint8 [H, W, C] as the module's description says: uint8 [H, W, channels].
+
+    Raises:
+      ConfigError: there are no pictures of C or of `channels` channels.
+    """
+    if image.shape[2] == channels:
+        return image
+    if not {channels, image.shape[2]} <= _ARRAY_MODES.keys():
+        raise ConfigError("channels", f"={channels}: images of {image.shape[2]} channels keep them")
+    picture = PIL.Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return np.asarray(_convert(picture, _ARRAY_MODES[channels])).reshape(*image.shape[:2], channels)
+
+
 def _decode(encoded: bytes, mode: str, size: tuple[int, int] | None) -> PIL.Image.Image:
     """The upright picture in one of the modes L, RGB and RGBA."""
     is_tiff = encoded.startswith((b"II", b"MM"))

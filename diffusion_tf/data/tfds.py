@@ -1,16 +1,23 @@
-"""Datasets that TensorFlow Datasets has prepared: CIFAR-10 and CelebA-HQ."""
+"""Datasets of images that TensorFlow Datasets has prepared."""
 
+import contextlib
+import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.data.array_record_files import ArrayRecords
+from diffusion_tf.data.fitting import PICTURES_SHAPE, ChooseShape, Fitting
+from diffusion_tf.data.image_cache import cached_source
+from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.record_files import check_lengths, find_bad_records
-from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
-from diffusion_tf.errors import ConfigError
+from diffusion_tf.data.source import READ_ERRORS, ImageSource, check_shape, shuffle_buffer_size, shuffled
+from diffusion_tf.data_settings import DataSettings
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line, is_local, list_folder
 
 TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
@@ -28,62 +35,175 @@ def tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple[
     Raises:
       InputError: the dataset is missing or incomplete, or its images have another shape.
     """
-    import tensorflow_datasets as tfds  # takes seconds to import, and only TFDS data needs it
+    prepared = _Prepared(name, split, data_dir)
+    check_shape(prepared.folder, prepared.shape, image_shape)
+    return prepared.source(image_shape)
 
-    builder, folder = _newest_builder(name, data_dir)
-    if "image" not in (builder.info.features or ()):
-        raise ConfigError("data_dir", f": {folder} has no images: this version of {name} is not for this program")
-    check_shape(folder, builder.info.features["image"].shape, image_shape)
-    if split not in builder.info.splits:
-        raise ConfigError("split", f"={split}: {folder} has only {', '.join(builder.info.splits)}")
-    num_examples = builder.info.splits[split].num_examples
-    files = [os.fspath(file) for file in builder.info.splits[split].filepaths]
-    file_format = builder.info.file_format.value
-    if file_format == "tfrecord":
-        check_lengths(files, "prepare the dataset again")
-    buffer_size = shuffle_buffer_size(num_examples, image_shape)
-    encoded_images = {"image": tfds.decode.SkipDecoding()}
-    array_records = ArrayRecords(files) if file_format == "array_record" else None
 
-    def deserialize(record: tf.Tensor) -> dict[str, tf.Tensor]:
-        return builder.info.features.deserialize_example(record, decoders=encoded_images)
+def any_tfds_source(data: DataSettings, split: str, choose_shape: ChooseShape) -> ImageSource:
+    """Opens a split of any prepared TFDS dataset of images; those of another shape than the run's through the cache.
 
-    def examples() -> tf.data.Dataset:
-        if array_records:
-            return array_records.dataset().map(deserialize)
-        return builder.as_dataset(
-            split=split,
-            shuffle_files=False,
-            decoders=encoded_images,
-            read_config=tfds.ReadConfig(try_autocache=False),  # a cache would not outlive the dataset of one epoch
+    Args:
+      data: names the dataset by `tfds`.
+      split: train or test; without a split of that name, validation is the test split.
+      choose_shape: maps the images' (H, W, C), PICTURES_SHAPE if their sizes differ, to that of the run.
+
+    Raises:
+      InputError: the dataset is missing or incomplete, or its images cannot become those of the run.
+    """
+    assert data.tfds
+    prepared = _Prepared(data.tfds, split, data.data_dir)
+    height, width, channels = prepared.shape
+    sizes = (height, width) if height and width else PICTURES_SHAPE[:2]
+    image_shape = choose_shape((*sizes, channels or PICTURES_SHAPE[2]))
+    if image_shape == prepared.shape:
+        return prepared.source(image_shape)
+    keys = [str(index) for index in range(prepared.num_examples)]
+    return cached_source(
+        _PreparedImages(prepared.folder, False, keys, setting="tfds", classes=prepared.classes, prepared=prepared),
+        prepared.name,
+        Fitting(image_shape, data.resize),
+        cache_dir=data.cache_dir,
+        skip_bad_images=data.skip_bad_records,
+    )
+
+
+class _Prepared:
+    """A split of a prepared dataset of images.
+
+    Attributes:
+      name: the dataset with its version, and the split.
+      folder: the folder of the version.
+      shape: (H, W, C) of the images; None where they differ.
+      classes: the names of the classes; none without labels.
+      num_examples: the number of images.
+
+    Raises:
+      InputError: the dataset is missing or incomplete, or has no images or no such split.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None):
+        import tensorflow_datasets as tfds  # takes seconds to import, and only TFDS data needs it
+
+        self._builder, self.folder = _builder(name, data_dir)
+        info = self._builder.info
+        features, splits = dict((info.features or {}).items()), info.splits
+        if "image" not in features or len(features["image"].shape) != 3 or features["image"].np_dtype != np.uint8:
+            reason = f"{self.folder} has no images: this version of {name} is not for this program"
+            raise ConfigError("data_dir", f": {reason}")
+        if split == "test" and split not in splits and "validation" in splits:
+            split = "validation"
+        if split not in splits:
+            raise ConfigError("split", f"={split}: {self.folder} has only {', '.join(splits)}")
+        self.name = f"{name.partition(':')[0]}/{os.path.basename(self.folder)}, {split}"
+        self.shape = features["image"].shape
+        label = features.get("label")
+        self.classes = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+        self.num_examples = splits[split].num_examples
+        self._split = split
+        self._files = [os.fspath(file) for file in splits[split].filepaths]
+        self._read_config = tfds.ReadConfig(try_autocache=False)  # a cache would not outlive the dataset of one epoch
+        used = {"image": True, "label": True} if self.classes else {"image": True}
+        self._decoders = tfds.decode.PartialDecoding(used, decoders={"image": tfds.decode.SkipDecoding()})
+        self._array_records = None
+        if info.file_format.value == "array_record":
+            self._array_records = ArrayRecords(self._files)
+        if info.file_format.value == "tfrecord":
+            check_lengths(self._files, "prepare the dataset again")
+
+    def examples(self, part: str = "") -> tf.data.Dataset:
+        """The encoded `image` and the `label`, if there are labels, of all examples or of a part, "[3:7]"."""
+        if self._array_records:
+            return self._array_records.dataset().map(self._deserialize)
+        return self._builder.as_dataset(
+            split=self._split + part, shuffle_files=False, decoders=self._decoders, read_config=self._read_config
         )
 
-    def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
-        return shuffled(examples().map(lambda example: example["image"]), buffer_size, epoch_seed)
+    def source(self, image_shape: tuple[int, int, int]) -> ImageSource:
+        """The images as they are, of this shape."""
+        buffer_size = shuffle_buffer_size(self.num_examples, image_shape)
 
-    def decode(encoded: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
-        return tf.ensure_shape(image, image_shape)
+        # A record is the encoded image, and with labels a pair of texts.
+        def to_record(example: dict[str, tf.Tensor]) -> tf.Tensor:
+            if not self.classes:
+                return example["image"]
+            return tf.stack([example["image"], tf.strings.as_string(example["label"])])
 
-    def decode_record(record: tf.Tensor) -> tf.Tensor:
-        return decode(deserialize(record)["image"])
+        def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
+            return shuffled(self.examples().map(to_record), buffer_size, epoch_seed)
 
-    def find_bad() -> str | None:
-        if array_records:
-            return array_records.find_bad(decode_record)
-        for file in files:
-            for text in find_bad_records(file, decode_record, limit=1).values():
-                return text
-        return None
+        def decode(record: tf.Tensor) -> tf.Tensor:
+            encoded = record[0] if self.classes else record
+            image = tf.io.decode_image(encoded, channels=image_shape[-1], expand_animations=False)
+            return tf.ensure_shape(image, image_shape)
 
-    label = f"{name}/{os.path.basename(folder)}, {split}"
-    return ImageSource(label, num_examples, records, decode, image_shape, find_bad=find_bad)
+        def decode_serialized(record: tf.Tensor) -> tf.Tensor:
+            return decode(to_record(self._deserialize(record)))
+
+        def label(record: tf.Tensor) -> tf.Tensor:
+            return tf.strings.to_number(record[1], tf.int32)
+
+        def find_bad() -> str | None:
+            if self._array_records:
+                return self._array_records.find_bad(decode_serialized)
+            for file in self._files:
+                for text in find_bad_records(file, decode_serialized, limit=1).values():
+                    return text
+            return None
+
+        return ImageSource(
+            self.name,
+            self.num_examples,
+            records,
+            decode,
+            image_shape,
+            label=label if self.classes else None,
+            classes=self.classes,
+            find_bad=find_bad,
+        )
+
+    def _deserialize(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
+        features = self._decoders.extract_features(self._builder.info.features)
+        return features.deserialize_example(record, decoders=self._decoders.decoders)
 
 
-def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
-    """Returns the builder of the newest prepared version, and its folder."""
+@dataclasses.dataclass(frozen=True)
+class _PreparedImages(EncodedImages):
+    """The encoded images of a prepared dataset; their keys are their numbers, and labels are read with them."""
+
+    prepared: _Prepared | None = None
+
+    def stamps(self) -> list[str]:
+        """Returns nothing: a prepared dataset does not change, and its version is in its path."""
+        return []
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[str], tuple[bytes, int | None]]]:
+        """Opens the images, which are read in the order of their keys."""
+        assert self.prepared
+        first, last = int(self.keys[0]), int(self.keys[-1])
+        examples = self.prepared.examples(f"[{first}:{last + 1}]").as_numpy_iterator()
+
+        def read(_: str) -> tuple[bytes, int | None]:
+            try:
+                example = next(examples)
+            except READ_ERRORS as error:
+                raise InputError(first_line(error)) from error
+            return example["image"], example.get("label")
+
+        yield read
+
+
+def _builder(name: str, data_dir: str | None) -> tuple[Any, str]:
+    """Returns the builder of a prepared version, by default the newest, and its folder.
+
+    Args:
+      name: the dataset, NAME or NAME/CONFIG, and maybe :VERSION.
+      data_dir: the folder of prepared datasets.
+    """
     import tensorflow_datasets as tfds
 
+    name, _, version = name.partition(":")
     data_dir = os.path.expanduser(data_dir or os.path.join("~", "tensorflow_datasets"))
     folders = _versions(data_dir, name)
     if not folders:
@@ -92,7 +212,11 @@ def _newest_builder(name: str, data_dir: str | None) -> tuple[Any, str]:
             f", but {near} does: name that" if near else f": make it with `tfds build {name} --data_dir={data_dir}`"
         )
         raise ConfigError("data_dir", f"={data_dir} holds no prepared {name}{advice}")
-    folder = max(folders, key=_version)
+    chosen = [folder for folder in folders if version in ("", os.path.basename(folder))]
+    if not chosen:
+        there = ", ".join(map(os.path.basename, folders))
+        raise ConfigError("tfds", f"={name}:{version}: {data_dir} holds only version {there}")
+    folder = max(chosen, key=_version)
     try:
         return tfds.builder_from_directory(folder), folder
     except (OSError, ValueError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.conditioning import UNGUIDED, Condition
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
 from diffusion_tf.diffusion_utils import check_finite, x_to_pixels
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
@@ -99,9 +100,10 @@ class RunSamples:
       batch_size: samples drawn at once, over all replicas.
       seed: seed of the samples.
       settings: the sampler; default: ancestral sampling over all steps.
+      condition: the labels of the samples, and guidance.
 
     Attributes:
-      sampling: seed, compute dtype and sampler, as JSON values. Its keys are not names of scores.
+      sampling: seed, compute dtype, sampler, labels and guidance, as JSON values. Its keys are not names of scores.
 
     Raises:
       InputError: the batch size is not divisible by the replicas, or the settings do not fit the preset.
@@ -116,6 +118,7 @@ class RunSamples:
         batch_size: int,
         seed: int,
         settings: SamplerSettings | None = None,
+        condition: Condition = UNGUIDED,
     ):
         self.trained = TrainedModel(preset, strategy)
         self.num_samples = num_samples
@@ -123,8 +126,9 @@ class RunSamples:
             "seed": seed,
             "compute_dtype": preset.precision,
             **(settings or SamplerSettings()).describe(preset),
+            **condition.describe(preset),
         }
-        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings)
+        self.sampler = Sampler(self.trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition)
 
     def of_checkpoint(self, path: str) -> Images:
         """The samples of the checkpoint at `path`, drawn when `pixels` is called. Valid until the next call.

@@ -29,6 +29,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _VARIANTS = tuple(_WEIGHTS.replace(".", f".{variant}.") for variant in ("fp16", "bf16"))
 _DTYPES = ("float32", "bfloat16", "float16")
 _SCHEDULER = "scheduler_config.json"
+_CLASSES = "class_embedding/kernel"
 _LAYERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
@@ -70,6 +71,8 @@ def diffusers_name(name: str, levels: int) -> str:
 
 def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """Returns one of our weights in PyTorch's layout: kernels are [out, in, H, W] or [out, in]."""
+    if name == _CLASSES:
+        return array  # a dense layer here, an embedding in diffusers
     if name.endswith("nin_shortcut/kernel"):
         return array.T[:, :, None, None]  # a dense layer here, a 1x1 convolution in diffusers
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
@@ -77,12 +80,14 @@ def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
 
 def from_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_diffusers`."""
+    if name == _CLASSES:
+        return array
     if name.endswith("nin_shortcut/kernel"):
         return array[:, :, 0, 0].T
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim: str | None) -> Arrays:
+def read_diffusers(folder: str, preset: Preset, model: UNet) -> Arrays:
     """Reads a saved DDPMPipeline or UNet2DModel, named as in a checkpoint of a run at step 0.
 
     The files lie in `folder` itself, or in its subfolders `unet` and `scheduler`; without a scheduler, only the
@@ -93,14 +98,13 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
       folder: a folder written by `save_pretrained`, or cloned from the hub.
       preset: the preset that the configurations must match.
       model: the preset's network.
-      attention_head_dim: the value where the network's configuration has none, as JSON: `null` or a number.
 
     Raises:
       InputError: a file is missing, damaged or a pickle, or belongs to another network or diffusion.
     """
     networks, scheduler = diffusers_config.network_folders(folder), diffusers_config.find_scheduler(folder)
     for network in networks:
-        diffusers_config.check_unet(os.path.join(network, "config.json"), preset, attention_head_dim)
+        diffusers_config.check_unet(os.path.join(network, "config.json"), preset)
     if scheduler:
         diffusers_config.check_scheduler(scheduler, preset)
     weights = [_read_network(network, preset, model) for network in networks]
@@ -109,7 +113,7 @@ def read_diffusers(folder: str, preset: Preset, model: UNet, attention_head_dim:
 
 def read_ema(folder: str, preset: Preset, model: UNet) -> tuple[Arrays, str]:
     """Returns the EMA weights that `read_diffusers` reads, by our names, and the SHA-256 that identifies them."""
-    arrays = read_diffusers(folder, preset, model, None)
+    arrays = read_diffusers(folder, preset, model)
     weights = {name: arrays[f"ema/{name}"] for name in model.weight_names}
     digest = hashlib.sha256()
     for array in weights.values():

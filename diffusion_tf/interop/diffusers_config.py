@@ -30,7 +30,7 @@ _UNET_DEFAULTS = {
     "downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "act_fn": "silu",
     "norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5,
     "resnet_time_scale_shift": "default", "class_embed_type": None,
-    "num_class_embeds": None, "num_train_timesteps": None, "add_attention": True,
+    "num_class_embeds": None, "num_train_timesteps": None, "add_attention": True, "attention_head_dim": 8,
 }  # fmt: skip
 _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": None,
@@ -55,11 +55,14 @@ _PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 _COMPONENTS = {"unet": ("UNet2DModel",), "scheduler": tuple(_SCHEDULERS)}
 # The settings of a preset that decide a field.
 _SETTINGS = {
-    "sample_size": "`image_size`", "in_channels": "`channels`", "out_channels": "`channels`",
+    "sample_size": "`image_size` and `image_width`", "in_channels": "`channels`", "out_channels": "`channels`",
     "block_out_channels": "`ch` and `ch_mult`", "layers_per_block": "`num_res_blocks`",
     "down_block_types": "`attn_resolutions`", "up_block_types": "`attn_resolutions`",
+    "attention_head_dim": "`attention_head_dim`", "add_attention": "`mid_attention`", "norm_eps": "`norm_eps`",
+    "flip_sin_to_cos": "`flip_sin_to_cos`", "freq_shift": "`freq_shift`", "downsample_padding": "`downsample_padding`",
     "num_train_timesteps": "`num_timesteps`", "beta_schedule": "`beta_schedule`", "beta_start": "`beta_start`",
     "beta_end": "`beta_end`", "prediction_type": "`model_mean_type`", "variance_type": "`model_var_type`",
+    "num_class_embeds": "`num_classes`",
 }  # fmt: skip
 _PREDICTION_TYPES = {"eps": "epsilon", "xstart": "sample"}
 _VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
@@ -67,7 +70,7 @@ _VARIANCE_TYPES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 def unet_config(preset: Preset) -> dict[str, Any]:
     """Returns the `unet/config.json` of the preset's network, with every field."""
-    attention = [preset.image_size // 2**level in preset.attn_resolutions for level in range(len(preset.ch_mult))]
+    attention = [level in preset.attention_levels for level in range(len(preset.ch_mult))]
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": PIPELINE["_diffusers_version"],
@@ -75,16 +78,18 @@ def unet_config(preset: Preset) -> dict[str, Any]:
         "sample_size": list(preset.image_shape[:2]) if preset.image_width else preset.image_size,
         "in_channels": preset.channels,
         "out_channels": preset.channels,
-        "freq_shift": 1,
-        "flip_sin_to_cos": False,
+        "freq_shift": preset.freq_shift,
+        "flip_sin_to_cos": preset.flip_sin_to_cos,
         "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
         "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
         "block_out_channels": [preset.ch * mult for mult in preset.ch_mult],
         "layers_per_block": preset.num_res_blocks,
-        "downsample_padding": 0,
+        "downsample_padding": preset.downsample_padding,
         "norm_num_groups": NUM_GROUPS,
-        "norm_eps": 1e-6,
-        "attention_head_dim": None,  # one head; if the field is absent, diffusers takes heads of 8 channels
+        "norm_eps": preset.norm_eps,
+        "add_attention": preset.mid_attention,
+        "attention_head_dim": preset.attention_head_dim or None,
+        "num_class_embeds": preset.num_classes or None,
         "dropout": preset.dropout,
     }
 
@@ -114,23 +119,26 @@ def scheduler_config(preset: Preset) -> dict[str, Any]:
     }
 
 
-def check_unet(path: str, preset: Preset, attention_head_dim: str | None) -> None:
+def check_unet(path: str, preset: Preset) -> None:
     """Checks that the network's configuration at `path` is that of the preset.
-
-    Args:
-      path: the file.
-      preset: the preset.
-      attention_head_dim: the value if the file has none, as JSON: `null` or a number.
 
     Raises:
       InputError: a field is unknown, or belongs to another network; the message names it.
     """
-    config = _read_unet(path)
-    wanted = unet_config(preset)
+    config, wanted = _read_unet(path), unet_config(preset)
+    if config["sample_size"] is None:  # a network for images of any size
+        config["sample_size"] = wanted["sample_size"]
+    for values in (config, wanted):
+        values["attention_head_dim"] = _head_dim(values["attention_head_dim"], preset)
     # Weights do not depend on the dropout, which the preset chooses.
     wanted = {name: wanted[name] for name in _UNET_DEFAULTS}
-    _check_attention(path, config, preset, attention_head_dim)
     _compare(path, config, wanted, "the preset's network or diffusion has {}")
+
+
+def _head_dim(value: Any, preset: Preset) -> Any:
+    """An `attention_head_dim`; None if it makes one head wherever the preset's network has attention."""
+    levels = [*preset.attention_levels, *([-1] if preset.mid_attention else [])]
+    return None if all(preset.ch * preset.ch_mult[level] == value for level in levels) else value
 
 
 def check_scheduler(path: str, preset: Preset) -> None:
@@ -146,8 +154,14 @@ def check_scheduler(path: str, preset: Preset) -> None:
 
 
 def _read_unet(path: str) -> dict[str, Any]:
-    """Returns the configuration of a network, with diffusers' defaults; without a default of `attention_head_dim`."""
-    return _read(path, {"UNet2DModel": _UNET_DEFAULTS}, ("attention_head_dim", "dropout", *_EMA_NOTES))
+    """Returns the configuration of a network, with diffusers' defaults; of equal values, that of `unet_config`."""
+    config = _read(path, {"UNet2DModel": _UNET_DEFAULTS}, ("dropout", *_EMA_NOTES))
+    if config["act_fn"] == "swish":
+        config["act_fn"] = "silu"
+    size = config["sample_size"]
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        config["sample_size"] = size[0]
+    return config
 
 
 def _read_scheduler(path: str) -> dict[str, Any]:
@@ -195,25 +209,6 @@ def _compare(path: str, found: Mapping[str, Any], wanted: Mapping[str, Any], wha
         if found[name] != value or isinstance(found[name], bool) != isinstance(value, bool):
             setting = f" ({_SETTINGS[name]})" if name in _SETTINGS else ""
             raise InputError(f"{path} has {name}={_shown(found[name])}, and {what.format(_shown(value))}{setting}")
-
-
-def _check_attention(path: str, config: dict[str, Any], preset: Preset, default: str | None) -> None:
-    """Checks that attention has one head: attention_head_dim is null, or the number of channels."""
-    if "attention_head_dim" in config:
-        head_dim = json.dumps(config["attention_head_dim"])
-        if default not in (None, head_dim):
-            raise ConfigError("attention_head_dim", f"={default}: {path} itself says {head_dim}")
-    elif default is None:
-        raise InputError(
-            f"{path} has no attention_head_dim, which means heads of 8 channels to diffusers, and this network has one"
-            " head: if it was trained with one, give `attention_head_dim=null`"
-        )
-    else:
-        head_dim = default
-    levels = [i for i in range(len(preset.ch_mult)) if preset.image_size // 2**i in preset.attn_resolutions]
-    channels = {str(preset.ch * preset.ch_mult[level]) for level in (*levels, -1)}
-    if head_dim != "null" and channels != {head_dim}:
-        raise InputError(f"{path}: attention_head_dim={head_dim} makes several heads, and this network has one")
 
 
 def require_file(path: str) -> str:
@@ -269,46 +264,55 @@ def is_diffusers_folder(folder: str) -> bool:
     return isinstance(config, dict) and "_class_name" in config
 
 
-def preset_from_folder(folder: str) -> Preset:
+def preset_from_folder(folder: str, image_size: int = 0, image_width: int = 0) -> Preset:
     """The preset of the network and diffusion in a diffusers folder; its recipe for training is the default one.
 
     A folder without a scheduler's configuration gets diffusers' defaults: 1000 linear steps, `fixedsmall` variances.
 
     Args:
       folder: what `save_pretrained` wrote, or a clone from the hub.
+      image_size: as in `Preset`, for a network whose configuration states no `sample_size`.
+      image_width: likewise.
 
     Raises:
       InputError: a configuration is missing or damaged, or no preset describes its network or diffusion.
     """
     unet_path, scheduler_path = os.path.join(network_folders(folder)[0], "config.json"), find_scheduler(folder)
     unet = _read_unet(unet_path)
-    if "attention_head_dim" not in unet:
-        raise InputError(
-            f"{unet_path} has no attention_head_dim, which means heads of 8 channels to diffusers: if the network was"
-            ' trained with one head, add "attention_head_dim": null to the file'
-        )
+    if unet["sample_size"] is None and not image_size:
+        raise ConfigError("image_size", f"is required: {unet_path} has sample_size=null, a network for any size")
     scheduler = {**_SCHEDULER_DEFAULTS, **(_read_scheduler(scheduler_path) if scheduler_path else {})}
     try:
-        size, widths, kinds = unet["sample_size"], unet["block_out_channels"], unet["down_block_types"]
+        widths, kinds = unet["block_out_channels"], unet["down_block_types"]
+        if (size := unet["sample_size"]) is not None:
+            image_size, image_width = size if isinstance(size, list) else (size, 0)
         preset = Preset(
             dataset="diffusers",
-            image_size=size,
+            image_size=image_size,
+            image_width=image_width,
             channels=unet["in_channels"],
             ch=widths[0],
             ch_mult=tuple(width // widths[0] for width in widths),
             num_res_blocks=unet["layers_per_block"],
-            attn_resolutions=tuple(size // 2**i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"),
+            attn_resolutions=tuple(image_size // 2**i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"),
+            attention_head_dim=unet["attention_head_dim"] or 0,
+            mid_attention=unet["add_attention"],
+            norm_eps=unet["norm_eps"],
+            flip_sin_to_cos=unet["flip_sin_to_cos"],
+            freq_shift=unet["freq_shift"],
+            downsample_padding=unet["downsample_padding"],
             dropout=unet.get("dropout", 0.0),
+            num_classes=unet["num_class_embeds"] or 0,
             num_timesteps=scheduler["num_train_timesteps"],
             beta_start=scheduler["beta_start"],
             beta_end=scheduler["beta_end"],
             model_mean_type=_preset_word(_PREDICTION_TYPES, scheduler["prediction_type"]),
             model_var_type=_preset_word(_VARIANCE_TYPES, scheduler["variance_type"]),
         )
-    except (TypeError, LookupError, ArithmeticError, InputError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise InputError(f"no preset describes the network and diffusion of {folder} ({first_line(error)})") from error
     # What the fields above leave out or round, such as the activation or the schedule's shape.
-    check_unet(unet_path, preset, None)
+    check_unet(unet_path, preset)
     if scheduler_path:
         check_scheduler(scheduler_path, preset)
     return preset

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.numpy
 import tensorflow as tf
 
-from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import p_sample_loop, sample_noise
@@ -88,8 +88,19 @@ def _weights(model: UNet, dtypes: Sequence[str], group: str = "params", initial:
     ]
 
 
+def _labels(preset: Preset) -> list[Array]:
+    """Returns the argument `labels`, the label of each image or -1, if the preset has classes."""
+    return [Array("labels", (preset.batch_size,), "int32")] if preset.num_classes else []
+
+
+def _denoise_fn(model: UNet, params: Sequence[tf.Tensor], labels: Sequence[tf.Tensor]) -> DenoiseFn:
+    """Returns the network with these weights for `labels`, none or those of the images."""
+    network = model.denoise_fn(params)
+    return lambda x_t, t: network(x_t, t, *labels)
+
+
 def _train_step(preset: Preset, model: UNet) -> Program:
-    """Returns `training.step.train_step`: (state, images) to (next state, loss, gradient norm)."""
+    """Returns `training.step.train_step`: (state, images, labels if any) to (next state, loss, gradient norm)."""
     float32 = ["float32"] * len(model.weight_names)
     state = [
         *_weights(model, float32),
@@ -101,62 +112,66 @@ def _train_step(preset: Preset, model: UNet) -> Program:
     count = len(float32)
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        *groups, step, images = tensors
+        *groups, step, images = tensors[: 4 * count + 2]
         params, ema, adam_m, adam_v = (list(groups[i : i + count]) for i in range(0, 4 * count, count))
         before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
         rng = CounterRng(preset.seed, before.step, tf.constant(0, tf.int64))
-        after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x)
+        after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x, *tensors[4 * count + 2 :])
         return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
 
     images = Array("images", (preset.batch_size, *preset.image_shape), "uint8")
     results = [dataclasses.replace(array, initial=None, feeds=array.name) for array in state]
     return Program(
-        function, [*state, images], [*results, Array("loss", (), "float32"), Array("grad_norm", (), "float32")]
+        function,
+        [*state, images, *_labels(preset)],
+        [*results, Array("loss", (), "float32"), Array("grad_norm", (), "float32")],
     )
 
 
 def _sample_step(preset: Preset, model: UNet) -> Program:
     """Returns one iteration of Algorithm 2: x_t to x_{t-1}, t = T - 1, ..., 0; the caller draws x_T from N(0, I)."""
     diffusion = GaussianDiffusion.from_preset(preset)
-    shape = (preset.batch_size, *preset.image_shape)
+    shape, count = (preset.batch_size, *preset.image_shape), len(model.weight_names)
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        *params, x_t, t, first_image = tensors
+        params, (x_t, t, first_image, *labels) = tensors[:count], tensors[count:]
         noise = sample_noise(preset.seed, first_image, shape)(t)
         ts = tf.fill([shape[0]], t)
-        x_prev, _ = diffusion.p_sample(model.denoise_fn(params), x_t, ts, noise, clip_denoised=True)
+        x_prev, _ = diffusion.p_sample(_denoise_fn(model, params, labels), x_t, ts, noise, clip_denoised=True)
         return [x_prev, t - 1]
 
     x_t, t = Array("x_t", shape, "float32"), Array("t", (), "int32")
-    arguments = [*_weights(model, model.compute_dtypes), x_t, t, Array("first_image", (), "int32")]
+    weights = _weights(model, model.compute_dtypes)
+    arguments = [*weights, x_t, t, Array("first_image", (), "int32"), *_labels(preset)]
     return Program(function, arguments, [dataclasses.replace(array, feeds=array.name) for array in (x_t, t)])
 
 
 def _sampler(preset: Preset, model: UNet) -> Program:
     """Returns all of Algorithm 2: images `first_image`, ... of the preset's seed, float32 in [-1, 1]."""
     diffusion = GaussianDiffusion.from_preset(preset)
-    shape = (preset.batch_size, *preset.image_shape)
+    shape, count = (preset.batch_size, *preset.image_shape), len(model.weight_names)
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        *params, first_image = tensors
+        params, (first_image, *labels) = tensors[:count], tensors[count:]
         noise_fn = sample_noise(preset.seed, first_image, shape)
-        return [tf.clip_by_value(p_sample_loop(diffusion, model.denoise_fn(params), noise_fn), -1.0, 1.0)]
+        x_start = p_sample_loop(diffusion, _denoise_fn(model, params, labels), noise_fn)
+        return [tf.clip_by_value(x_start, -1.0, 1.0)]
 
-    weights = _weights(model, ["float32"] * len(model.weight_names))
-    return Program(function, [*weights, Array("first_image", (), "int32")], [Array("samples", shape, "float32")])
+    arguments = [*_weights(model, ["float32"] * count), Array("first_image", (), "int32"), *_labels(preset)]
+    return Program(function, arguments, [Array("samples", shape, "float32")])
 
 
 def _denoiser(preset: Preset, model: UNet) -> Program:
-    """Returns the network: x_t and t to its output."""
-    shape = (preset.batch_size, *preset.image_shape)
+    """Returns the network: x_t, t and, with classes, labels to its output."""
+    shape, count = (preset.batch_size, *preset.image_shape), len(model.weight_names)
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        *params, x_t, t = tensors
-        return [model.denoise_fn(params)(x_t, t)]
+        params, inputs = tensors[:count], tensors[count:]
+        return [model.denoise_fn(params)(*inputs)]
 
     out_channels = preset.channels * (2 if preset.model_var_type == "learned" else 1)
-    weights = _weights(model, ["float32"] * len(model.weight_names))
-    arguments = [*weights, Array("x_t", shape, "float32"), Array("t", shape[:1], "int32")]
+    inputs = [Array("x_t", shape, "float32"), Array("t", shape[:1], "int32"), *_labels(preset)]
+    arguments = [*_weights(model, ["float32"] * count), *inputs]
     return Program(function, arguments, [Array("model_output", (*shape[:3], out_channels), "float32")])
 
 

@@ -16,7 +16,8 @@ from diffusion_tf.unet import UNet
 
 # The settings that the weights depend on, besides the levels with attention and whether variances are learned.
 _NETWORK = (
-    "channels", "ch", "ch_mult", "num_res_blocks", "num_timesteps", "beta_schedule", "beta_start", "beta_end",
+    "channels", "ch", "ch_mult", "num_res_blocks", "attention_head_dim", "mid_attention", "norm_eps", "flip_sin_to_cos",
+    "freq_shift", "downsample_padding", "num_timesteps", "beta_schedule", "beta_start", "beta_end",
     "model_mean_type",
 )  # fmt: skip
 
@@ -35,7 +36,7 @@ def fine_tuning_preset(init_from: str, overrides: dict[str, Any]) -> Preset:
     Raises:
       InputError: there is no source, or a value is out of range.
     """
-    source = _source_preset(init_from)
+    source = _source_preset(init_from, overrides.get("image_size", 0), overrides.get("image_width", 0))
     preset = dataclasses.replace(source, **overrides)
     attends = (preset.image_size // 2**level for level in source.attention_levels)
     defaults = {
@@ -74,9 +75,10 @@ def initial_weights(workdir: Workdir, init_from: str | None, preset: Preset) -> 
     return weights
 
 
-def _source_preset(path: str) -> Preset:
+def _source_preset(path: str, image_size: int, image_width: int) -> Preset:
+    """The preset of a source; the image size is for a diffusers network that states none."""
     if is_diffusers_folder(path):
-        return preset_from_folder(path)
+        return preset_from_folder(path, image_size, image_width)
     workdir = _workdir_of(path)
     if not workdir.holds_run():
         raise ConfigError("init_from", f"={path} is neither a run nor a diffusers folder: it has no config.json")
@@ -84,7 +86,7 @@ def _source_preset(path: str) -> Preset:
 
 
 def _read(path: str, preset: Preset) -> InitialWeights:
-    source = _source_preset(path)
+    source = _source_preset(path, preset.image_size, preset.image_width)
     _check_network(path, preset, source)
     if is_diffusers_folder(path):
         diffusers.check_size(path, source)

@@ -29,10 +29,11 @@ def conv2d(
     kernel: tf.Tensor,
     *,
     strides: int = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
     bias: tf.Tensor | None = None,
     add: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """A convolution with TensorFlow's SAME padding, and what is added to it.
+    """A convolution, and what is added to it.
 
     A CPU takes 4 products instead of 9 for each output of a 3x3 kernel, stride 1, even H and W, 32 or more channels and
     float32. With frozen weights it may keep the first kernel of a program, and has no gradient.
@@ -41,13 +42,14 @@ def conv2d(
       x: [B, H, W, C], float32 or bfloat16; the other tensors have the same dtype.
       kernel: [h, w, C, channels].
       strides: along both axes.
+      padding: TensorFlow's SAME, or numbers of zeros before and after x along each of its axes.
       bias: [channels], or None.
       add: a map of the result's shape, or None.
 
     Returns:
-      [B, ceil(H / strides), ceil(W / strides), channels] in the dtype of x.
+      [B, ceil(H / strides), ceil(W / strides), channels] for SAME padding, in the dtype of x.
     """
-    return _implementation().conv2d(x, kernel, strides=strides, bias=bias, add=add)
+    return _implementation().conv2d(x, kernel, strides=strides, padding=padding, bias=bias, add=add)
 
 
 def upsampled_conv2d(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:

@@ -23,11 +23,12 @@ def conv2d(
     kernel: tf.Tensor,
     *,
     strides: int = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
     bias: tf.Tensor | None = None,
     add: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """See `ops.conv2d`."""
-    y = tf.nn.conv2d(x, kernel, strides=strides, padding="SAME")
+    y = tf.nn.conv2d(x, kernel, strides=strides, padding=padding)
     y = y if bias is None else tf.nn.bias_add(y, bias)
     return y if add is None else y + add
 

@@ -44,6 +44,7 @@ def key_numbers(record: RunRecord) -> list[KeyNumber]:
         name = f"bits/dim, {split}"
         levels = result.get("levels", 256)  # older versions did not count them
         note = f"a uniform code of the images' {levels} levels takes {math.log2(levels):.2f}" if levels < 256 else ""
+        note = ", ".join(filter(None, ["given the labels" if "given" in result else "", note]))
         numbers.append(KeyNumber(name, f"{result['bits_per_dim']:.2f}{error}", papers.get(name, ""), note))
     line = record.best_fid()
     if not line:  # the newest one, of Algorithm 2 if there is one

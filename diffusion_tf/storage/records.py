@@ -92,6 +92,7 @@ class Measurement(TypedDict):
     images: str
     num_images: Count
     step: Count
+    given: NotRequired[str]  # `labels`: the bound of log p(x_0 | label)
     notes: NotRequired[dict[str, str]]
 
 

@@ -40,10 +40,7 @@ def loss_and_gradients(
       labels: int32 [B], if the preset has classes; some are hidden (`label_dropout`).
     """
     batch = images.shape[0]
-    x_start = images_to_x(images)
-    if preset.random_flip:
-        flip = tf.reshape(rng.uniform("flip", (batch,)) < 0.5, [-1, 1, 1, 1])
-        x_start = tf.where(flip, tf.reverse(x_start, axis=[2]), x_start)
+    x_start = augmented(images_to_x(images), preset, rng)
     t = tf.cast(rng.uniform("t", (batch,)) * preset.num_timesteps, tf.int32)
     noise = rng.normal("noise", x_start.shape)
     if labels is not None:
@@ -56,6 +53,30 @@ def loss_and_gradients(
         # The gradients are summed over replicas, so each divides by the global batch.
         loss = tf.reduce_sum(losses) / preset.batch_size
     return loss, tape.gradient(loss, params)
+
+
+def augmented(x_start: tf.Tensor, preset: Preset, rng: CounterRng) -> tf.Tensor:
+    """Images [B, H, W, C], each flipped and shifted at random as `preset` asks."""
+    batch = x_start.shape[0]
+    if preset.random_flip:
+        flip = tf.reshape(rng.uniform("flip", (batch,)) < 0.5, [-1, 1, 1, 1])
+        x_start = tf.where(flip, tf.reverse(x_start, axis=[2]), x_start)
+    if preset.random_shift:
+        choices = 2 * preset.random_shift + 1
+        begin = tf.cast(rng.uniform("shift", (batch, 2)) * choices, tf.int32)
+        for axis in (1, 2):
+            x_start = _shifted(x_start, begin[:, axis - 1], axis, preset.random_shift)
+    return x_start
+
+
+def _shifted(images: tf.Tensor, begin: tf.Tensor, axis: int, most: int) -> tf.Tensor:
+    """Each image's window of an axis from `begin`, int32 [B] in [0, 2 most], on, once `most` mirrored pixels pad it."""
+    padded = tf.pad(images, [[most, most] if i == axis else [0, 0] for i in range(4)], "REFLECT")
+    begin = tf.reshape(begin, [-1, 1, 1, 1])
+    for i in range(2 * most + 1):  # by selection, because TPUs are slow to gather
+        window = tf.slice(padded, [i if axis == other else 0 for other in range(4)], images.shape)
+        images = tf.where(begin == i, window, images)
+    return images
 
 
 def reduced_gradients(

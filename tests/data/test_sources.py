@@ -12,12 +12,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from diffusion_tf.data import open_source
+from diffusion_tf.data import conditional_preset, open_source
+from diffusion_tf.data.arrays import array_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.record_files import check_lengths
-from diffusion_tf.data.source import ImageReader, shuffle_buffer_size, training_batches
+from diffusion_tf.data.source import ImageReader, label_reader, shuffle_buffer_size, training_batches
 from diffusion_tf.data_settings import DataSettings
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
 
 DIGITS = get_preset("digits")
@@ -292,3 +293,46 @@ def test_what_exists_is_no_glob(tmp_path, images):
 def test_the_shuffle_buffer_has_bounded_memory():
     assert shuffle_buffer_size(50_000, (32, 32, 3)) == 50_000
     assert shuffle_buffer_size(3_000_000, (256, 256, 3)) * 256 * 256 * 3 <= 2**30
+
+
+def test_images_and_labels_stay_paired():
+    """Each image holds its own label, in batches of several epochs, after a resume, for two workers."""
+    labels = np.random.RandomState(0).randint(0, 7, 50)
+    pixels = np.broadcast_to(labels[:, None, None, None], (50, 4, 4, 1)).astype(np.uint8)
+    source = array_source(pixels, labels=labels)
+    assert source.classes == tuple("0123456") and source.num_examples == 50
+
+    def pairs(count, start_step=0, **kwargs):
+        dataset = training_batches(
+            source, batch_size=16, per_replica=8, seed=3, start_step=start_step, with_labels=True, **kwargs
+        )
+        batches = list(dataset.take(count).as_numpy_iterator())
+        for images, found in batches:
+            np.testing.assert_array_equal(images, np.broadcast_to(found[:, None, None, None], (8, 4, 4, 1)))
+        return np.concatenate([found for _, found in batches])
+
+    whole = pairs(14)  # of seven steps
+    np.testing.assert_array_equal(pairs(8, start_step=3), whole[3 * 16 :])
+    workers = [pairs(7, worker=w, workers=2).reshape(7, 8) for w in range(2)]
+    np.testing.assert_array_equal(np.concatenate(workers, axis=1).ravel(), whole)
+    read = label_reader(source)
+    np.testing.assert_array_equal(np.concatenate([read(0, 20), read(20, 30)]), labels)
+
+
+def test_digits_have_their_labels_and_others_are_refused():
+    source = open_source(DIGITS, "test")
+    np.testing.assert_array_equal(label_reader(source)(0, 179), load_digit_labels("test"))
+    assert conditional_preset(DIGITS, source).num_classes == 10
+    with pytest.raises(ConfigError, match="num_classes=3: scikit-learn digits, test has 10 classes"):
+        conditional_preset(dataclasses.replace(DIGITS, num_classes=3), source)
+    images = np.zeros((3, 8, 8, 1), np.uint8)
+    with pytest.raises(ConfigError, match="conditional: images of an array has no labels"):
+        conditional_preset(DIGITS, array_source(images))
+    for labels, message in (
+        (np.zeros(2, int), r"must be an integer array \[3\], one for each image, not int64 \[2\]"),
+        (np.zeros(3), r"not float64 \[3\]"),
+        ([0, 1, 2], "not list"),
+        (np.array([0, -1, 2]), "must be 0 or more, not -1"),
+    ):
+        with pytest.raises(ConfigError, match=f"labels {message}" if message[0] == "m" else message):
+            array_source(images, labels=labels)

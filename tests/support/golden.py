@@ -74,7 +74,7 @@ def tf1_name(path: str) -> str:
 def tf1_order(model: UNet) -> list[str]:
     """TF1 names of the model's variables, in the order in which the authors' graph creates them."""
     names = [tf1_name(v.path) for v in model.trainable_variables]
-    stages = ["temb/", "conv_in/", "down_", "mid/", "up_", "norm_out/", "conv_out/"]
+    stages = ["temb/", "conv_in/", "down_", "mid/", "up_", "norm_out/", "conv_out/", "class_embedding/"]
     layers = ["norm1", "conv1", "temb_proj", "norm2", "conv2", "nin_shortcut", "norm", "q", "k", "v", "proj_out"]
     blocks = {"down": ["block_0", "attn_0", "block_1", "attn_1", "downsample"], "mid": ["block_1", "attn_1", "block_2"]}
     blocks["up"] = ["block_0", "attn_0", "block_1", "attn_1", "upsample"]

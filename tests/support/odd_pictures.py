@@ -17,6 +17,13 @@ def picture(index: int, size: tuple[int, int] = (50, 40)) -> PIL.Image.Image:
     return PIL.Image.fromarray(coarse).resize(size)
 
 
+def encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
+    """The file of a picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
 def write_odd_pictures(folder: pathlib.Path) -> None:
     """Writes PICTURES sound pictures, the CORRUPT ones, and the files that LEFT_OUT counts."""
     for name in ("plain", "kinds", "broken", "with spaces/und Ümläüte 日本"):
@@ -27,20 +34,20 @@ def write_odd_pictures(folder: pathlib.Path) -> None:
         kind = formats[index % len(formats)]
         picture(index, sizes[index % len(sizes)]).save(folder / f"plain/{index:02d}.{kind.lower()}", kind)
     kinds = _kinds()
-    for name, encoded in kinds.items():
-        (folder / "kinds" / name).write_bytes(encoded)
+    for name, content in kinds.items():
+        (folder / "kinds" / name).write_bytes(content)
     for index, name in enumerate(("a b.png", "日本 語.jpg", "naïve café.webp", "emoji 🙂.png")):
         picture(60 + index).save(folder / "with spaces/und Ümläüte 日本" / name)
     (folder / "linked.png").symlink_to("plain/01.png")
     (folder / "again").symlink_to("plain")  # a second way to the same folder
-    whole = _encoded(picture(70), "JPEG")
+    whole = encoded(picture(70), "JPEG")
     (folder / "broken/cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "broken/text.png").write_text("no picture")
     (folder / "notes.txt").write_text("no picture")
     (folder / "archive.zip").write_bytes(b"PK")
     (folder / "README").touch()
     (folder / ".DS_Store").touch()
-    (folder / "plain/.hidden.png").write_bytes(_encoded(picture(71)))
+    (folder / "plain/.hidden.png").write_bytes(encoded(picture(71)))
 
 
 def _kinds() -> dict[str, bytes]:
@@ -54,24 +61,18 @@ def _kinds() -> dict[str, bytes]:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     return {
-        "grey.png": _encoded(rgb.convert("L")),
-        "grey.jpg": _encoded(rgb.convert("L"), "JPEG"),
-        "one bit.png": _encoded(rgb.convert("1")),
-        "16 bit.png": _encoded(wide),
-        "palette.png": _encoded(palette),
-        "palette with transparency.png": _encoded(palette, transparency=3),
-        "alpha.png": _encoded(with_alpha),
-        "alpha.webp": _encoded(with_alpha, "WEBP", lossless=True),
-        "grey alpha.png": _encoded(with_alpha.convert("LA")),
-        "animated.gif": _encoded(rgb, "GIF", save_all=True, append_images=[picture(51), picture(52)]),
-        "cmyk.jpg": _encoded(rgb.convert("CMYK"), "JPEG"),
-        "turned.jpg": _encoded(rgb, "JPEG", exif=exif),
-        "turned.png": _encoded(rgb, exif=exif),
-        "UPPER.JPG": _encoded(rgb, "JPEG"),
+        "grey.png": encoded(rgb.convert("L")),
+        "grey.jpg": encoded(rgb.convert("L"), "JPEG"),
+        "one bit.png": encoded(rgb.convert("1")),
+        "16 bit.png": encoded(wide),
+        "palette.png": encoded(palette),
+        "palette with transparency.png": encoded(palette, transparency=3),
+        "alpha.png": encoded(with_alpha),
+        "alpha.webp": encoded(with_alpha, "WEBP", lossless=True),
+        "grey alpha.png": encoded(with_alpha.convert("LA")),
+        "animated.gif": encoded(rgb, "GIF", save_all=True, append_images=[picture(51), picture(52)]),
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "turned.jpg": encoded(rgb, "JPEG", exif=exif),
+        "turned.png": encoded(rgb, exif=exif),
+        "UPPER.JPG": encoded(rgb, "JPEG"),
     }
-
-
-def _encoded(image: PIL.Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()

@@ -27,18 +27,19 @@ def conv2d(
     kernel: tf.Tensor,
     *,
     strides: int = 1,
+    padding: str | Sequence[Sequence[int]] = "SAME",
     bias: tf.Tensor | None = None,
     add: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """See `ops.conv2d`."""
-    if _suits_winograd(x, kernel, strides):
+    if padding == "SAME" and _suits_winograd(x, kernel, strides):
         y = conv3x3(x, kernel)
     elif onednn.keeps_kernels(x.dtype):
         if bias is not None:
-            return onednn.conv(x, kernel, bias, add, strides=strides)
-        y = onednn.conv(x, kernel, strides=strides)
+            return onednn.conv(x, kernel, bias, add, strides=strides, padding=padding)
+        y = onednn.conv(x, kernel, strides=strides, padding=padding)
     else:
-        y = tf.nn.conv2d(x, kernel, strides=strides, padding="SAME")
+        y = tf.nn.conv2d(x, kernel, strides=strides, padding=padding)
     y = y if bias is None else tf.nn.bias_add(y, bias)
     return y if add is None else y + add
 

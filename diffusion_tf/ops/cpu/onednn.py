@@ -43,7 +43,7 @@ def conv(
     add: tf.Tensor | None = None,
     *,
     strides: int = 1,
-    padding: Sequence[Sequence[int]] = (),
+    padding: str | Sequence[Sequence[int]] = "SAME",
 ) -> tf.Tensor:
     """A convolution that may keep the first kernel it sees for all calls of the program; it has no gradient.
 
@@ -55,15 +55,15 @@ def conv(
       bias: [channels], or None.
       add: a map of the result's shape to add, or None; it needs a bias.
       strides: along both axes.
-      padding: numbers of zeros before and after x along each axis; default: SAME.
+      padding: as for `ops.conv2d`.
     """
     summands = [tensor for tensor in (bias, add) if tensor is not None]
     dtype = x.dtype.as_datatype_enum
     attributes = {
         "T": AttrValue(type=dtype),
         "strides": _list(i=[1, strides, strides, 1]),
-        "padding": AttrValue(s=b"EXPLICIT" if padding else b"SAME"),
-        "explicit_paddings": _list(i=itertools.chain(*padding)),
+        "padding": AttrValue(s=b"SAME" if padding == "SAME" else b"EXPLICIT"),
+        "explicit_paddings": _list(i=() if padding == "SAME" else itertools.chain(*padding)),
         "is_filter_const": AttrValue(b=True),
         "_kernel": AttrValue(s=b"MklNameChangeOp"),  # selects oneDNN's kernel of the operation
     }
