@@ -104,7 +104,7 @@ class Inpainter:
       trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call at most, over all replicas.
       seed: int in [0, 2^32).
-      settings: which sampler, in how many steps; default: Algorithm 2 in 250 steps.
+      settings: which sampler, in how many steps; default: Algorithm 2 in 100 steps.
       condition: as in `Sampler`.
       resamplings: how often each step is taken, the paper's r. More of them fit what is painted to what is known, and
         cost as many times the network evaluations.

@@ -232,10 +232,10 @@ def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: "Gaussia
 
 # --- Inpainting ------------------------------------------------------------------------------------------------
 
-# Those of the paper.
+# The paper's, except that it takes 250 steps. 100 of them complete digits as well, at the cost of about one sample.
 RESAMPLINGS = 10  # how often each stretch of steps is taken
 JUMP_LENGTH = 10  # steps in a stretch
-_REPAINT_STEPS = 250
+_REPAINT_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ class RepaintTable:
 
 
 def repaint_settings(settings: SamplerSettings, preset: Preset) -> SamplerSettings:
-    """The sampler of RePaint: where `settings` do not give the steps of ancestral sampling, 250 as in the paper.
+    """The sampler of RePaint: ancestral sampling takes 100 steps unless `settings` give another number.
 
     A learned variance, which is that of single steps, takes all T.
     """

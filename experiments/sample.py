@@ -81,8 +81,8 @@ def _check() -> None:
     ):  # fmt: skip
         if FLAGS[name].present and not FLAGS[with_name].value:
             raise InputError(f"--{name} goes with --{with_name}")
-    if not _writes_folder():
-        _flags.check_extension("out", ".npz")
+    if not _writes_folder() and not FLAGS.out.lower().endswith(".npz"):
+        raise InputError(f"--out={FLAGS.out} must end in .npz, or name a folder: end it in /")
     if FLAGS.encode and _writes_folder():
         raise InputError("--encode writes an .npz file: --out must end in .npz")
     if FLAGS.resume and not _writes_folder():

@@ -155,11 +155,11 @@ def test_replicas_share_a_batch_without_a_difference():
     np.testing.assert_allclose(shared.astype(int), inpainter()(IMAGES, PAINTED, first_image=7), atol=1)
 
 
-def test_ancestral_sampling_takes_250_steps_unless_the_variance_is_learned():
+def test_ancestral_sampling_takes_100_steps_unless_the_variance_is_learned():
     preset = get_preset("cifar10")
     learned = dataclasses.replace(preset, model_var_type="learned", loss_type="kl")
     for settings, given, steps in (
-        (SamplerSettings(), preset, 250),
+        (SamplerSettings(), preset, 100),
         (SamplerSettings(), learned, None),
         (SamplerSettings(steps=20), preset, 20),
         (SamplerSettings("ddim"), preset, None),
