@@ -136,6 +136,30 @@ def test_ddim_in_one_step_is_the_predicted_image(run):
             run.sample(2, **arguments)
 
 
+def test_pictures_are_varied_and_painted(run):
+    mask = np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    for method, arguments, message in (
+        (run.vary, {"strength": 0.0}, r"strength=0.0 must be in \(0, 1\]"),
+        (run.inpaint, {"masks": mask.astype(np.uint8)}, r"masks must be bool \[8, 8\] or \[3, 8, 8\], not uint8"),
+        (run.inpaint, {"masks": mask[:4]}, r"masks must be bool .* not bool \[4, 8\]"),
+        (run.inpaint, {"masks": np.zeros_like(mask)}, "masks: a mask must select at least one pixel"),
+        (run.inpaint, {"masks": mask, "sampler": "dpm_solver++"}, "sampler=dpm_solver.. uses the step before"),
+        (run.inpaint, {"masks": mask, "jump_length": 0}, "jump_length=0 must be greater than 0"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            method(DIGITS[:3], **arguments)
+    with pytest.raises(dtf.ConfigError, match="images must be uint8"):
+        run.vary(DIGITS[:3, :4])
+    painted = run.inpaint(DIGITS[:3], mask, seed=1, resamplings=2, jump_length=2, batch_size=2)
+    np.testing.assert_array_equal(painted[:, ~mask], DIGITS[:3][:, ~mask])
+    assert (painted[:, mask] != DIGITS[:3][:, mask]).mean() > 0.5
+    # One of eight steps leaves little noise; a whole process leaves nothing of the digit.
+    near, far = (run.vary(DIGITS[:3], seed=1, strength=strength).astype(int) for strength in (0.1, 1.0))
+    errors = [np.sqrt(np.square(varied - DIGITS[:3]).mean()) for varied in (near, far)]
+    assert errors[0] < errors[1] / 2, errors
+
+
 def bound_by_numpy(run, image, num_draws):
     """Eq. 5 of one image in float64, with noise of its own: bits/dim [num_draws], from `run.denoise`."""
     noise = np.random.RandomState(5)
