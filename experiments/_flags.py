@@ -267,8 +267,12 @@ def sampler_from_flags(preset: Preset) -> SamplerSettings:
     Raises:
       InputError: it does not fit the preset.
     """
-    settings = SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
-    return settings.resolve(preset)
+    return unresolved_sampler_from_flags().resolve(preset)
+
+
+def unresolved_sampler_from_flags() -> SamplerSettings:
+    """The sampler that `define_sampler_flags` asks for, without defaults."""
+    return SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
 
 
 def out_path(default: str, extension: str) -> str:

@@ -555,3 +555,23 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
         read_diffusers(folder, golden.SMALL, model)
     with pytest.raises(InputError, match=r"cannot read .*nothing/config.json: there is no such folder"):
         read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model)
+
+
+def test_classes_are_the_embedding_of_diffusers(tmp_path):
+    """Diffusers looks up row i of `class_embedding.weight` [N, 4 ch] and adds it to the embedding of t."""
+    preset = get_preset("digits", num_classes=3, ch_mult=(2,))
+    classes = UNet.from_preset(preset)
+    golden.assign_random_weights(classes, np.random.RandomState(0))
+    write_diffusers(str(tmp_path / "x"), preset, classes.weight_names, [v.numpy() for v in classes.trainable_variables])
+    config = json.loads((tmp_path / "x/unet/config.json").read_text())
+    assert (config["class_embed_type"], config["num_class_embeds"]) == (None, 3)
+    table = safetensors.numpy.load_file(tmp_path / "x/unet" / WEIGHTS)["class_embedding.weight"]
+    one_hot = np.eye(3, dtype=np.float32)
+    np.testing.assert_allclose(classes.class_embedding(one_hot), table, rtol=1e-6)
+    assert preset_from_folder(str(tmp_path / "x")).num_classes == 3
+    arrays = read_diffusers(str(tmp_path / "x"), preset, classes)
+    np.testing.assert_array_equal(arrays["ema/class_embedding/kernel"], table)
+    plain = get_preset("digits", ch_mult=(2,))
+    model = UNet.from_preset(plain)
+    with pytest.raises(InputError, match=r"num_class_embeds=3, and the preset's .* has null \(`num_classes`\)"):
+        read_diffusers(str(tmp_path / "x"), plain, model)
