@@ -44,8 +44,8 @@ class Run:
     """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
 
     Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images, `sample` once for each batch size,
-    sampler and number of steps. Every call of another method compiles: seconds for `digits`, up to a minute for the
-    larger networks. So make few calls with many images.
+    sampler, number of steps and guidance. Every call of another method compiles: seconds for `digits`, up to a minute
+    for the larger networks. So make few calls with many images.
 
     Attributes:
       preset: the configuration of network, diffusion and training.
@@ -81,6 +81,8 @@ class Run:
     @property
     def unet(self) -> UNet:
         """The network as a Keras model: `run.unet(x_t, t)` maps float32 [N, H, W, C] and int32 [N].
+
+        With classes, `run.unet(x_t, t, labels)` takes labels int32 [N], -1 for none.
 
         `summary()`, `count_params()`, `get_config()` and `save("unet.keras")` work as for any Keras model;
         `keras.saving.load_model` restores a model with equal outputs once `diffusion_tf.UNet` is imported. Its weights

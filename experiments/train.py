@@ -68,7 +68,7 @@ from diffusion_tf.unet import UNet
 
 
 def main() -> None:
-    data = _flags.data_from_flags()
+    data = _data()
     if FLAGS.dry_run:
         preset, _ = _preset_and_source(data)
         GaussianDiffusion.from_preset(preset)  # raises for settings that training would refuse
@@ -88,6 +88,13 @@ def main() -> None:
         initial=initial_weights(Workdir(FLAGS.workdir), FLAGS.init_from, preset),
         allow_recipe_change=FLAGS.allow_recipe_change,
     )
+
+
+def _data() -> DataSettings:
+    """Where the images are; without a flag that names them, where a run that goes on has them."""
+    workdir = Workdir(FLAGS.workdir or "")
+    goes_on = FLAGS.workdir and not FLAGS["dataset"].present and workdir.holds_run()
+    return _flags.data_from_flags(workdir.read_data()) if goes_on else _flags.data_from_flags()
 
 
 def _preset_and_source(data: DataSettings) -> tuple[Preset, ImageSource | None]:

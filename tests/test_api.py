@@ -304,10 +304,9 @@ def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_head_dim": "absent"}, 'add "attention_head_dim": null to the file'),
-        ({"attention_head_dim": 8}, "makes several heads"),
+        ({"attention_head_dim": 48}, "attention_head_dim=48 does not divide the channels with attention: .64, 64."),
         ({"act_fn": "gelu"}, 'act_fn="gelu"'),
-        ({"sample_size": None}, "no preset describes the network and diffusion of"),
+        ({"sample_size": None}, "image_size is required: .* has sample_size=null"),
         ({"block_out_channels": []}, "no preset describes"),
         ({"block_out_channels": [32, 48]}, "block_out_channels"),
         ({"block_out_channels": [0, 0]}, "no preset describes"),
@@ -351,3 +350,31 @@ np.save("y.npy", unet(np.load("x.npy"), np.array([1, 6])))
     np.testing.assert_allclose(run.denoise(x_t, t), expected, rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="frozen"):
         run.unet.trainable_variables[0].assign(tf.zeros_like(run.unet.trainable_variables[0]))
+
+
+def test_a_conditional_run_of_an_array_samples_and_measures_by_label(tmp_path):
+    images, labels = DIGITS[:60], load_digits().target[:60]
+    preset = dataclasses.replace(TINY, num_steps=2, ch_mult=(2,))
+    run = dtf.train(preset, str(tmp_path / "run"), images, labels=labels, conditional=True)
+    assert run.preset.num_classes == 10 and run.classes == tuple("0123456789")
+    assert json.loads((tmp_path / "run/config.json").read_text())["classes"] == list(run.classes)
+    for arguments, message in (
+        ({"labels": labels}, "labels go with `images` and `conditional=True`"),
+        ({"conditional": True}, "conditional: images of an array has no labels"),
+        ({}, r"another recipe \(num_classes: 0 != 10"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            dtf.train(preset, run.path, images, **arguments)
+    x_t, t = np.ones((2, 8, 8, 1), np.float32), np.array([3, 7])
+    for given in ([3, -1], [5, 5]):
+        expected = run.unet(tf.constant(x_t), tf.constant(t, tf.int32), tf.constant(given))
+        np.testing.assert_allclose(run.denoise(x_t, t, labels=given), expected, rtol=0, atol=1e-5)
+    for arguments, message in (
+        ({"labels": [3, 10]}, "label=10: the run has classes 0 to 9"),
+        ({"labels": [3]}, r"labels must be an int or int \[2\]"),
+        ({"labels": [0.5, 1]}, "not float64"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.denoise(x_t, t, **arguments)
+    with pytest.raises(dtf.ConfigError, match="guidance=2 needs samples with a label"):
+        run.sample(2, labels=[-1], guidance=2.0)

@@ -100,6 +100,8 @@ def materialize(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray | None
                 f": image {len(images) - 1} of the dataset is {list(image.shape)}, after {num_bytes:,} bytes of"
                 f" {list(images[0].shape)}: at most {MAX_ARRAY_BYTES:,} bytes of one shape fit; write a folder instead",
             )
+    if not images:
+        raise ConfigError("images", ": the dataset is empty")
     return np.stack(images), np.array(labels) if labels else None
 
 

@@ -234,6 +234,46 @@ PICTURES = [
     ("Lab colours", saved("x.png", Image.new("LAB", (8, 8)), "TIFF"), "run/x.png (its mode is LAB, of which black"),
     ("cut off", several(saved("x.png", DIGIT), change("x.png", lambda c: c[:-20])), "run/x.png (it is damaged: "),
 ]
+
+
+def folder(*names, sizes=((8, 8),) * 9, **files):
+    """A folder run/in of grey pictures, and of text files by their name without its dot."""
+
+    def break_it(run):
+        (run / "in").mkdir()
+        for name, size in zip(names, sizes, strict=False):
+            Image.new("L", size).save(run / "in" / name)
+        for name, content in files.items():
+            (run / "in" / name.replace("_", ".")).write_text(content)
+
+    return break_it
+
+
+OWN = ["--workdir=new", "--images=run/in", "--cache_dir=run/cache", "--image_size=8", "--channels=1"]
+NPZ = ["--workdir=new", "--npz=run/x.npz"]
+two = folder("a.png", "b.png")
+one_label = '{"file_name": "a.png", "label": 0}'
+OWN_IMAGES = [
+    ("no folder", sound, OWN, "--images=run/in does not exist: name the folder"),
+    ("an empty folder", folder(), OWN, "--images=run/in holds no images"),
+    ("texts only", folder(a_txt="", b_txt=""), OWN, "--images=run/in holds no images: neither an LMDB (data.mdb) nor"),
+    ("one picture", folder("a.png"), OWN, "--images=run/in: there is one image, and one is held out: add others, or"),
+    ("mixed sizes", folder("a.png", "b.png", sizes=((8, 8), (8, 9))), [*OWN, "--resize=none", "--held_out=0"],
+     "in: b.png cannot be read (its size is 8 x 9 pixels, and must be 8 x 8 (width x height)), and --skip_bad_records"),
+    ("a bad picture", folder("a.png", b_png="", c_png=""), [*OWN, "--skip_bad_records=1", "--held_out=0"],
+     "c.png cannot be read (it is empty), and --skip_bad_records is 1: --skip_bad_records=N leaves out up to N"),
+    ("too few labels", folder("a.png", "b.png", metadata_jsonl=one_label), OWN,
+     "--images=run/in: metadata.jsonl has labels for 1 pictures, but none for b.png"),
+    ("labels of others", folder("b.png", "c.png", metadata_jsonl=one_label), OWN, "line 1, names a.png, which is not"),
+    ("no place for the cache", two, [*OWN, "--cache_dir=run/flags.txt"], "run/flags.txt: cannot write "),
+    ("a folder and a file", two, [*OWN, *NPZ], "--npz and --images both name images: give one"),
+    ("resizing of nothing", sound, ["--resize=pad"], "--resize=pad goes with --images or --npz or --tfds"),
+    ("no arrays", npz("x.npz", pictures=load_digits()), NPZ, "--npz=run/x.npz must hold uint8 `images` or `samples`"),
+    ("too few npz labels", npz("x.npz", images=load_digits(), labels=np.arange(9)), NPZ,
+     "--npz=run/x.npz: labels must be int or str [1797], one for each image, not int64 [9]"),
+    ("no labels", two, [*OWN, "--conditional"], "run/in, train has no labels"),
+    ("no TFDS", sound, ["--workdir=new", "--tfds=shapes", "--data_dir=run"], "--data_dir=run holds no prepared shapes"),
+]  # fmt: skip
 EXTENSIONS = [
     ("sample", ["--out=new.npz", "--png=new.jpg"], "--png=new.jpg must end in .png"),
     ("sample", ["--out=new.npy"], "--out=new.npy must end in .npz, or name a folder"),
@@ -304,6 +344,7 @@ damaged_metrics = text("metrics.jsonl", '{"step": 2}\nstep 4\n')
 TABLE = [
     *[("train", f"flags: {name}", fault, [*TRAIN, *args], line) for name, fault, args, line in FLAGS],
     *[("train", f"data: {name}", fault, ["--workdir=new", *CAT], line) for name, fault, line in DATA],
+    *[("train", f"own images: {name}", fault, args, line) for name, fault, args, line in OWN_IMAGES],
     *[("evaluate", f"data: {name}", several(fault, cats), CATS_SCORE, line) for name, fault, line in RECORD_FAULTS],
     ("train", "data: more bad records than tolerated", two_bad, ["--workdir=new", *CAT, "--skip_bad_records=1"],
      "--skip_bad_records=1: there are more bad records: run/x.tfrecords: record 5"),
@@ -312,6 +353,12 @@ TABLE = [
      "run/checkpoints holds only damaged checkpoints, of steps [2, 4]"),
     ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
     ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl, line 2, is not JSON, or is damaged"),
+    ("train", "labels: none", data("x.tfrecords", RECORDS), ["--workdir=new", *CAT, "--conditional"],
+     "--conditional: run/x.tfrecords has no labels"),
+    ("train", "labels: of other classes", sound, ["--workdir=new", "--num_classes=3"],
+     "--num_classes=3: scikit-learn digits, train has 10 classes"),
+    ("sample", "labels: of no class", sound, [*SAMPLE, "--label=3"], "--label=3: choose from no classes in this run"),
+    ("sample", "labels: guidance without any", sound, [*SAMPLE, "--guidance=2"], "--guidance=2 needs a run with"),
     *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
     *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
     *[("compress", f"pictures: {name}", fault, ENCODE, line) for name, fault, line in PICTURES],

@@ -143,8 +143,10 @@ def test_programs_are_listed_and_started_by_name():
 
 def test_every_flag_reaches_the_configuration():
     changed = {
-        "image_size": 16, "channels": 3, "random_flip": True, "ch": 64, "ch_mult": [1, 2, 2], "num_res_blocks": 2,
-        "attn_resolutions": [4, 8], "dropout": 0.25, "precision": "bfloat16",
+        "image_size": 16, "image_width": 32, "channels": 3, "random_flip": True, "ch": 64, "ch_mult": [1, 2, 2],
+        "num_res_blocks": 2, "num_classes": 5, "label_dropout": 0.3, "random_shift": 1,
+        "attn_resolutions": [4, 8], "attention_head_dim": 16, "mid_attention": False, "norm_eps": 1e-5,
+        "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "dropout": 0.25, "precision": "bfloat16",
         "num_timesteps": 50, "beta_schedule": "quad", "beta_start": 0.001,
         "beta_end": 0.3, "model_mean_type": "xstart", "model_var_type": "learned", "loss_type": "kl",
         "learning_rate": 0.5, "batch_size": 3, "num_steps": 7, "warmup_steps": 9, "grad_clip": 2.5, "ema_decay": 0.5,
@@ -254,12 +256,12 @@ def test_neighbors_give_a_verdict(trained, tmp_path):
 @pytest.mark.slow
 def test_a_run_exported_to_diffusers_and_imported_again_samples_and_encodes(trained, tmp_path):
     few = ["--sampler=ddim", "--sampler_steps=2"]
-    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    exported, imported, small = tmp_path / "exported", tmp_path / "imported", ["--num_timesteps=4", "--ch_mult=1"]
     for program, args in (
         ("import_checkpoint", [f"--workdir={trained}", f"--export_diffusers={exported}"]),
         (
             "import_checkpoint",
-            [f"--workdir={imported}", "--format=diffusers", f"--source={exported}", "--num_timesteps=4", "--ch_mult=1"],
+            [f"--workdir={imported}", "--format=diffusers", f"--source={exported}", "--dataset=digits", *small],
         ),
         ("sample", [f"--workdir={imported}", "--num_samples=6", f"--out={tmp_path}/drawn.npz", *few]),
         ("sample", [f"--workdir={imported}", f"--encode={tmp_path}/drawn.npz", f"--out={tmp_path}/encoded.npz", *few]),

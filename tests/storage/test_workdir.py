@@ -199,3 +199,16 @@ def test_damaged_metrics_are_refused_and_kept(tmp_path):
         ):
             use()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_classes_of_a_conditional_run_are_kept_and_checked(tmp_path):
+    workdir, preset = Workdir(tmp_path), get_preset("digits", num_classes=2)
+    workdir.write_config(preset, 100, "", classes=("cat", "dog"))
+    assert workdir.read_classes() == ("cat", "dog") and workdir.read_preset() == preset
+    with pytest.raises(InputError, match=r"another recipe \(classes: cat, cow != cat, dog"):
+        workdir.refuse_other_run(preset, 100, classes=("cat", "cow"))
+    with pytest.raises(InputError, match=r"another recipe \(num_classes: 0 != 2"):
+        workdir.refuse_other_run(get_preset("digits"), 100, classes=("cat", "dog"))
+    other = Workdir(tmp_path / "other")
+    other.write_config(get_preset("digits"), 100, "")
+    assert other.read_classes() == ()
