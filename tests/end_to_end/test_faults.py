@@ -168,8 +168,18 @@ FLAGS = [
     ("another recipe", sound, ["--dropout=0.5"], "another recipe (dropout: 0.5 != 0.0"),
     ("a workdir that is a file", sound, ["--workdir=run/flags.txt"], "--workdir=run/flags.txt is not a folder"),
     ("a read-only workdir", sound, ["--workdir=/proc/sys"], "cannot write /proc/sys/lock"),
-    ("no source", sound, ["--workdir=new", "--init_from=nothing"], "--init_from=nothing is neither a run nor a diffusers"),
-    ("another source", sound, ["--init_from=run"], "--init_from=run: the run in run started with random weights: choose"),
+    (
+        "no source",
+        sound,
+        ["--workdir=new", "--init_from=nothing"],
+        "--init_from=nothing is neither a run nor a diffusers",
+    ),
+    (
+        "another source",
+        sound,
+        ["--init_from=run"],
+        "--init_from=run: the run in run started with random weights: choose",
+    ),
     (
         "another network",
         sound,
