@@ -25,6 +25,15 @@ def network_size(preset: Preset) -> Size:
     return Size(*map(sum, zip(*_layers(preset), strict=True)))
 
 
+def training_bytes(preset: Preset, images: int) -> int:
+    """Estimated memory of a training step that computes `images` at once.
+
+    Weights, EMA, Adam's two moments and gradients are float32. Activations have the compute dtype.
+    """
+    size = network_size(preset)
+    return 20 * size.parameters + images * size.activations * (2 if preset.precision == "bfloat16" else 4)
+
+
 def _layers(preset: Preset) -> Iterator[Size]:
     """The layers in the order of `unet.py:UNet`."""
     ch, temb = preset.ch, 4 * preset.ch

@@ -69,19 +69,19 @@ def _network(preset: Preset, num_images: int, given: Mapping[str, Any]) -> dict[
     sizes = _halved(height, width)[: len(ch_mult)]
     attending = [h for h, w in sizes if _MOST_ATTENDING // 4 < h * w <= _MOST_ATTENDING]
     few = num_images < FEW_IMAGES
+    ch = _channels(math.prod(preset.image_shape) * num_images, few)
     return {
         # Grey images are often characters or scans, whose mirror images do not occur.
         "random_flip": channels != 1,
         # The mirrored borders are then 3% of the pixels; samples have such borders too.
         "random_shift": round(min(height, width) / 32) if few else 0,
-        "ch": _channels(math.prod(preset.image_shape) * num_images, few),
+        "ch": ch,
         "ch_mult": ch_mult,
         "attn_resolutions": tuple(attending[:1]),
         # Appendix B: 0.1 for CIFAR-10, against overfitting; 0 for the larger sets.
         "dropout": 0.2 if few else 0.1 if num_images <= 100_000 else 0.0,
         "model_var_type": "fixedsmall" if height * width > 64 * 64 else "fixedlarge",
-        # Appendix B: 2e-4 at 32x32 and 2e-5 at 256x256, where more is unstable; 1e-3 for digits.
-        "learning_rate": min(1e-3, float(f"{2e-4 * (32 * 32 / (height * width)) ** 0.55:.0e}")),
+        "learning_rate": _learning_rate(height * width, given.get("ch", ch)),
         "batch_size": _batch_size(height * width, num_images),
     }
 
@@ -128,6 +128,12 @@ def _batch_size(image_pixels: int, num_images: int) -> int:
     """Appendix B: 128 at 32x32 pixels and 64 at 256x256; half for small sets, and less for larger images."""
     fits = 2 ** max(0, (_MOST_BATCH_PIXELS // image_pixels).bit_length() - 1)
     return min(fits, 128 if num_images >= 10_000 else 64)
+
+
+def _learning_rate(image_pixels: int, ch: int) -> float:
+    """Appendix B: 2e-4 at 32x32 pixels and 2e-5 at 256x256, where more is unstable; narrow networks bear more."""
+    rate = 2e-4 * (32 * 32 / image_pixels) ** 0.55 * 128 / ch
+    return min(1e-3, float(f"{rate:.0e}"))
 
 
 def _num_steps(num_images: int, batch_size: int) -> int:

@@ -12,8 +12,10 @@ import json
 
 from absl import flags
 
+from diffusion_tf.budgets import Choices, parse_budget
 from diffusion_tf.data_settings import DataSettings
-from diffusion_tf.presets import CHANGEABLE, Preset
+from diffusion_tf.interop.tpu_compiler import TOPOLOGIES
+from diffusion_tf.presets import CHANGEABLE
 from diffusion_tf.recipes import choose_preset
 
 from . import _flags, _program
@@ -37,7 +39,16 @@ flags.DEFINE_boolean(
 flags.DEFINE_boolean(
     "conditional", False, "Condition the network on the classes of the images, which need labels. Sets --num_classes."
 )
-flags.DEFINE_boolean("dry_run", False, "Print the resolved configuration and the parameter count, and exit.")
+flags.DEFINE_string(
+    "fit",
+    None,
+    "What a new run must fit in: cpu, minutes:30, the memory of a GPU as gpu24g, or a TPU slice"
+    f" ({', '.join(TOPOLOGIES)}). Network, batch and steps without flags shrink until they do, and memory and time are"
+    " predicted before training.",
+)
+flags.DEFINE_boolean(
+    "dry_run", False, "Print the resolved configuration, the parameter count and what --fit predicts, and exit."
+)
 
 
 def _check() -> None:
@@ -46,6 +57,8 @@ def _check() -> None:
         choose_preset(_flags.image_shape((64, 64, 3)), 1, **_flags.preset_overrides())
     elif FLAGS.init_from is None:
         _flags.preset_from_flags()
+    if FLAGS.fit is not None:
+        parse_budget(FLAGS.fit, list(TOPOLOGIES))
     if not FLAGS.dry_run:
         _flags.require_flags("workdir")
 
@@ -66,61 +79,67 @@ from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.unet import UNet
 
+from ._fit import describe, fit
+
 
 def main() -> None:
-    data = _data()
+    # With several hosts, this must precede every other use of TensorFlow.
+    strategy = None if FLAGS.dry_run and not FLAGS.fit else make_strategy(FLAGS.strategy, FLAGS.tpu)
+    workdir = Workdir(FLAGS.workdir or "")
+    holds_run = FLAGS.workdir is not None and workdir.holds_run()
+    data = _data(workdir if holds_run else None)
+    choices, source = _choices(data, workdir if holds_run else None)
+    fitted = None
+    if FLAGS.fit and not holds_run:
+        fitted = fit(choices, parse_budget(FLAGS.fit, list(TOPOLOGIES)), strategy)
+    preset = fitted.preset if fitted else choices.choose()
+    if source is None and (FLAGS.conditional or not FLAGS.dry_run):
+        source = open_source(preset, "train", data)
+    if FLAGS.conditional and source:
+        preset = conditional_preset(preset, source)
     if FLAGS.dry_run:
-        preset, _ = _preset_and_source(data)
         GaussianDiffusion.from_preset(preset)  # raises for settings that training would refuse
         print(json.dumps(dataclasses.asdict(preset), indent=2))
         print(f"parameters: {UNet.from_preset(preset).count_params():,}")
+    if fitted or _chooses(data):
+        print(describe(preset, source.num_examples if source else None, fitted), flush=True)
+    if FLAGS.dry_run or not source:
         return
-    # With several hosts, this must precede every other use of TensorFlow.
-    strategy = make_strategy(FLAGS.strategy, FLAGS.tpu)
-    preset, source = _preset_and_source(data)
     train_in_workdir(
         preset,
         strategy,
-        source or open_source(preset, "train", data),
+        source,
         FLAGS.workdir,
         command=FLAGS.flags_into_string(),
         data=data,
-        initial=initial_weights(Workdir(FLAGS.workdir), FLAGS.init_from, preset),
+        initial=initial_weights(workdir, FLAGS.init_from, preset),
         allow_recipe_change=FLAGS.allow_recipe_change,
     )
 
 
-def _data() -> DataSettings:
+def _data(run: Workdir | None) -> DataSettings:
     """Where the images are; without a flag that names them, where a run that goes on has them."""
-    workdir = Workdir(FLAGS.workdir or "")
-    goes_on = FLAGS.workdir and not FLAGS["dataset"].present and workdir.holds_run()
-    return _flags.data_from_flags(workdir.read_data()) if goes_on else _flags.data_from_flags()
+    if run and not FLAGS["dataset"].present:
+        return _flags.data_from_flags(run.read_data())
+    return _flags.data_from_flags()
 
 
-def _preset_and_source(data: DataSettings) -> tuple[Preset, ImageSource | None]:
-    """The recipe, and the images if it depends on them."""
-    preset, source = _recipe(data)
-    if FLAGS.conditional:
-        source = source or open_source(preset, "train", data)
-        preset = conditional_preset(preset, source)
-    return preset, source
-
-
-def _recipe(data: DataSettings) -> tuple[Preset, ImageSource | None]:
-    """The flags over the recipe to start from, and the images if it was chosen by them.
+def _choices(data: DataSettings, run: Workdir | None) -> tuple[Choices, ImageSource | None]:
+    """The recipes to choose from, and the images if these decide.
 
     Without --dataset, it is the recipe of the run that is there, or else of --init_from, or else one for the images.
     """
-    workdir = Workdir(FLAGS.workdir or "")
+    overrides = _flags.preset_overrides()
     if not FLAGS["dataset"].present:
-        if FLAGS.workdir and workdir.holds_run():
-            return _flags.preset_from_flags(workdir.read_preset()), None
+        if run:
+            return Choices.of(_flags.preset_from_flags(run.read_preset()), overrides), None
         if FLAGS.init_from:
-            return fine_tuning_preset(FLAGS.init_from, _flags.preset_overrides()), None
+            return Choices.of(fine_tuning_preset(FLAGS.init_from, overrides), overrides), None
     if not _chooses(data):
-        return _flags.preset_from_flags(), None
+        return Choices.of(_flags.preset_from_flags(), overrides), None
     source = open_images(data, "train", _flags.image_shape)
-    return choose_preset(source.image_shape, source.num_examples, **_flags.preset_overrides()), source
+    shape, num_images = source.image_shape, source.num_examples
+    return Choices(lambda **changes: choose_preset(shape, num_images, **{**changes, **overrides}), overrides), source
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def test_a_conditional_run_of_an_array_samples_and_measures_by_label(tmp_path):
     assert run.preset.num_classes == 10 and run.classes == tuple("0123456789")
     assert json.loads((tmp_path / "run/config.json").read_text())["classes"] == list(run.classes)
     for arguments, message in (
-        ({"labels": labels}, "labels go with `images` and `conditional=True`"),
+        ({"labels": labels}, "labels go with `conditional=True` and `images` that are an array"),
         ({"conditional": True}, "conditional: images of an array has no labels"),
         ({}, r"another recipe \(num_classes: 0 != 10"),
     ):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = (
-    "errors progress_bar figures ops presets conditioning recipes network_size data_settings rng layers storage"
+    "errors progress_bar figures ops presets conditioning recipes network_size budgets data_settings rng layers storage"
     " schedules data diffusion_utils unet solvers runtime trained_model samplers inpainting likelihood compression"
     " training evaluation reports interop run experiments"
 ).split()

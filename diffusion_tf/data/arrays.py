@@ -51,7 +51,7 @@ def npz_source(path: str, split: str, held_out: float, resize: str, choose_shape
     images = next((arrays[key] for key in _KEYS if key in arrays), np.empty(0))
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         there = describe_arrays(arrays)
-        raise ConfigError("npz", f"={path} must hold uint8 `images` or `samples` [N, H, W, C]; there are: {there}")
+        raise ConfigError("npz", f"={path} must hold images or samples, uint8 [N, H, W, C]; there are: {there}")
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     try:

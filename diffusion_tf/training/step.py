@@ -108,13 +108,18 @@ def reduced_gradients(
     def share(first: int | tf.Tensor, images: tf.Tensor, *labels: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         return loss_and_gradients(model, preset, params, images, rng.skip(first), *labels)
 
-    image_bytes = preset.image_pixels * tf.as_dtype(preset.precision).size
     zeros = lambda: (tf.constant(0.0), [tf.zeros(w.shape) for w in params])
     examples = [images] if labels is None else [images, labels]
     loss, grads = all_reduce(
-        map_microbatches(share, examples, max_size=max(1, microbatch_bytes // image_bytes), zeros=zeros)
+        map_microbatches(share, examples, max_size=microbatch_size(preset, microbatch_bytes), zeros=zeros)
     )
     return loss, clip_and_check(loss, grads, preset.grad_clip)
+
+
+def microbatch_size(preset: Preset, microbatch_bytes: int = MICROBATCH_BYTES) -> int:
+    """The most images of a microbatch of which one channel has at most `microbatch_bytes` bytes."""
+    image_bytes = preset.image_pixels * tf.as_dtype(preset.precision).size
+    return min(preset.batch_size, max(1, microbatch_bytes // image_bytes))
 
 
 class TrainStep(NamedTuple):

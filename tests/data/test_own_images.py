@@ -59,9 +59,9 @@ def test_images_of_an_npz_file_get_the_runs_shape(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": IMAGES}, "must hold uint8 `images` or `samples` .*; there are: pictures uint8"),
-        ({"images": IMAGES.astype(np.float32)}, "must hold uint8 .*; there are: images float32"),
-        ({"images": IMAGES[0]}, "must hold uint8 `images`"),
+        ({"pictures": IMAGES}, "must hold images or samples, .*; there are: pictures uint8"),
+        ({"images": IMAGES.astype(np.float32)}, "must hold images .*; there are: images float32"),
+        ({"images": IMAGES[0]}, "must hold images"),
         (
             {"images": IMAGES, "labels": np.arange(39)},
             r"labels must be int or str \[40\], .* not int64",

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.storage.workdir import Workdir
@@ -67,6 +68,14 @@ def test_some_fields_may_change_when_the_user_allows_it_and_the_change_is_record
     }
     workdir.write_config(third, 100, "")
     assert workdir.earlier_recipes() == [second, first]
+
+
+def test_other_resizing_of_the_same_pictures_is_refused(tmp_path):
+    workdir, preset = Workdir(str(tmp_path / "run")), get_preset("digits")
+    workdir.write_config(preset, 100, "", data=DataSettings(images="a", resize="pad"))
+    workdir.refuse_other_run(preset, 100, data=DataSettings(images="moved", resize="pad"))
+    with pytest.raises(InputError, match=r"another recipe \(resize: crop != pad, asked != there\)"):
+        workdir.refuse_other_run(preset, 100, data=DataSettings(images="a"))
 
 
 def test_imported_weights_may_train_on_any_number_of_images(tmp_path):
