@@ -34,6 +34,7 @@ setup(
         "pillow>=11,<14",  # PNG grids
         "safetensors>=0.5,<1",  # checkpoints, read without running code
         "scikit-learn>=1.6,<2",  # the digits, nearest neighbours
+        "scipy>=1.15",  # tests of the distances to training pictures
         "setuptools<81",  # tensorboard imports pkg_resources
         "tensorflow-datasets==4.9.10",
         "tqdm>=4.66,<5",  # progress bars
@@ -55,7 +56,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.13",
-            "scipy>=1.15",
         ],
     },
 )

@@ -42,7 +42,7 @@ class Condition:
         if not 0 <= self.guidance < math.inf:
             raise ConfigError("guidance", f"={self.guidance} must be 0 or more")
         if self.guidance and set(labels) == {NO_LABEL}:
-            why = "samples with a label" if classes else "a run with classes, which `train --conditional` makes"
+            why = "samples with a label" if classes else "a run with classes: train one with `conditional`"
             raise ConfigError("guidance", f"={self.guidance:g} needs {why}")
         return dataclasses.replace(self, labels=labels)
 

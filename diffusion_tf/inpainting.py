@@ -20,6 +20,7 @@ from diffusion_tf.solvers import (
     RepaintTable,
     SamplerSettings,
     SamplerTable,
+    repaint_settings,
     repaint_table,
     sampler_table,
 )
@@ -103,7 +104,7 @@ class Inpainter:
       trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call at most, over all replicas.
       seed: int in [0, 2^32).
-      settings: which sampler, in how many steps; default: Algorithm 2.
+      settings: which sampler, in how many steps; default: Algorithm 2 in 100 steps.
       condition: as in `Sampler`.
       resamplings: how often each step is taken, the paper's r. More of them fit what is painted to what is known, and
         cost as many times the network evaluations.
@@ -129,7 +130,8 @@ class Inpainter:
         jump_length: int = JUMP_LENGTH,
     ):
         diffusion = trained.diffusion
-        sampler = sampler_table(settings or SamplerSettings(), trained.preset, diffusion)
+        settings = repaint_settings(settings or SamplerSettings(), trained.preset)
+        sampler = sampler_table(settings, trained.preset, diffusion)
         if sampler is not None and sampler.coefficients[:, 2].any():
             raise ConfigError(
                 "sampler", "=dpm_solver++ uses the step before, and a jump has none: inpaint with ancestral or ddim"

@@ -59,7 +59,8 @@ def _layers(preset: Preset) -> Iterator[Size]:
             yield _conv(channels, channels, levels[level + 1][1])
             skips.append(channels)
     yield from _block(channels, channels, levels[-1][1], temb)
-    yield from _attention(channels, levels[-1][1])
+    if preset.mid_attention:
+        yield from _attention(channels, levels[-1][1])
     yield from _block(channels, channels, levels[-1][1], temb)
     for level, (level_channels, positions, attends) in reversed(list(enumerate(levels))):
         for _ in range(preset.num_res_blocks + 1):

@@ -44,8 +44,8 @@ class Run:
     """A trained network with its EMA weights and its diffusion process. `load` and `train` return one.
 
     Images are uint8 [N, H, W, C]. `denoise` compiles once for each number of images, `sample` once for each batch size,
-    sampler and number of steps. Every call of another method compiles: seconds for `digits`, up to a minute for the
-    larger networks. So make few calls with many images.
+    sampler, number of steps and guidance. Every call of another method compiles: seconds for `digits`, up to a minute
+    for the larger networks. So make few calls with many images.
 
     Attributes:
       preset: the configuration of network, diffusion and training.
@@ -81,6 +81,8 @@ class Run:
     @property
     def unet(self) -> UNet:
         """The network as a Keras model: `run.unet(x_t, t)` maps float32 [N, H, W, C] and int32 [N].
+
+        With classes, `run.unet(x_t, t, labels)` takes labels int32 [N], -1 for none.
 
         `summary()`, `count_params()`, `get_config()` and `save("unet.keras")` work as for any Keras model;
         `keras.saving.load_model` restores a model with equal outputs once `diffusion_tf.UNet` is imported. Its weights
@@ -144,6 +146,8 @@ class Run:
         sampler: str = "ancestral",
         steps: int | None = None,
         batch_size: int | None = None,
+        labels: Sequence[int] = (NO_LABEL,),
+        guidance: float = 0.0,
     ) -> np.ndarray:
         """Makes a picture like each image by adding noise and removing it (SDEdit, Meng et al. 2021); shows progress.
 
@@ -157,6 +161,8 @@ class Run:
           sampler: as for `sample`.
           steps: of the whole process, as for `sample`.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: the classes that the pictures take in turn, as for `sample`; default: none.
+          guidance: as for `sample`.
 
         Returns:
           uint8 [N, H, W, C].
@@ -168,8 +174,11 @@ class Run:
         check_images(images, self.preset.image_shape)
         settings = SamplerSettings(sampler, steps, strength=strength)
         batch_size = self._batch_size(batch_size, len(images))
-        varied = Sampler(self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings)
-        return varied.draw(len(images), start_from=images)
+        sampler_from = Sampler(
+            self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings,
+            condition=Condition(tuple(labels), guidance),
+        )  # fmt: skip
+        return sampler_from.draw(len(images), start_from=images)
 
     def inpaint(
         self,
@@ -182,10 +191,12 @@ class Run:
         sampler: str = "ancestral",
         steps: int | None = None,
         batch_size: int | None = None,
+        labels: Sequence[int] = (NO_LABEL,),
+        guidance: float = 0.0,
     ) -> np.ndarray:
         """Paints the masked pixels of images to fit the others (RePaint, Lugmayr et al. 2022); shows progress.
 
-        Costs about `resamplings` times as many network evaluations per image as a sample.
+        Costs about `resamplings` times `steps` network evaluations per image, by default 910.
 
         Args:
           images: uint8 [N, H, W, C].
@@ -194,8 +205,10 @@ class Run:
           jump_length: steps in a stretch.
           seed: of the noise, in [0, 2^32); picture i has noise of its own.
           sampler: `ancestral` or `ddim`.
-          steps: of the sampler; default: as for `sample`.
+          steps: of the sampler, in [1, T]; default: 100, or 50 for `ddim`.
           batch_size: images computed at once, over all replicas; default: at most 64.
+          labels: the classes that the pictures take in turn, as for `sample`; default: none.
+          guidance: as for `sample`.
 
         Returns:
           uint8 [N, H, W, C]; pixels that are not masked are those of `images`.
@@ -208,7 +221,7 @@ class Run:
         batch_size, painted = self._batch_size(batch_size, len(images)), check_masks(masks, images)
         inpainter = Inpainter(
             self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=SamplerSettings(sampler, steps),
-            resamplings=resamplings, jump_length=jump_length,
+            condition=Condition(tuple(labels), guidance), resamplings=resamplings, jump_length=jump_length,
         )  # fmt: skip
         starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="inpainting")
         batches = ((first, slice(first, first + batch_size)) for first in starts)

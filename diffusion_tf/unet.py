@@ -109,6 +109,9 @@ class AttentionBlock(keras.layers.Layer):
         return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [-1, positions, heads * channels])
 
 
+CLASSES = "class_embedding/kernel"  # the name of the table of classes
+
+
 @keras.saving.register_keras_serializable(package="diffusion_tf")
 class UNet(layers.Network):
     """The denoising network: `model(x_t, t)`, [B, H, W, C] and int32 [B] to [B, H, W, out_channels] float32.

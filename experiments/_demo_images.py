@@ -2,14 +2,14 @@
 
 import os
 
+import tensorflow as tf
 from absl import flags
 
 from diffusion_tf import figures
 from diffusion_tf.data import open_images
 from diffusion_tf.data.source import ImageReader, ImageSource
-from diffusion_tf.evaluation.checkpoint_scoring import CheckpointScorer, Scorer
 from diffusion_tf.evaluation.feature_networks import pixels_network
-from diffusion_tf.evaluation.scores import FeatureExtractor, RunSamples, check_metrics, reference_path, source_images
+from diffusion_tf.evaluation.scores import check_metrics, compute_scores
 from diffusion_tf.presets import Preset
 from diffusion_tf.recipes import choose_preset
 from diffusion_tf.reports.run_page import to_markdown
@@ -30,7 +30,7 @@ from . import _flags, _program
 FLAGS = flags.FLAGS
 _METRICS = ["precision_recall"]
 _BATCH_SIZE = 64  # samples drawn at once
-_MAX_REFERENCE = 10_000  # pictures to compare with
+_MAX_REFERENCE = 5000  # pictures to compare with
 _SUMMARY = """
 Results
   {parameters:,} parameters, trained for {step:,} steps of {batch_size} images from {num_examples:,} pictures.
@@ -62,7 +62,7 @@ def main() -> None:
     train_in_workdir(preset, strategy, source, workdir.path, command=FLAGS.flags_into_string(), data=data)
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
-    settings = SamplerSettings("ddim").resolve(preset)
+    settings = SamplerSettings("dpm_solver++").resolve(preset)
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
     samples = Sampler(trained, batch_size=_BATCH_SIZE, seed=0, settings=settings).draw(FLAGS.num_samples)
     drawn = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
@@ -72,16 +72,28 @@ def main() -> None:
     picture = os.path.join(workdir.samples, "samples_and_real.png")
     write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
 
-    real = source_images(source, preset.dataset, "train", min(source.num_examples, _MAX_REFERENCE))
-    extractor = FeatureExtractor(network, strategy, _BATCH_SIZE, workdir.partial)
-    scorer = Scorer(extractor, _METRICS, real, reference_path(workdir, network, real))
-    drawer = RunSamples(
-        strategy, preset, num_samples=FLAGS.num_samples, batch_size=_BATCH_SIZE, seed=0, settings=settings
+    count = min(source.num_examples, _MAX_REFERENCE)
+    real_features, features = (
+        {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
+        for images in (ImageReader(source)(0, count), samples)
     )
-    scores = CheckpointScorer(workdir, scorer, drawer, "precision_pixels").score_once(step, checkpoint)
+    scores = compute_scores(_METRICS, network.name, real_features, features)
+    evaluation = {
+        "step": step,
+        "checkpoint_sha256": checkpoints.load_digest(checkpoint),
+        "seed": 0,
+        "compute_dtype": preset.precision,
+        **settings.describe(preset),
+        "num_samples": FLAGS.num_samples,
+        "metrics": _METRICS,
+        "reference": {"images": source.name, "num_images": count, "features": network.name},
+        **scores,
+    }
+    if evaluation not in workdir.read_evaluations():
+        workdir.append_evaluation(evaluation)  # for the report
     print(
         _program.command_lines(_SUMMARY).format(
-            **{key: scores[key] for key in ("precision_pixels", "recall_pixels")},
+            **scores,
             parameters=trained.model.count_params(),
             step=step,
             batch_size=preset.batch_size,

@@ -78,15 +78,17 @@ def define_data_flags(*, images: bool = True) -> None:
     define_path("tfrecord", None, f"StyleGAN TFRecords: a file, or a glob of shards.{run}")
     flags.DEFINE_enum(
         "resize",
-        PRESETS_OWN.resize,
+        None,
         RESIZE_MODES,
         "How pictures of another size become images: crop cuts the centre of the right aspect ratio and scales it, pad"
-        " scales the whole picture and adds white, stretch changes the aspect ratio, none refuses them.",
+        " scales the whole picture and adds white, stretch changes the aspect ratio, none refuses them."
+        f" Default: {PRESETS_OWN.resize}; for measurements, as in training.",
     )
     flags.DEFINE_float(
         "held_out",
-        PRESETS_OWN.held_out,
-        "Fraction of the pictures of --images or --npz that is the test split, unless the folder has one.",
+        None,
+        "Fraction of the pictures of --images or --npz that is the test split, unless the folder has one."
+        f" Default: {PRESETS_OWN.held_out}; for measurements, as in training.",
         lower_bound=0.0,
     )
     define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
@@ -97,8 +99,9 @@ def define_data_flags(*, images: bool = True) -> None:
     )
     flags.DEFINE_integer(
         "skip_bad_records",
-        PRESETS_OWN.skip_bad_records,
-        "Number of bad records of --tfrecord to replace, or of unreadable pictures of --images to leave out.",
+        None,
+        "Number of bad records of --tfrecord to replace, or of unreadable pictures of --images to leave out."
+        " Default: 0; for measurements of the training images, as in training.",
         lower_bound=0,
     )
 
@@ -267,8 +270,12 @@ def sampler_from_flags(preset: Preset) -> SamplerSettings:
     Raises:
       InputError: it does not fit the preset.
     """
-    settings = SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
-    return settings.resolve(preset)
+    return unresolved_sampler_from_flags().resolve(preset)
+
+
+def unresolved_sampler_from_flags() -> SamplerSettings:
+    """The sampler that `define_sampler_flags` asks for, without defaults."""
+    return SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
 
 
 def out_path(default: str, extension: str) -> str:

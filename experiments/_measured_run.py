@@ -25,6 +25,7 @@ from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable
+from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 
@@ -85,6 +86,13 @@ class MeasuredRun:
         step, path = checkpoints.find(self.workdir.checkpoints, FLAGS.checkpoint)
         checkpoints.load_manifest(path)  # before the work, not after it
         return step, path
+
+    def sampled_batches(self, checkpoint: str, sampling: dict[str, Any], num_samples: int) -> ResumableBatches:
+        """The finished batches of samples of a checkpoint; `sampling` is what else they depend on."""
+        description = {"samples_of": checkpoints.load_digest(checkpoint), "compute_dtype": self.preset.precision}
+        return ResumableBatches(
+            self.results.partial, description | sampling, num_examples=num_samples, batch_size=FLAGS.batch_size
+        )
 
     def open_source(self, split: str) -> ImageSource:
         """The images of a split of the run's data, from where the flags or the run say."""

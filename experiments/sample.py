@@ -31,7 +31,8 @@ from absl import flags
 
 from diffusion_tf.conditioning import NO_LABEL, Condition
 from diffusion_tf.errors import InputError
-from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
+from diffusion_tf.presets import Preset
+from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings, repaint_settings
 
 from . import _flags, _program
 
@@ -80,8 +81,8 @@ def _check() -> None:
     ):  # fmt: skip
         if FLAGS[name].present and not FLAGS[with_name].value:
             raise InputError(f"--{name} goes with --{with_name}")
-    if not _writes_folder():
-        _flags.check_extension("out", ".npz")
+    if not _writes_folder() and not FLAGS.out.lower().endswith(".npz"):
+        raise InputError(f"--out={FLAGS.out} must end in .npz, or name a folder: end it in /")
     if FLAGS.encode and _writes_folder():
         raise InputError("--encode writes an .npz file: --out must end in .npz")
     if FLAGS.resume and not _writes_folder():
@@ -103,7 +104,6 @@ from diffusion_tf.samplers import Sampler, ddim_inversion
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file
 from diffusion_tf.storage.npz_files import write_npz
-from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
 from ._given_pictures import GivenPictures
@@ -114,6 +114,15 @@ from ._sample_folder import SampleFolder
 def _read_given(image_shape: tuple[int, int, int]) -> GivenPictures | None:
     path = FLAGS.inpaint or FLAGS.start_from
     return GivenPictures.read(path, FLAGS.mask, image_shape) if path else None
+
+
+def _settings(preset: Preset) -> SamplerSettings:
+    settings = _flags.unresolved_sampler_from_flags()
+    if FLAGS.start_from:
+        settings = dataclasses.replace(settings, strength=FLAGS.strength)
+    if FLAGS.inpaint:
+        settings = repaint_settings(settings, preset)
+    return settings.resolve(preset)
 
 
 def _sampling(
@@ -190,9 +199,7 @@ def _write_grid(run: MeasuredRun, caption: str, samples: np.ndarray, condition: 
 
 def main() -> None:
     run = MeasuredRun.from_flags()
-    settings = _flags.sampler_from_flags(run.preset)
-    if FLAGS.start_from:
-        settings = dataclasses.replace(settings, strength=FLAGS.strength).resolve(run.preset)
+    settings = _settings(run.preset)
     default_labels = (NO_LABEL,) if FLAGS.inpaint or FLAGS.start_from else ()
     condition = _flags.condition_from_flags(run.preset, run.workdir.read_classes(), default_labels)
     step, checkpoint = run.find_checkpoint()
@@ -217,8 +224,7 @@ def main() -> None:
         samples = folder.fill(draw, num_samples, FLAGS.batch_size)
     else:
         draw = _draw_function(trained, settings, condition, given)
-        partial = run.results.partial
-        batches = ResumableBatches(partial, description, num_examples=num_samples, batch_size=FLAGS.batch_size)
+        batches = run.sampled_batches(checkpoint, sampling, num_samples)
         drawn = batches.compute(lambda first, count: {"samples": draw(first, count)}, "sampling")
         samples = np.concatenate([batch["samples"] for batch in drawn])
         write_npz(FLAGS.out, samples=samples)

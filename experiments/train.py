@@ -83,11 +83,11 @@ from ._fit import describe, fit
 
 
 def main() -> None:
-    data = _flags.data_from_flags()
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = None if FLAGS.dry_run and not FLAGS.fit else make_strategy(FLAGS.strategy, FLAGS.tpu)
     workdir = Workdir(FLAGS.workdir or "")
     holds_run = FLAGS.workdir is not None and workdir.holds_run()
+    data = _data(workdir if holds_run else None)
     choices, source = _choices(data, workdir if holds_run else None)
     fitted = None
     if FLAGS.fit and not holds_run:
@@ -115,6 +115,13 @@ def main() -> None:
         initial=initial_weights(workdir, FLAGS.init_from, preset),
         allow_recipe_change=FLAGS.allow_recipe_change,
     )
+
+
+def _data(run: Workdir | None) -> DataSettings:
+    """Where the images are; without a flag that names them, where a run that goes on has them."""
+    if run and not FLAGS["dataset"].present:
+        return _flags.data_from_flags(run.read_data())
+    return _flags.data_from_flags()
 
 
 def _choices(data: DataSettings, run: Workdir | None) -> tuple[Choices, ImageSource | None]:

@@ -136,6 +136,30 @@ def test_ddim_in_one_step_is_the_predicted_image(run):
             run.sample(2, **arguments)
 
 
+def test_pictures_are_varied_and_painted(run):
+    mask = np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    for method, arguments, message in (
+        (run.vary, {"strength": 0.0}, r"strength=0.0 must be in \(0, 1\]"),
+        (run.inpaint, {"masks": mask.astype(np.uint8)}, r"masks must be bool \[8, 8\] or \[3, 8, 8\], not uint8"),
+        (run.inpaint, {"masks": mask[:4]}, r"masks must be bool .* not bool \[4, 8\]"),
+        (run.inpaint, {"masks": np.zeros_like(mask)}, "masks: a mask must select at least one pixel"),
+        (run.inpaint, {"masks": mask, "sampler": "dpm_solver++"}, "sampler=dpm_solver.. uses the step before"),
+        (run.inpaint, {"masks": mask, "jump_length": 0}, "jump_length=0 must be greater than 0"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            method(DIGITS[:3], **arguments)
+    with pytest.raises(dtf.ConfigError, match="images must be uint8"):
+        run.vary(DIGITS[:3, :4])
+    painted = run.inpaint(DIGITS[:3], mask, seed=1, resamplings=2, jump_length=2, batch_size=2)
+    np.testing.assert_array_equal(painted[:, ~mask], DIGITS[:3][:, ~mask])
+    assert (painted[:, mask] != DIGITS[:3][:, mask]).mean() > 0.5
+    # One of eight steps leaves little noise; a whole process leaves nothing of the digit.
+    near, far = (run.vary(DIGITS[:3], seed=1, strength=strength).astype(int) for strength in (0.1, 1.0))
+    errors = [np.sqrt(np.square(varied - DIGITS[:3]).mean()) for varied in (near, far)]
+    assert errors[0] < errors[1] / 2, errors
+
+
 def bound_by_numpy(run, image, num_draws):
     """Eq. 5 of one image in float64, with noise of its own: bits/dim [num_draws], from `run.denoise`."""
     noise = np.random.RandomState(5)
@@ -280,10 +304,9 @@ def test_load_derives_the_preset_of_a_diffusers_folder(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_head_dim": "absent"}, 'add "attention_head_dim": null to the file'),
-        ({"attention_head_dim": 8}, "makes several heads"),
+        ({"attention_head_dim": 48}, "attention_head_dim=48 does not divide the channels with attention: .64, 64."),
         ({"act_fn": "gelu"}, 'act_fn="gelu"'),
-        ({"sample_size": None}, "no preset describes the network and diffusion of"),
+        ({"sample_size": None}, "image_size is required: .* has sample_size=null"),
         ({"block_out_channels": []}, "no preset describes"),
         ({"block_out_channels": [32, 48]}, "block_out_channels"),
         ({"block_out_channels": [0, 0]}, "no preset describes"),
@@ -327,3 +350,31 @@ np.save("y.npy", unet(np.load("x.npy"), np.array([1, 6])))
     np.testing.assert_allclose(run.denoise(x_t, t), expected, rtol=0, atol=1e-5)
     with pytest.raises(RuntimeError, match="frozen"):
         run.unet.trainable_variables[0].assign(tf.zeros_like(run.unet.trainable_variables[0]))
+
+
+def test_a_conditional_run_of_an_array_samples_and_measures_by_label(tmp_path):
+    images, labels = DIGITS[:60], load_digits().target[:60]
+    preset = dataclasses.replace(TINY, num_steps=2, ch_mult=(2,))
+    run = dtf.train(preset, str(tmp_path / "run"), images, labels=labels, conditional=True)
+    assert run.preset.num_classes == 10 and run.classes == tuple("0123456789")
+    assert json.loads((tmp_path / "run/config.json").read_text())["classes"] == list(run.classes)
+    for arguments, message in (
+        ({"labels": labels}, "labels go with `conditional=True` and `images` that are an array"),
+        ({"conditional": True}, "conditional: images of an array has no labels"),
+        ({}, r"another recipe \(num_classes: 0 != 10"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            dtf.train(preset, run.path, images, **arguments)
+    x_t, t = np.ones((2, 8, 8, 1), np.float32), np.array([3, 7])
+    for given in ([3, -1], [5, 5]):
+        expected = run.unet(tf.constant(x_t), tf.constant(t, tf.int32), tf.constant(given))
+        np.testing.assert_allclose(run.denoise(x_t, t, labels=given), expected, rtol=0, atol=1e-5)
+    for arguments, message in (
+        ({"labels": [3, 10]}, "label=10: the run has classes 0 to 9"),
+        ({"labels": [3]}, r"labels must be an int or int \[2\]"),
+        ({"labels": [0.5, 1]}, "not float64"),
+    ):
+        with pytest.raises(dtf.ConfigError, match=message):
+            run.denoise(x_t, t, **arguments)
+    with pytest.raises(dtf.ConfigError, match="guidance=2 needs samples with a label"):
+        run.sample(2, labels=[-1], guidance=2.0)

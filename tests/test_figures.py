@@ -64,3 +64,21 @@ def test_labelled_grid_aligns_whole_tiles(channels):
     places = np.array(places).reshape(2, 3, 2)
     assert (np.diff(places[..., 1], axis=1) == 50).all() and (np.diff(places[..., 0], axis=0) == 50).all()
     assert (picture[:, -3:] == 255).all() and (picture[-3:] == 255).all()  # nothing is cut off at the edges
+
+
+def test_class_grid_has_rows_of_one_class():
+    labels = np.arange(64) % 10
+    images = np.broadcast_to(labels[:, None, None, None] + 100, (64, 4, 4, 1)).astype(np.uint8)
+    grid, legend = figures.class_grid(images, labels)
+    assert legend == "a row for each class: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    rows = grid.reshape(10, 5, -1)[:, 0]
+    assert [set(np.unique(row)) - {64} for row in rows] == [{100 + label} for label in range(10)]
+    assert (grid == 100).sum() == 7 * 16 and (grid == 104).sum() == 6 * 16
+
+    two, legend = figures.class_grid(images[:64], np.arange(64) % 2 - 1, ("cat",))
+    assert legend == "4 rows for each class: no label, cat" and two.shape == (8 * 5, 8 * 5, 1)
+    one, legend = figures.class_grid(images[:9], np.full(9, 1), ("cat", "dog"))
+    assert legend == "class: dog" and one.shape == (15, 15, 1)
+    many, legend = figures.class_grid(images[:9], np.arange(9) * 10)
+    np.testing.assert_array_equal(many, figures.square_grid(images[:9]))
+    assert legend == "classes in turn: 0, 10, 20, 30, 40, 50, 60, 70, 80"

@@ -1,5 +1,6 @@
 """RePaint against its authors' schedule, on Gaussian data whose conditional is known, and on small networks."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,11 +10,12 @@ from support import golden
 
 from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.inpainting import Inpainter, repaint_steps
+from diffusion_tf.presets import get_preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.schedules import NoiseSchedule
-from diffusion_tf.solvers import SamplerSettings, repaint_table
+from diffusion_tf.solvers import SamplerSettings, repaint_settings, repaint_table
 
 ONE = make_strategy("one_device")
 IMAGES = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 1), np.uint8)
@@ -151,6 +153,19 @@ def test_samplers_of_few_steps_inpaint(settings):
 def test_replicas_share_a_batch_without_a_difference():
     shared = inpainter(make_strategy("mirrored"), batch_size=16)(IMAGES, PAINTED, first_image=7)
     np.testing.assert_allclose(shared.astype(int), inpainter()(IMAGES, PAINTED, first_image=7), atol=1)
+
+
+def test_ancestral_sampling_takes_100_steps_unless_the_variance_is_learned():
+    preset = get_preset("cifar10")
+    learned = dataclasses.replace(preset, model_var_type="learned", loss_type="kl")
+    for settings, given, steps in (
+        (SamplerSettings(), preset, 100),
+        (SamplerSettings(), learned, None),
+        (SamplerSettings(steps=20), preset, 20),
+        (SamplerSettings("ddim"), preset, None),
+        (SamplerSettings(), golden.TINY, 8),
+    ):
+        assert repaint_settings(settings, given).steps == steps
 
 
 def test_settings_that_do_not_fit_are_named():

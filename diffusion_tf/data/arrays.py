@@ -51,7 +51,7 @@ def npz_source(path: str, split: str, held_out: float, resize: str, choose_shape
     images = next((arrays[key] for key in _KEYS if key in arrays), np.empty(0))
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         there = describe_arrays(arrays)
-        raise ConfigError("npz", f"={path} must hold uint8 `images` or `samples` [N, H, W, C]; there are: {there}")
+        raise ConfigError("npz", f"={path} must hold images or samples, uint8 [N, H, W, C]; there are: {there}")
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     try:
@@ -100,6 +100,8 @@ def materialize(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray | None
                 f": image {len(images) - 1} of the dataset is {list(image.shape)}, after {num_bytes:,} bytes of"
                 f" {list(images[0].shape)}: at most {MAX_ARRAY_BYTES:,} bytes of one shape fit; write a folder instead",
             )
+    if not images:
+        raise ConfigError("images", ": the dataset is empty")
     return np.stack(images), np.array(labels) if labels else None
 
 

@@ -141,7 +141,8 @@ def _summary(
     entries, skipped = manifest["shards"].values(), all_skipped(manifest)
     enlarged = sum(entry.get("enlarged", 0) for entry in entries)
     height, width, _ = fitting.image_shape
-    parts = [f"{name}: {sum(entry['records'] for entry in entries):,} pictures"]
+    count = sum(entry["records"] for entry in entries)
+    parts = [f"{name}: {count:,} {'picture' if count == 1 else 'pictures'}"]
     parts += [f"{enlarged:,} were smaller than {height}x{width} and are enlarged"] if enlarged else []
     parts += [f"{len(skipped)} cannot be read ({listed(skipped)})"] if skipped else []
     parts += [f"left out, since they are not pictures: {counts(images.left_out)}"] if is_new and images.left_out else []

@@ -33,10 +33,12 @@ def index_classes(labels: Sequence[Label]) -> tuple[list[int], tuple[str, ...]]:
     """Returns the index of each label among the sorted labels, and these as the names of the classes.
 
     Raises:
-      InputError: some labels are texts and others are numbers.
+      InputError: some labels are texts and others are numbers, or a number is negative.
     """
     if len({type(label) for label in labels}) > 1:
         raise InputError("some labels are texts and others are numbers: use one kind")
+    if negative := next((label for label in labels if isinstance(label, int) and label < 0), None):
+        raise InputError(f"the label {negative} is negative: number the classes from 0")
     classes = sorted(set(labels))
     index = {label: place for place, label in enumerate(classes)}
     return [index[label] for label in labels], tuple(map(str, classes))

@@ -22,14 +22,13 @@ from diffusion_tf.storage.files import Arrays, new_folder, write_file
 from diffusion_tf.storage.json_files import write_json
 from diffusion_tf.storage.safetensors_header import ArraySpec, read_arrays, read_header
 from diffusion_tf.training.state import state_arrays
-from diffusion_tf.unet import UNet
+from diffusion_tf.unet import CLASSES, UNet
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Files of the hub's variants, read where that file is missing.
 _VARIANTS = tuple(_WEIGHTS.replace(".", f".{variant}.") for variant in ("fp16", "bf16"))
 _DTYPES = ("float32", "bfloat16", "float16")
 _SCHEDULER = "scheduler_config.json"
-_CLASSES = "class_embedding/kernel"
 _LAYERS = {
     "temb_dense0": "time_embedding.linear_1",
     "temb_dense1": "time_embedding.linear_2",
@@ -71,7 +70,7 @@ def diffusers_name(name: str, levels: int) -> str:
 
 def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """Returns one of our weights in PyTorch's layout: kernels are [out, in, H, W] or [out, in]."""
-    if name == _CLASSES:
+    if name == CLASSES:
         return array  # a dense layer here, an embedding in diffusers
     if name.endswith("nin_shortcut/kernel"):
         return array.T[:, :, None, None]  # a dense layer here, a 1x1 convolution in diffusers
@@ -80,7 +79,7 @@ def to_diffusers(name: str, array: np.ndarray) -> np.ndarray:
 
 def from_diffusers(name: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_diffusers`."""
-    if name == _CLASSES:
+    if name == CLASSES:
         return array
     if name.endswith("nin_shortcut/kernel"):
         return array[:, :, 0, 0].T

@@ -26,8 +26,8 @@ def fine_tuning_preset(init_from: str, overrides: dict[str, Any]) -> Preset:
     """The recipe of a new run that starts with the weights at `init_from`.
 
     Network, diffusion process and recipe are those of the source; a diffusers folder has the default recipe. The
-    warm-up takes a twentieth of the training steps, and the EMA averages over a tenth, where the source's are longer.
-    At another image size, attention stays at the same levels.
+    warm-up takes a 40th of the training steps, and the EMA averages over a tenth, where the source's are longer. At
+    another image size, attention stays at the same levels. There are no classes: those are the new images'.
 
     Args:
       init_from: a run's folder, one of its checkpoints, or a diffusers folder.
@@ -40,8 +40,9 @@ def fine_tuning_preset(init_from: str, overrides: dict[str, Any]) -> Preset:
     preset = dataclasses.replace(source, **overrides)
     attends = (preset.image_size // 2**level for level in source.attention_levels)
     defaults = {
+        "num_classes": 0,
         "attn_resolutions": tuple(sorted(attends, reverse=True)),
-        "warmup_steps": min(source.warmup_steps, preset.num_steps // 20),
+        "warmup_steps": min(source.warmup_steps, preset.num_steps // 40),
         "ema_decay": min(source.ema_decay, max(0.0, 1 - 10 / preset.num_steps)),
     }
     return dataclasses.replace(preset, **{**defaults, **overrides})

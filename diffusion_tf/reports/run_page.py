@@ -26,6 +26,7 @@ def to_markdown(record: RunRecord, picture: str) -> str:
         "Rate-distortion (Table 4, Figure 5)": _tables_section(record.rate_distortion),
         "Compressed files (Algorithms 3 and 4)": _tables_section(record.compression),
         "Sample quality": _evaluation_section(record),
+        "Copying or learning": _neighbors_section(record.neighbors),
         "Beside the paper": paper_table(record),
         "Not measured": "\n".join(f"- {name}: `{command}`" for name, command in missing(record).items()),
         "Configuration": _configuration_section(record.config),
@@ -122,6 +123,20 @@ def _evaluation_section(record: RunRecord) -> str:
     return _markdown_table(["step", "sampler", "steps", "samples", "against", *names], rows) + _notes(
         record.evaluations
     )
+
+
+def _neighbors_section(result: dict[str, Any]) -> str:
+    """The verdict about copies of training pictures, and the numbers that it rests on."""
+    if not result:
+        return ""
+    rows = [
+        ["samples", f"{result['num_samples']:,}", f"{result['median_distance']:.4g}"],
+        ["held-out pictures", f"{result['num_held_out']:,}", f"{result['held_out_median_distance']:.4g}"],
+    ]
+    distance = f"median distance to the nearest of {result['num_images']:,} training pictures ({result['features']})"
+    equal = f"{result['copies']} samples equal a training picture, {result['mirrored_copies']} a mirrored one."
+    table = _markdown_table(["", "number", distance], rows)
+    return f"{result['sentence']} {equal} `neighbors.png` shows the nearest pairs.\n\n{table}{_notes([result])}"
 
 
 def paper_table(record: RunRecord) -> str:

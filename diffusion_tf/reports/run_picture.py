@@ -83,6 +83,8 @@ def _panels(record: RunRecord) -> list[Callable[[Axes], None]]:
         panels.append(partial(_plot_terms, results=terms))
     if record.rate_distortion or record.compression:
         panels.append(partial(plot_rate_distortion, record=record))
+    if record.neighbors:
+        panels.append(partial(_plot_neighbors, result=record.neighbors))
     return panels
 
 
@@ -192,6 +194,17 @@ def plot_rate_distortion(axes: Axes, record: RunRecord) -> None:
     axes.set(title="Rate-distortion", xlabel="rate (bits/dim)", ylabel="distortion (RMSE)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper right")
+
+
+def _plot_neighbors(axes: Axes, result: dict[str, Any]) -> None:
+    """The share of samples, and of held-out pictures, within each distance of a training picture."""
+    for name, key in (("samples", "distances"), ("held-out pictures", "held_out_distances")):
+        axes.ecdf(result[key], label=f"{len(result[key]):,} {name}")
+    distance = "RMSE on [0, 255]" if result["features"] == "pixels" else f"{result['features']} features"
+    axes.set(title=f"Copies: verdict {result['verdict']}", ylabel="share within the distance")
+    axes.set(xlabel=f"distance to the nearest training picture ({distance})", xlim=(0.0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def _read_picture(path: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from diffusion_tf.data.pictures import decode_picture
 from diffusion_tf.errors import DamagedFileError, InputError
 from diffusion_tf.storage.files import list_folder, read_file
 from diffusion_tf.storage.json_files import read_json
-from diffusion_tf.storage.records import Compression, Likelihood, RateDistortion
+from diffusion_tf.storage.records import Compression, Likelihood, Neighbors, RateDistortion
 from diffusion_tf.storage.workdir import Workdir
 
 _SPLITS = ("train", "test")
@@ -30,6 +30,7 @@ class RunRecord:
       rate_distortion: what `experiments.rate_distortion` wrote for each split.
       compression: what `experiments.compress` wrote for each split.
       evaluations: the lines of evaluations.jsonl, oldest first.
+      neighbors: what `experiments.neighbors` wrote; empty if it did not run.
       samples: path of the newest grid of samples.
       reconstructions: path of a picture of what prefixes of compressed files show.
     """
@@ -40,6 +41,7 @@ class RunRecord:
     rate_distortion: dict[str, dict[str, Any]]
     compression: dict[str, dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    neighbors: dict[str, Any]
     samples: str | None
     reconstructions: str | None
 
@@ -85,6 +87,8 @@ def read_run(workdir: Workdir) -> RunRecord:
         paths = {split: os.path.join(workdir.path, f"{name}_{split}.json") for split in _SPLITS}
         return {split: read_json(path, schema) for split, path in paths.items() if tf.io.gfile.exists(path)}
 
+    neighbors = os.path.join(workdir.path, "neighbors.json")
+
     def last(folder: str, pattern: str) -> str | None:
         names = fnmatch.filter(list_folder(folder), pattern)
         if not names:
@@ -100,6 +104,7 @@ def read_run(workdir: Workdir) -> RunRecord:
         rate_distortion=by_split("rate_distortion", RateDistortion),
         compression=by_split("compression", Compression),
         evaluations=workdir.read_evaluations(),
+        neighbors=read_json(neighbors, Neighbors) if tf.io.gfile.exists(neighbors) else {},
         samples=last(workdir.samples, "step_*.png"),
         reconstructions=last(workdir.path, "compression_*.png"),
     )

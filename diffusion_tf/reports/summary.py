@@ -85,5 +85,6 @@ def missing(record: RunRecord) -> dict[str, str]:
         "rate-distortion": (record.rate_distortion, "rate_distortion"),
         "scores of samples": (record.evaluations, "evaluate"),
         "compressed files": (record.compression, "compress encode"),
+        "copies of training pictures": (record.neighbors, "neighbors"),
     }
     return {name: f"python -m experiments.{program}" for name, (result, program) in programs.items() if not result}

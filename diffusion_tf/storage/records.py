@@ -133,3 +133,26 @@ class Compression(Measurement):
     """`compression_SPLIT.json`."""
 
     table: Annotated[list[CompressionRow], Meta(min_length=1)]
+
+
+class Neighbors(TypedDict):
+    """`neighbors.json`: samples and held-out images beside the training images, as `copying.compare` compares them."""
+
+    images: str
+    num_images: Count
+    num_samples: Count
+    num_held_out: Count
+    features: str
+    verdict: str
+    sentence: str
+    p_value: float
+    probability_nearer: float
+    near_share: float
+    near_p_value: float
+    median_distance: float
+    held_out_median_distance: float
+    copies: Count
+    mirrored_copies: Count
+    distances: Annotated[list[float], Meta(min_length=1)]
+    held_out_distances: Annotated[list[float], Meta(min_length=1)]
+    notes: NotRequired[dict[str, str]]

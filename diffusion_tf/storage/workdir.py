@@ -128,6 +128,7 @@ class Workdir:
         num_examples: int | None,
         *,
         classes: Sequence[str] = (),
+        data: DataSettings = PRESETS_OWN,
         allow_recipe_change: bool = False,
     ) -> None:
         """Checks that the folder is new, or holds a run of the same recipe, number of training images and classes.
@@ -136,6 +137,7 @@ class Workdir:
           preset: the configuration that is asked for.
           num_examples: the number of training images; None: unknown.
           classes: the names of their classes, if the network is conditioned on them.
+          data: where the training images come from; pictures must be resized as before.
           allow_recipe_change: whether the fields CHANGEABLE may differ.
 
         Raises:
@@ -144,14 +146,16 @@ class Workdir:
         if not self.holds_run():
             return
         there = self._read_config()
-        data = []
+        others = []
         if there.num_examples not in (None, num_examples):  # None: imported weights
-            data.append(f"num_examples: {num_examples} != {there.num_examples}")
+            others.append(f"num_examples: {num_examples} != {there.num_examples}")
+        if there.num_examples is not None and there.data.resize != data.resize:
+            others.append(f"resize: {data.resize} != {there.data.resize}")
         if there.classes and there.classes != tuple(classes):
-            data.append(f"classes: {listed(classes)} != {listed(there.classes)}")
+            others.append(f"classes: {listed(classes)} != {listed(there.classes)}")
         unchanged = dataclasses.replace(preset, **{name: getattr(there.preset, name) for name in CHANGEABLE})
-        fixed = unchanged.recipe_differences(there.preset) + data
-        differences = fixed if allow_recipe_change else preset.recipe_differences(there.preset) + data
+        fixed = unchanged.recipe_differences(there.preset) + others
+        differences = fixed if allow_recipe_change else preset.recipe_differences(there.preset) + others
         if not differences:
             return
         if not fixed:
@@ -194,7 +198,7 @@ class Workdir:
         Raises:
           InputError: the folder holds another run, or cannot be written.
         """
-        self.refuse_other_run(preset, num_examples, classes=classes, allow_recipe_change=allow_recipe_change)
+        self.refuse_other_run(preset, num_examples, classes=classes, data=data, allow_recipe_change=allow_recipe_change)
         history = []
         if self.holds_run():
             there = self._read_config()

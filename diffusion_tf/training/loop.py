@@ -97,7 +97,9 @@ def train_in_workdir(
     classes = source.classes if preset.num_classes else ()
     if preset.num_classes:
         source.require_classes(preset.num_classes)
-    workdir.refuse_other_run(preset, source.num_examples, classes=classes, allow_recipe_change=allow_recipe_change)
+    workdir.refuse_other_run(
+        preset, source.num_examples, classes=classes, data=data, allow_recipe_change=allow_recipe_change
+    )
     trainer = Trainer(preset, strategy)
     with workdir.lock() if is_chief(strategy) else contextlib.nullcontext():
         if is_chief(strategy):

@@ -11,7 +11,7 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
 from diffusion_tf.storage.files import Arrays
 from diffusion_tf.training.optimizer import StateTensors
-from diffusion_tf.unet import UNet
+from diffusion_tf.unet import CLASSES, UNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +72,21 @@ class TrainState:
         assign_arrays(variables, checkpoints.load(path, size), path)
 
     def start_from(self, initial: InitialWeights) -> None:
-        """Assigns weights to `params` and to their EMA; a table of classes that they lack keeps its initial values.
+        """Assigns weights to `params` and to their EMA.
+
+        A table of classes keeps its initial values unless the weights have one of the same shape.
 
         Raises:
           InputError: the weights are those of another network; nothing has changed.
         """
         for values in (self.params, self.ema):
-            named = dict(zip(self.model.weight_names, values, strict=True))
-            lacking = [name for name in named if name.startswith("class_embedding") and name not in initial.weights]
-            variables = {name: variable for name, variable in named.items() if name not in lacking}
-            assign_arrays(variables, initial.weights, initial.path)
+            variables = dict(zip(self.model.weight_names, values, strict=True))
+            weights = dict(initial.weights)
+            table, given = variables.get(CLASSES), weights.get(CLASSES)
+            if table is None or given is None or given.shape != table.shape:
+                variables.pop(CLASSES, None)
+                weights.pop(CLASSES, None)
+            assign_arrays(variables, weights, initial.path)
 
     def tensors(self) -> StateTensors:
         """The state as tensors. Call it in replica context."""

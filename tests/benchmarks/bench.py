@@ -57,6 +57,7 @@ _CASES = [
     *(Case("convolution", "cifar10", batch, p) for p in ("float32", "bfloat16") for batch in (8, 1)),
     Case("input", "cifar10", 128),
     Case("input", "lsun_church", 64),
+    Case("cached_input", "lsun_church", 64),
     Case("first_step", "digits", 64),
     Case("first_step", "cifar10", 128),
 ]
@@ -138,7 +139,9 @@ def start_workers(case: Case) -> Iterator[dict[str, Callable[[], dict]]]:
         return
     flags = [f"--what={case.what}", f"--batch={case.batch}", f"--precision={case.precision}"]
     ours = [sys.executable, str(_HERE / "our_worker.py"), f"--preset={case.preset}", *flags]
-    commands = {"ours": [*ours, *([f"--data={make_data()}"] if case.what == "input" else [])]}
+    commands = {"ours": [*ours, *([f"--data={make_data()}"] if case.what.endswith("input") else [])]}
+    if case.what == "cached_input":  # beside the same images as TFRecords
+        commands["TFRecords"] = [*commands["ours"], "--what=input"]
     if case.what in _BARE:
         commands["bare"] = [*ours, f"--what={_BARE[case.what]}"]
     if case.preset == "cifar10" and case.what in ("convolution", "forward", "train", "sample"):
@@ -224,7 +227,7 @@ def table_line(row: dict) -> str:
 
     def cells(summary):
         values = [summary[key] for key in ("median", "min", "max")]
-        if row["what"] == "input":
+        if row["what"].endswith("input"):
             median, high, low = (f"{1 / value:,.0f}" for value in values)
             median += " images/s"
         else:
@@ -243,7 +246,7 @@ def table_line(row: dict) -> str:
 
 def report(path: str, rows: Iterable[dict]) -> None:
     """Prints the table and writes the numbers, each row as soon as it is there."""
-    headings = ("what", "ours, median", "min-max", "GiB", "over bare", "diffusers", "min-max", "GiB", "mode", "ratio")
+    headings = ("what", "ours, median", "min-max", "GiB", "over bare", "beside", "min-max", "GiB", "mode", "ratio")
     print(_format(headings), flush=True)
     done = []
     for row in rows:

@@ -168,6 +168,24 @@ FLAGS = [
     ("another recipe", sound, ["--dropout=0.5"], "another recipe (dropout: 0.5 != 0.0"),
     ("a workdir that is a file", sound, ["--workdir=run/flags.txt"], "--workdir=run/flags.txt is not a folder"),
     ("a read-only workdir", sound, ["--workdir=/proc/sys"], "cannot write /proc/sys/lock"),
+    (
+        "no source",
+        sound,
+        ["--workdir=new", "--init_from=nothing"],
+        "--init_from=nothing is neither a run nor a diffusers",
+    ),
+    (
+        "another source",
+        sound,
+        ["--init_from=run"],
+        "--init_from=run: the run in run started with random weights: choose",
+    ),
+    (
+        "another network",
+        sound,
+        ["--workdir=new", "--init_from=run", "--ch=64"],
+        "run holds the weights of another network (ch: 64 != 32, asked != there): leave out --dataset",
+    ),
     ("no TPU", sound, ["--strategy=tpu"], "--tpu=local: "),
 ]
 DATA = [
@@ -234,15 +252,87 @@ PICTURES = [
     ("Lab colours", saved("x.png", Image.new("LAB", (8, 8)), "TIFF"), "run/x.png (its mode is LAB, of which black"),
     ("cut off", several(saved("x.png", DIGIT), change("x.png", lambda c: c[:-20])), "run/x.png (it is damaged: "),
 ]
+
+
+def folder(*names, sizes=((8, 8),) * 9, **files):
+    """A folder run/in of grey pictures, and of text files by their name without its dot."""
+
+    def break_it(run):
+        (run / "in").mkdir()
+        for name, size in zip(names, sizes, strict=False):
+            Image.new("L", size).save(run / "in" / name)
+        for name, content in files.items():
+            (run / "in" / name.replace("_", ".")).write_text(content)
+
+    return break_it
+
+
+OWN = ["--workdir=new", "--images=run/in", "--cache_dir=run/cache", "--image_size=8", "--channels=1"]
+NPZ = ["--workdir=new", "--npz=run/x.npz"]
+two = folder("a.png", "b.png")
+one_label = '{"file_name": "a.png", "label": 0}'
+OWN_IMAGES = [
+    ("no folder", sound, OWN, "--images=run/in does not exist: name the folder"),
+    ("an empty folder", folder(), OWN, "--images=run/in holds no images"),
+    ("texts only", folder(a_txt="", b_txt=""), OWN, "--images=run/in holds no images: neither an LMDB (data.mdb) nor"),
+    ("one picture", folder("a.png"), OWN, "--images=run/in: there is one image, and one is held out: add others, or"),
+    ("mixed sizes", folder("a.png", "b.png", sizes=((8, 8), (8, 9))), [*OWN, "--resize=none", "--held_out=0"],
+     "in: b.png cannot be read (its size is 8 x 9 pixels, and must be 8 x 8 (width x height)), and --skip_bad_records"),
+    ("a bad picture", folder("a.png", b_png="", c_png=""), [*OWN, "--skip_bad_records=1", "--held_out=0"],
+     "c.png cannot be read (it is empty), and --skip_bad_records is 1: --skip_bad_records=N leaves out up to N"),
+    ("too few labels", folder("a.png", "b.png", metadata_jsonl=one_label), OWN,
+     "--images=run/in: metadata.jsonl has labels for 1 pictures, but none for b.png"),
+    ("labels of others", folder("b.png", "c.png", metadata_jsonl=one_label), OWN, "line 1, names a.png, which is not"),
+    ("no place for the cache", two, [*OWN, "--cache_dir=run/flags.txt"], "run/flags.txt: cannot write "),
+    ("a folder and a file", two, [*OWN, *NPZ], "--npz and --images both name images: give one"),
+    ("resizing of nothing", sound, ["--resize=pad"], "--resize=pad goes with --images or --npz or --tfds"),
+    ("no arrays", npz("x.npz", pictures=load_digits()), NPZ, "--npz=run/x.npz must hold images or samples, uint8"),
+    ("too few npz labels", npz("x.npz", images=load_digits(), labels=np.arange(9)), NPZ,
+     "--npz=run/x.npz: labels must be int or str [1797], one for each image, not int64 [9]"),
+    ("no TFDS", sound, ["--workdir=new", "--tfds=shapes", "--data_dir=run"], "--data_dir=run holds no prepared shapes"),
+]  # fmt: skip
 EXTENSIONS = [
     ("sample", ["--out=new.npz", "--png=new.jpg"], "--png=new.jpg must end in .png"),
-    ("sample", ["--out=new.npy"], "--out=new.npy must end in .npz"),
+    ("sample", ["--out=new.npy"], "--out=new.npy must end in .npz, or name a folder"),
     ("figures", ["--figure=samples", "--out=new.jpg"], "--out=new.jpg must end in .png"),
     ("figures", ["--figure=animation", "--out=new.png"], "--out=new.png must end in .gif"),
 ]
 FIGURE = ["--figure=interpolation", "--source_a=run/x.png", "--out=new.png"]
 digits = npz("x.npz", samples=load_digits()[:32])
 cache = "reference_pixels_train.npz"
+WHITE, BLACK = (Image.new("L", (8, 8), level) for level in ("white", "black"))
+pictures = several(saved("x.png", DIGIT), saved("white.png", WHITE), saved("black.png", BLACK))
+INPAINT, VARY = ["--inpaint=run/x.png", "--out=new.npz"], ["--start_from=run/x.png", "--out=new.npz"]
+CHANGES = [
+    ("no mask", pictures, INPAINT, "--inpaint needs --mask, a picture that is white where to paint"),
+    ("a mask alone", pictures, [*VARY, "--mask=run/white.png"], "--mask goes with --inpaint"),
+    ("two changes", pictures, [*INPAINT, *VARY], "give one of --encode, --inpaint and --start_from"),
+    (
+        "a mask of another size",
+        several(pictures, saved("m.png", Image.new("L", (8, 9)))),
+        [*INPAINT, "--mask=run/m.png"],
+        "run/m.png (its size is 8 x 9 pixels, and must be 8 x 8",
+    ),
+    ("a mask that paints nothing", pictures, [*INPAINT, "--mask=run/black.png"], "run/black.png is dark everywhere"),
+    ("no picture", sound, [*INPAINT, "--mask=run/x.png"], "cannot read the picture run/x.png (it does not exist)"),
+    (
+        "a multistep sampler",
+        pictures,
+        [*INPAINT, "--mask=run/white.png", "--sampler=dpm_solver++", "--sampler_steps=4"],
+        "--sampler=dpm_solver++ uses the step before",
+    ),
+    ("too strong", pictures, [*VARY, "--strength=1.5"], "--strength=1.5 must be in (0, 1]"),
+    ("no strength", pictures, [*VARY, "--strength=0"], "--strength=0.0 must be in (0, 1]"),
+    ("a strength alone", sound, [*SAMPLE, "--strength=0.5"], "--strength goes with --start_from"),
+    ("to resume a file", sound, [*SAMPLE, "--resume"], "--resume goes with a folder --out"),
+    ("a folder of others", sound, ["--out=run/checkpoints"], "--out=run/checkpoints holds other files"),
+]
+COPIES = [
+    ("no held-out pictures", several(records_of(), cats), [CAT[-1], "--samples=run/x.npz"],
+     "are the training pictures: name others, which training did not see, by --held_out_tfrecord"),
+    ("few samples", npz("x.npz", samples=load_digits()[:9]), ["--samples=run/x.npz"],
+     "run/x.npz: 9 pictures are too few for a verdict, take at least 20"),
+]  # fmt: skip
 STATISTICS = [
     ("a text", several(digits, text(cache, "features")), f"run/{cache} is not an .npz file, or is damaged"),
     ("a bomb", several(digits, bomb(cache)), f"run/{cache} is not an .npz file, or is damaged"),
@@ -271,6 +361,7 @@ damaged_metrics = text("metrics.jsonl", '{"step": 2}\nstep 4\n')
 TABLE = [
     *[("train", f"flags: {name}", fault, [*TRAIN, *args], line) for name, fault, args, line in FLAGS],
     *[("train", f"data: {name}", fault, ["--workdir=new", *CAT], line) for name, fault, line in DATA],
+    *[("train", f"own images: {name}", fault, args, line) for name, fault, args, line in OWN_IMAGES],
     *[("evaluate", f"data: {name}", several(fault, cats), CATS_SCORE, line) for name, fault, line in RECORD_FAULTS],
     ("train", "data: more bad records than tolerated", two_bad, ["--workdir=new", *CAT, "--skip_bad_records=1"],
      "--skip_bad_records=1: there are more bad records: run/x.tfrecords: record 5"),
@@ -279,6 +370,12 @@ TABLE = [
      "run/checkpoints holds only damaged checkpoints, of steps [2, 4]"),
     ("sample", "checkpoints: no such step", sound, [*SAMPLE, "--checkpoint=3"], "no checkpoint of step 3; there"),
     ("train", "metrics: damaged", damaged_metrics, TRAIN, "metrics.jsonl, line 2, is not JSON, or is damaged"),
+    ("train", "labels: none", data("x.tfrecords", RECORDS), ["--workdir=new", *CAT, "--conditional"],
+     "--conditional: run/x.tfrecords has no labels"),
+    ("train", "labels: of other classes", sound, ["--workdir=new", "--num_classes=3"],
+     "--num_classes=3: scikit-learn digits, train has 10 classes"),
+    ("sample", "labels: of no class", sound, [*SAMPLE, "--label=3"], "--label=3: choose from no classes in this run"),
+    ("sample", "labels: guidance without any", sound, [*SAMPLE, "--guidance=2"], "--guidance=2 needs a run with"),
     *[("sample", f"run: {name}", fault, SAMPLE, line) for name, fault, line in RUN],
     *[("evaluate", f"samples: {name}", fault, SCORE, line) for name, fault, line in SAMPLES],
     *[("compress", f"pictures: {name}", fault, ENCODE, line) for name, fault, line in PICTURES],
@@ -290,6 +387,8 @@ TABLE = [
      [], "rate_distortion_test.json is damaged, or not of this program (Object missing required field `table`; there"),
     ("report", "results: a text", text("likelihood_test.json", "bits"), [], "likelihood_test.json is not JSON, or is"),
     *[("evaluate", f"statistics: {name}", fault, SCORE, line) for name, fault, line in STATISTICS],
+    *[("sample", f"changes: {name}", fault, args, line) for name, fault, args, line in CHANGES],
+    *[("neighbors", f"copies: {name}", fault, [*args, "--out=new.json"], line) for name, fault, args, line in COPIES],
     *[(program, f"overflow: {' '.join(args[:2])}", several(digits, overflow), args, "000004.safetensors overflows, use")
       for program, args in OVERFLOWING],
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -97,6 +98,8 @@ def run_without_tensorflow(folder, *args):
         ["train", "--workdir=w", "--sample_every=7"],
         ["sample", "--workdir=w"],
         ["sample", "--workdir=w", "--out=s.npz", "--encode=s.npz"],
+        ["sample", "--workdir=w", "--out=s", "--inpaint=x.png"],
+        ["neighbors", "--workdir=w", "--num_samples=9"],
         ["evaluate", "--workdir=w", "--features=vgg"],
         ["evaluate", "--workdir=w", "--eval_every=5"],
         ["likelihood", "--workdir=w", "--strategy=multi_worker"],
@@ -140,8 +143,10 @@ def test_programs_are_listed_and_started_by_name():
 
 def test_every_flag_reaches_the_configuration():
     changed = {
-        "image_size": 16, "channels": 3, "random_flip": True, "ch": 64, "ch_mult": [1, 2, 2], "num_res_blocks": 2,
-        "attn_resolutions": [4, 8], "dropout": 0.25, "precision": "bfloat16",
+        "image_size": 16, "image_width": 32, "channels": 3, "random_flip": True, "ch": 64, "ch_mult": [1, 2, 2],
+        "num_res_blocks": 2, "num_classes": 5, "label_dropout": 0.3, "random_shift": 1,
+        "attn_resolutions": [4, 8], "attention_head_dim": 16, "mid_attention": False, "norm_eps": 1e-5,
+        "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "dropout": 0.25, "precision": "bfloat16",
         "num_timesteps": 50, "beta_schedule": "quad", "beta_start": 0.001,
         "beta_end": 0.3, "model_mean_type": "xstart", "model_var_type": "learned", "loss_type": "kl",
         "learning_rate": 0.5, "batch_size": 3, "num_steps": 7, "warmup_steps": 9, "grad_clip": 2.5, "ema_decay": 0.5,
@@ -192,14 +197,71 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_pictures_are_changed_and_a_folder_of_samples_goes_on(trained, tmp_path):
+    picture, mask, folder = tmp_path / "x.png", tmp_path / "mask.png", tmp_path / "folder"
+    digit = load_digits()[0]
+    painted = np.zeros((8, 8), bool)
+    painted[2:5, 3:] = True
+    Image.fromarray(digit[..., 0]).save(picture)
+    Image.fromarray(np.where(painted, 128, 127).astype(np.uint8)).save(mask)
+    sample = lambda *args: run_fork("sample", f"--workdir={trained}", *args)
+    inpaint = [f"--inpaint={picture}", f"--mask={mask}", f"--out={folder}", "--jump_length=2", "--batch_size=4"]
+
+    assert sample(*inpaint, "--num_samples=5").returncode == 0
+    first = [(folder / f"{i:06d}.png").read_bytes() for i in range(5)]
+    refused = sample(*inpaint, "--num_samples=9")
+    assert refused.returncode == 1 and "holds 5 of these samples: add --resume to go on" in refused.stderr
+    other = sample(*inpaint, "--num_samples=9", "--resume", "--seed=1")
+    assert other.returncode == 1 and "holds samples of seed 0, not 1: name another folder" in other.stderr
+    (folder / "000003.png").write_bytes(b"damaged")
+    assert sample(*inpaint, "--num_samples=9", "--resume").returncode == 0
+    assert [(folder / f"{i:06d}.png").read_bytes() for i in range(5)] == first
+    samples = np.load(folder / "samples.npz")["samples"]
+    assert samples.shape == (9, 8, 8, 1) and sorted(path.name for path in folder.iterdir())[8:] == [
+        "000008.png", "samples.json", "samples.npz",
+    ]  # fmt: skip
+    for i, image in enumerate(samples):
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / f"{i:06d}.png")), image[..., 0])
+        np.testing.assert_array_equal(image[~painted], digit[~painted])
+    assert len(np.unique(samples.reshape(9, -1), axis=0)) == 9
+
+    # Both pictures of a file in turn, one of each by default.
+    np.savez(tmp_path / "two.npz", samples=load_digits()[:2])
+    for out, args in (("a", []), ("b", ["--num_samples=4"])):
+        changed = sample(f"--start_from={tmp_path}/two.npz", f"--out={tmp_path}/{out}.npz", "--strength=0.25", *args)
+        assert changed.returncode == 0, changed.stderr
+    a, b = (np.load(tmp_path / f"{name}.npz")["samples"].astype(int) for name in "ab")
+    assert a.shape == (2, 8, 8, 1) and np.abs(b[:2] - a).max() <= 1
+    distances = np.abs(b[:, None] - load_digits()[:2].astype(int)).mean(axis=(2, 3, 4))
+    assert distances.argmin(axis=1).tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.slow
+def test_neighbors_give_a_verdict(trained, tmp_path):
+    few = ["--num_samples=40", "--sampler=ddim", "--sampler_steps=2", f"--out={tmp_path}/drawn.json"]
+    np.savez(tmp_path / "copies.npz", samples=load_digits("train")[:40])
+    copies = [f"--samples={tmp_path}/copies.npz", "--features=digits"]
+    for args, verdict in ((few, "farther"), (copies, "copies")):
+        result = run_fork("neighbors", f"--workdir={trained}", *args)
+        assert result.returncode == 0 and result.stdout.startswith("The samples "), result.stderr
+        path = next(line for line in result.stdout.splitlines() if line.startswith("numbers: ")).partition(" ")[2]
+        record = json.loads(pathlib.Path(path).read_text())
+        assert record["verdict"] == verdict and record["num_held_out"] == 179
+        assert pathlib.Path(path).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert record["copies"] == 40 and max(record["distances"]) == 0.0
+    report = run_fork("report", f"--workdir={trained}", f"--out={tmp_path}/report.md")
+    assert report.returncode == 0 and record["sentence"] in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_run_exported_to_diffusers_and_imported_again_samples_and_encodes(trained, tmp_path):
     few = ["--sampler=ddim", "--sampler_steps=2"]
-    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    exported, imported, small = tmp_path / "exported", tmp_path / "imported", ["--num_timesteps=4", "--ch_mult=1"]
     for program, args in (
         ("import_checkpoint", [f"--workdir={trained}", f"--export_diffusers={exported}"]),
         (
             "import_checkpoint",
-            [f"--workdir={imported}", "--format=diffusers", f"--source={exported}", "--num_timesteps=4", "--ch_mult=1"],
+            [f"--workdir={imported}", "--format=diffusers", f"--source={exported}", "--dataset=digits", *small],
         ),
         ("sample", [f"--workdir={imported}", "--num_samples=6", f"--out={tmp_path}/drawn.npz", *few]),
         ("sample", [f"--workdir={imported}", f"--encode={tmp_path}/drawn.npz", f"--out={tmp_path}/encoded.npz", *few]),

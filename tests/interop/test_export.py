@@ -1,5 +1,6 @@
 """Exported programs, run by JAX from their files alone, compute the same as training and sampling."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -180,3 +181,39 @@ def test_bad_flags_give_one_line(args, message):
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 1 and len(lines) == 1, result.stderr
     assert lines[0].startswith("export: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["denoiser", "sample_step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampler", "train_step"))],
+)
+def test_programs_of_a_network_with_classes_take_labels(what):
+    """Against the same program of the network without classes that holds the row of one label."""
+    preset = dataclasses.replace(PRESET, num_classes=3, label_dropout=0.0, ch_mult=(2,))
+    plain = random_model(dataclasses.replace(preset, num_classes=0))
+    model = random_model(preset)
+    by_name = dict(zip(plain.weight_names, plain.trainable_variables, strict=True))
+    for name, variable in zip(model.weight_names, model.trainable_variables, strict=True):
+        if name in by_name:
+            variable.assign(by_name[name])
+    plain.temb_dense1.bias.assign(plain.temb_dense1.bias + model.class_embedding.kernel[2])
+    random = np.random.RandomState(0)
+    data = {
+        "x_t": random.standard_normal((8, 8, 8, 1)), "t": np.arange(8) % 6 if what == "denoiser" else 5,
+        "images": random.randint(0, 256, (8, 8, 8, 1)), "first_image": 7, "labels": np.full(8, 2), "step": 0,
+    }  # fmt: skip
+
+    def results(preset, model):
+        program = export.build(what, preset, model)
+        weights = {f"params/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
+        zeros = {a.name: tf.zeros(a.shape) for a in program.arguments if a.name.startswith("adam_")}
+        values = {**data, **weights, **zeros, **{k.replace("params", "ema"): v for k, v in weights.items()}}
+        arguments = [tf.cast(values[array.name], array.dtype) for array in program.arguments]
+        outputs = tf.function(program.function, autograph=False)(*arguments)
+        found = dict(zip([array.name for array in program.results], outputs, strict=True))
+        return {name: value for name, value in found.items() if name in ("samples", "model_output", "x_t", "loss")}
+
+    given, expected = results(preset, model), results(dataclasses.replace(preset, num_classes=0), plain)
+    assert given.keys() == expected.keys()
+    for name, value in given.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-4, err_msg=name)

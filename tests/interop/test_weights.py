@@ -210,7 +210,7 @@ def test_the_full_cifar10_network_is_imported_and_exported(tmp_path):
         assert relative_error(output(model, arrays, "ema", x, np.array([t])), fixture[f"cifar10_t{t}"]) < 5e-5
     weights = [arrays[f"ema/{name}"] for name in model.weight_names]
     write_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model.weight_names, weights)
-    again = read_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model, None)
+    again = read_diffusers(str(tmp_path / "exported"), get_preset("cifar10"), model)
     for name in model.weight_names:
         np.testing.assert_array_equal(again[f"ema/{name}"], arrays[f"ema/{name}"])
 
@@ -245,7 +245,7 @@ def save_diffusers(folder, kind, weights, **changes):
 @pytest.mark.parametrize(("scale", "key"), [(0.02, "y"), (0.1, "y_scale0p1")])
 def test_a_diffusers_folder_gives_the_output_of_diffusers(kind, scale, key, model, tmp_path):
     fixture = golden.load("diffusers_small")
-    arrays = read_diffusers(save_diffusers(tmp_path, kind, diffusers_weights(scale)), golden.SMALL, model, None)
+    arrays = read_diffusers(save_diffusers(tmp_path, kind, diffusers_weights(scale)), golden.SMALL, model)
     for group in ("params", "ema"):
         assert relative_error(output(model, arrays, group, fixture["x"], fixture["t"]), fixture[key]) < 5e-5
     assert arrays["step"] == 0 and not any(arrays[f"adam_m/{name}"].any() for name in model.weight_names)
@@ -253,7 +253,7 @@ def test_a_diffusers_folder_gives_the_output_of_diffusers(kind, scale, key, mode
 
 def test_an_exported_folder_equals_one_of_diffusers(model, tmp_path):
     arrays = read_diffusers(
-        save_diffusers(tmp_path / "theirs", "diffusers_small", diffusers_weights()), golden.SMALL, model, None
+        save_diffusers(tmp_path / "theirs", "diffusers_small", diffusers_weights()), golden.SMALL, model
     )
     weights = [arrays[f"ema/{name}"] for name in model.weight_names]
     write_diffusers(str(tmp_path / "ours"), golden.SMALL, model.weight_names, weights)
@@ -265,7 +265,7 @@ def test_an_exported_folder_equals_one_of_diffusers(model, tmp_path):
         ours = json.loads((tmp_path / "ours" / name).read_text())
         differing = {field for field in ours if ours[field] != config[field]}
         assert differing == {"_diffusers_version"}, name
-    again = read_diffusers(str(tmp_path / "ours"), golden.SMALL, model, None)
+    again = read_diffusers(str(tmp_path / "ours"), golden.SMALL, model)
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
     with pytest.raises(InputError, match="ours already exists: name a new folder"):
@@ -287,31 +287,72 @@ def test_a_preset_that_diffusers_cannot_express_is_not_exported(preset, message,
 
 
 @pytest.mark.parametrize(
-    ("changes", "head_dim", "message"),
+    ("changes", "message"),
     [
-        ({"attention_head_dim": "absent"}, None, "no attention_head_dim, which means heads of 8 channels to diffusers"),
-        ({"attention_head_dim": "absent"}, "null", None),
-        ({"attention_head_dim": "absent"}, "64", None),
-        ({"attention_head_dim": "absent"}, "8", "attention_head_dim=8 makes several heads, and this network has one"),
-        ({"attention_head_dim": 8}, None, "attention_head_dim=8 makes several heads"),
-        ({"attention_head_dim": 64}, None, None),
-        ({"attention_head_dim": 8}, "null", "attention_head_dim=null: .*config.json itself says 8"),
-        ({"norm_eps": "absent"}, None, "norm_eps=1e-05, and the preset's network or diffusion has 1e-06"),
-        ({"block_out_channels": [64, 64]}, None, r"=\[64, 64\], .* has \[32, 64\] \(`ch` and `ch_mult`\)"),
-        ({"act_fn": "gelu"}, None, 'act_fn="gelu"'),
-        ({"sample_size": 32}, None, r"sample_size=32, .* has 16 \(`image_size`\)"),
-        ({"down_block_types": ["DownBlock2D"] * 2}, None, r"down_block_types.*\(`attn_resolutions`\)"),
-        ({"use_flux": True}, None, "has use_flux=true, which this program does not know"),
-        ({"dropout": 0.5, "_name_or_path": "google/ddpm"}, None, None),
+        ({"attention_head_dim": "absent"}, r"attention_head_dim=8, .* has null \(`attention_head_dim`\)"),
+        ({"attention_head_dim": 64}, None),  # one head
+        ({"attention_head_dim": [8]}, r"attention_head_dim=\[8\], and"),
+        ({"norm_eps": "absent"}, r"norm_eps=1e-05, .* has 1e-06 \(`norm_eps`\)"),
+        ({"add_attention": False}, r"add_attention=false, .* has true \(`mid_attention`\)"),
+        ({"block_out_channels": [64, 64]}, r"=\[64, 64\], .* has \[32, 64\] \(`ch` and `ch_mult`\)"),
+        ({"act_fn": "gelu"}, 'act_fn="gelu"'),
+        ({"act_fn": "swish"}, None),
+        ({"sample_size": 32}, r"sample_size=32, .* has 16 \(`image_size` and `image_width`\)"),
+        ({"sample_size": [16, 32]}, r"sample_size=\[16, 32\], .* has 16"),
+        ({"sample_size": [16, 16]}, None),
+        ({"sample_size": None}, None),  # any size
+        ({"down_block_types": ["DownBlock2D"] * 2}, r"down_block_types.*\(`attn_resolutions`\)"),
+        ({"use_flux": True}, "has use_flux=true, which this program does not know"),
+        ({"dropout": 0.5, "_name_or_path": "google/ddpm"}, None),
     ],
-)  # fmt: skip
-def test_the_configuration_of_the_network_is_checked(changes, head_dim, message, model, tmp_path):
+)
+def test_the_configuration_of_the_network_is_checked(changes, message, model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **changes)
     if message is None:
-        read_diffusers(folder, golden.SMALL, model, head_dim)
+        read_diffusers(folder, golden.SMALL, model)
     else:
         with pytest.raises(InputError, match=message):
-            read_diffusers(folder, golden.SMALL, model, head_dim)
+            read_diffusers(folder, golden.SMALL, model)
+
+
+# Changes to the configuration of the small network, with which diffusers itself made diffusers_variants.npz.
+VARIANTS = {
+    "defaults": dict.fromkeys(
+        ("attention_head_dim", "norm_eps", "flip_sin_to_cos", "freq_shift", "downsample_padding"), "absent"
+    ),
+    "no_mid": {"add_attention": False, "act_fn": "swish", "attention_head_dim": 16, "norm_eps": 0.1},
+    "wide": {"sample_size": [16, 32]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_of_the_network_gives_the_output_of_diffusers_and_is_exported_again(variant, tmp_path):
+    expected, inputs = golden.load("diffusers_variants")[variant], golden.load("diffusers_small")
+    x = inputs["x"] if variant != "wide" else np.random.RandomState(1).standard_normal((2, 16, 32, 3)).astype("f")
+    weights = diffusers_weights(0.1)
+    if variant == "no_mid":
+        weights = {key: w for key, w in weights.items() if "mid_block.attentions" not in key}
+    folder = save_diffusers(tmp_path / "theirs", "diffusers_small", weights, **VARIANTS[variant])
+    preset = preset_from_folder(folder)
+    variant_model = UNet.from_preset(preset)
+    arrays = read_diffusers(folder, preset, variant_model)
+    assert relative_error(output(variant_model, arrays, "ema", x, inputs["t"]), expected) < 5e-5
+    exported = str(tmp_path / "ours")
+    names = variant_model.weight_names
+    write_diffusers(exported, preset, names, [arrays[f"ema/{name}"] for name in names])
+    assert preset_from_folder(exported) == preset
+    written = safetensors.numpy.load_file(tmp_path / "ours/unet" / WEIGHTS)
+    assert written.keys() == weights.keys()
+    for key, w in weights.items():
+        np.testing.assert_array_equal(written[key], w)
+
+
+def test_a_network_for_any_size_takes_the_size_that_is_asked_for(tmp_path):
+    folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), sample_size=None)
+    with pytest.raises(InputError, match="image_size is required: .*config.json has sample_size=null"):
+        preset_from_folder(folder)
+    preset = preset_from_folder(folder, image_size=32, image_width=16)
+    assert preset.image_shape == (32, 16, 3) and preset.attn_resolutions == (16,)
 
 
 def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
@@ -326,11 +367,11 @@ def test_the_configuration_of_the_scheduler_is_checked(model, tmp_path):
     ):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
-            read_diffusers(folder, golden.SMALL, model, None)
+            read_diffusers(folder, golden.SMALL, model)
     path.write_text("{")
     with pytest.raises(InputError, match=r"scheduler_config.json is not JSON"):
-        read_diffusers(folder, golden.SMALL, model, None)
-    read_diffusers(str(tmp_path / "unet"), golden.SMALL, model, None)  # a UNet2DModel alone
+        read_diffusers(folder, golden.SMALL, model)
+    read_diffusers(str(tmp_path / "unet"), golden.SMALL, model)  # a UNet2DModel alone
 
 
 @pytest.mark.parametrize(
@@ -370,7 +411,7 @@ def test_every_field_of_a_scheduler_agrees_or_is_refused_by_name(config, message
     path = tmp_path / "scheduler/scheduler_config.json"
     config = {**json.loads(path.read_text()), **config}
     path.write_text(json.dumps({field: value for field, value in config.items() if value != "absent"}))
-    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model), lambda: preset_from_folder(folder)):
         if message is None:
             read()
             continue
@@ -386,13 +427,15 @@ def test_every_field_of_a_scheduler_agrees_or_is_refused_by_name(config, message
         ({"use_flux": False}, "has use_flux=false, which this program does not know"),
         ({"layers_per_block": True}, "layers_per_block=true|num_res_blocks=True: must be"),
         ({"sample_size": 16.5}, "sample_size=16.5|image_size=16.5: must be a whole"),
+        ({"sample_size": [16, 16, 16]}, r"sample_size=.16, 16, 16.|no preset describes"),
+        ({"freq_shift": 2}, "freq_shift=2"),
         ({"block_out_channels": [32, "64"]}, "block_out_channels|no preset describes"),
         ({"in_channels": 10**9}, "in_channels|channels=1000000000: must be 64 at most"),
     ],
 )
 def test_every_field_of_a_network_agrees_or_is_refused_by_name(config, message, model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights(), **config)
-    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model), lambda: preset_from_folder(folder)):
         with pytest.raises(InputError, match=message) as error:
             read()
         assert "\n" not in str(error.value)
@@ -408,7 +451,7 @@ def test_a_pipeline_with_other_parts_is_refused(model, tmp_path):
         ({"unet": ["custom", "UNet2DModel"]}, "model_index.json has unet=.*: only UNet2DModel of diffusers"),
     ):
         (tmp_path / "model_index.json").write_text(json.dumps({**index, **change}))
-        for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+        for read in (lambda: read_diffusers(folder, golden.SMALL, model), lambda: preset_from_folder(folder)):
             with pytest.raises(InputError, match=message):
                 read()
 
@@ -416,7 +459,7 @@ def test_a_pipeline_with_other_parts_is_refused(model, tmp_path):
 def test_a_scheduler_that_is_missing_is_not_the_default_one(model, tmp_path):
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
     (tmp_path / "scheduler/scheduler_config.json").rename(tmp_path / "scheduler/config.json")
-    for read in (lambda: read_diffusers(folder, golden.SMALL, model, None), lambda: preset_from_folder(folder)):
+    for read in (lambda: read_diffusers(folder, golden.SMALL, model), lambda: preset_from_folder(folder)):
         with pytest.raises(InputError, match="scheduler_config.json: .*scheduler holds config.json"):
             read()
 
@@ -428,16 +471,18 @@ def test_unet_ema_beside_unet_holds_the_ema_weights(model, tmp_path):
     notes |= {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
     save_diffusers(tmp_path / "ema", "diffusers_small", ema, **notes)
     (tmp_path / "ema/unet").rename(tmp_path / "unet_ema")
-    both = read_diffusers(str(tmp_path), golden.SMALL, model, None)
+    both = read_diffusers(str(tmp_path), golden.SMALL, model)
     kernel = diffusers_weights()["conv_in.weight"].transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(both["params/conv_in/kernel"], kernel)
     np.testing.assert_array_equal(both["ema/conv_in/kernel"], kernel + np.float32(0.5))
-    only_ema = read_diffusers(str(tmp_path / "unet_ema"), golden.SMALL, model, None)
+    only_ema = read_diffusers(str(tmp_path / "unet_ema"), golden.SMALL, model)
     np.testing.assert_array_equal(only_ema["params/conv_in/kernel"], both["ema/conv_in/kernel"])
     assert is_diffusers_folder(str(tmp_path)) and is_diffusers_folder(str(tmp_path / "unet_ema"))
     (tmp_path / "unet_ema/config.json").write_text('{"_class_name": "UNet2DModel", "attention_head_dim": null}')
-    with pytest.raises(InputError, match="unet_ema/config.json has sample_size=null"):
-        read_diffusers(str(tmp_path), golden.SMALL, model, None)
+    with pytest.raises(
+        InputError, match="unet_ema/config.json has norm_eps=1e-05|unet_ema/config.json has freq_shift=0"
+    ):
+        read_diffusers(str(tmp_path), golden.SMALL, model)
 
 
 def test_a_network_larger_than_its_file_takes_no_memory(tmp_path):
@@ -453,7 +498,7 @@ def test_weights_in_half_precision_become_float32_exactly(kinds, model, tmp_path
     stored = {key: w.astype(dtypes[i % len(dtypes)]) for i, (key, w) in enumerate(diffusers_weights().items())}
     folder = save_diffusers(tmp_path, "diffusers_small", diffusers_weights())
     (tmp_path / "unet" / WEIGHTS).write_bytes(safetensors.numpy.save(stored))
-    arrays = read_diffusers(folder, golden.SMALL, model, None)
+    arrays = read_diffusers(folder, golden.SMALL, model)
     for name in model.weight_names:
         theirs = to_diffusers(name, arrays[f"ema/{name}"])
         assert theirs.dtype == np.float32
@@ -469,7 +514,7 @@ def test_a_file_of_the_hubs_fp16_variant_is_read_where_the_plain_one_is_missing(
     kernel = diffusers_weights()["conv_in.weight"]
 
     def read():
-        return to_diffusers("conv_in/kernel", read_diffusers(folder, golden.SMALL, model, None)["ema/conv_in/kernel"])
+        return to_diffusers("conv_in/kernel", read_diffusers(folder, golden.SMALL, model)["ema/conv_in/kernel"])
 
     np.testing.assert_array_equal(read(), kernel)
     plain.unlink()
@@ -499,14 +544,34 @@ def test_files_that_do_not_hold_the_networks_weights_are_refused(model, tmp_path
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message) as error:
-            read_diffusers(folder, golden.SMALL, model, None)
+            read_diffusers(folder, golden.SMALL, model)
         assert "\n" not in str(error.value)
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(InputError, match=r"diffusion_pytorch_model.bin is a pickle, .*: save the weights as"):
-        read_diffusers(folder, golden.SMALL, model, None)
+        read_diffusers(folder, golden.SMALL, model)
     path.with_suffix(".bin").rename(path.with_suffix(".fp32.safetensors"))
     there = "diffusion_pytorch_model.safetensors: .*unet holds config.json, diffusion_pytorch_model.fp32.safetensors"
     with pytest.raises(InputError, match=rf"cannot read .*{there}"):
-        read_diffusers(folder, golden.SMALL, model, None)
+        read_diffusers(folder, golden.SMALL, model)
     with pytest.raises(InputError, match=r"cannot read .*nothing/config.json: there is no such folder"):
-        read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model, None)
+        read_diffusers(str(tmp_path / "nothing"), golden.SMALL, model)
+
+
+def test_classes_are_the_embedding_of_diffusers(tmp_path):
+    """Diffusers looks up row i of `class_embedding.weight` [N, 4 ch] and adds it to the embedding of t."""
+    preset = get_preset("digits", num_classes=3, ch_mult=(2,))
+    classes = UNet.from_preset(preset)
+    golden.assign_random_weights(classes, np.random.RandomState(0))
+    write_diffusers(str(tmp_path / "x"), preset, classes.weight_names, [v.numpy() for v in classes.trainable_variables])
+    config = json.loads((tmp_path / "x/unet/config.json").read_text())
+    assert (config["class_embed_type"], config["num_class_embeds"]) == (None, 3)
+    table = safetensors.numpy.load_file(tmp_path / "x/unet" / WEIGHTS)["class_embedding.weight"]
+    one_hot = np.eye(3, dtype=np.float32)
+    np.testing.assert_allclose(classes.class_embedding(one_hot), table, rtol=1e-6)
+    assert preset_from_folder(str(tmp_path / "x")).num_classes == 3
+    arrays = read_diffusers(str(tmp_path / "x"), preset, classes)
+    np.testing.assert_array_equal(arrays["ema/class_embedding/kernel"], table)
+    plain = get_preset("digits", ch_mult=(2,))
+    model = UNet.from_preset(plain)
+    with pytest.raises(InputError, match=r"num_class_embeds=3, and the preset's .* has null \(`num_classes`\)"):
+        read_diffusers(str(tmp_path / "x"), plain, model)

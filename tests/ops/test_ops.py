@@ -107,6 +107,27 @@ def test_conv2d(backend, dtype, shape, size, strides):
 
 @on_both
 @in_both_dtypes
+def test_conv2d_with_a_zero_on_all_sides(backend, dtype):
+    arrays = draw(
+        (
+            2,
+            8,
+            6,
+            32,
+        ),
+        (3, 3, 32, 33),
+        (33,),
+    )
+    padding = [[0, 0], [1, 1], [1, 1], [0, 0]]
+
+    def definition(x, kernel, bias):
+        return convolution(x, kernel)[:, ::2, ::2] + bias  # at stride 1, SAME padding has a zero on all sides
+
+    check(backend, dtype, lambda x, k, b: ops.conv2d(x, k, strides=2, padding=padding, bias=b), definition, arrays)
+
+
+@on_both
+@in_both_dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 4, 6), (1, 8, 6, 32, 40)])
 def test_upsampled_conv2d(backend, dtype, shape):
     batch, height, width, in_channels, channels = shape

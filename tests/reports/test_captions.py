@@ -2,6 +2,7 @@
 
 import pytest
 
+from diffusion_tf.conditioning import Condition
 from diffusion_tf.presets import get_preset
 from diffusion_tf.reports.captions import caption, measured
 from diffusion_tf.solvers import SamplerSettings
@@ -51,3 +52,21 @@ def test_a_caption_has_the_bound_of_its_checkpoint():
     likelihood = {"train": {"step": 10, "bits_per_dim": 3.0}, "test": {"step": 20, "bits_per_dim": 4.126}}
     assert measured(20, "abc", sampling(), [], likelihood) == "4.13 bits/dim (test)"
     assert measured(20, "abc", sampling(), [line()], likelihood).endswith("samples), 4.13 bits/dim (test)")
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (Condition(), "ancestral in"),
+        (Condition((3,), 2.0), "ancestral, label 3, guidance 2 in"),
+        (Condition((-1,)), "ancestral, no label in"),
+        (Condition((3, 5)), "ancestral, label 3,5 in"),
+    ],
+)
+def test_a_caption_names_labels_and_guidance_and_takes_their_scores_only(condition, expected):
+    classes = get_preset("digits", num_classes=10)
+    how = {**sampling(), **condition.describe(classes)}
+    assert caption("digits", 20, how) == f"digits, checkpoint 20, {expected} 1,000 steps, seed 0"
+    others = [Condition((4,)), Condition(guidance=1.0), condition]
+    lines = [{**line(score=float(i)), **other.describe(classes)} for i, other in enumerate(others)]
+    assert measured(20, "abc", how, lines, {}) == "frechet_digits 2 (1,000 samples)"

@@ -137,6 +137,28 @@ def test_page_keeps_other_samplers_out_of_the_papers_table(tmp_path):
     assert picture_size(record)[1] > 500
 
 
+def test_page_says_whether_samples_copy(tmp_path):
+    workdir = make_run(tmp_path, "digits")
+    distances = {"distances": [3.0, 2.0, 2.5], "held_out_distances": [1.0, 2.0, 4.0]}
+    result = {
+        "verdict": "no copies", "sentence": "The samples do not copy.", "p_value": 0.5, "probability_nearer": 0.4,
+        "near_share": 0.0, "near_p_value": 1.0, "median_distance": 2.5, "held_out_median_distance": 2.0, "copies": 0,
+        "mirrored_copies": 1, "images": "digits", "num_images": 1618, "num_samples": 3, "num_held_out": 3,
+        "features": "pixels", "notes": {"held_out": "one is there too"},
+    }  # fmt: skip
+    assert "copies of training pictures: `" in to_markdown(read_run(workdir), "report.png")
+    height = picture_size(read_run(workdir))[1]
+    write_json(f"{workdir.path}/neighbors.json", {**result, **distances})
+    record = read_run(workdir)
+    markdown = to_markdown(record, "report.png")
+    assert "## Copying or learning\n\nThe samples do not copy. 0 samples equal a training picture, 1 a" in markdown
+    assert "| held-out pictures | 3 | 2 |\n\n- held_out: one is there too" in markdown
+    assert "copies of training pictures: `" not in markdown and picture_size(record)[1] > height
+    write_json(f"{workdir.path}/neighbors.json", {**result, **distances, "distances": []})
+    with pytest.raises(DamagedFileError, match="neighbors.json"):
+        read_run(workdir)
+
+
 def rate_distortion_record(table, curve):
     subject = {"images": "digits, test", "num_images": 7, "step": 20}
     return RunRecord(
@@ -146,6 +168,7 @@ def rate_distortion_record(table, curve):
         rate_distortion={"test": {**subject, "table": table, **curve}},
         compression={},
         evaluations=[],
+        neighbors={},
         samples=None,
         reconstructions=None,
     )

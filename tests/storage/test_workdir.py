@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.storage.workdir import Workdir
@@ -67,6 +68,14 @@ def test_some_fields_may_change_when_the_user_allows_it_and_the_change_is_record
     }
     workdir.write_config(third, 100, "")
     assert workdir.earlier_recipes() == [second, first]
+
+
+def test_other_resizing_of_the_same_pictures_is_refused(tmp_path):
+    workdir, preset = Workdir(str(tmp_path / "run")), get_preset("digits")
+    workdir.write_config(preset, 100, "", data=DataSettings(images="a", resize="pad"))
+    workdir.refuse_other_run(preset, 100, data=DataSettings(images="moved", resize="pad"))
+    with pytest.raises(InputError, match=r"another recipe \(resize: crop != pad, asked != there\)"):
+        workdir.refuse_other_run(preset, 100, data=DataSettings(images="a"))
 
 
 def test_imported_weights_may_train_on_any_number_of_images(tmp_path):
@@ -199,3 +208,16 @@ def test_damaged_metrics_are_refused_and_kept(tmp_path):
         ):
             use()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_classes_of_a_conditional_run_are_kept_and_checked(tmp_path):
+    workdir, preset = Workdir(tmp_path), get_preset("digits", num_classes=2)
+    workdir.write_config(preset, 100, "", classes=("cat", "dog"))
+    assert workdir.read_classes() == ("cat", "dog") and workdir.read_preset() == preset
+    with pytest.raises(InputError, match=r"another recipe \(classes: cat, cow != cat, dog"):
+        workdir.refuse_other_run(preset, 100, classes=("cat", "cow"))
+    with pytest.raises(InputError, match=r"another recipe \(num_classes: 0 != 2"):
+        workdir.refuse_other_run(get_preset("digits"), 100, classes=("cat", "dog"))
+    other = Workdir(tmp_path / "other")
+    other.write_config(get_preset("digits"), 100, "")
+    assert other.read_classes() == ()

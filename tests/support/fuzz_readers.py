@@ -163,7 +163,7 @@ def _diffusers_files() -> dict[str, bytes]:
 def _read_diffusers(folder: pathlib.Path) -> None:
     if diffusers_config.is_diffusers_folder(str(folder)):
         diffusers.check_size(str(folder), diffusers_config.preset_from_folder(str(folder)))
-    diffusers.read_diffusers(str(folder), DIGITS, _network(), None)
+    diffusers.read_diffusers(str(folder), DIGITS, _network())
 
 
 def _tf1_files() -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from support import golden
 from support.tiny_runs import TINY, assert_equal_arrays
 
 from diffusion_tf.data import open_source
+from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.errors import InputError
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.strategies import make_strategy
@@ -182,3 +183,57 @@ def test_a_step_that_is_not_finite_is_skipped():
 def test_a_batch_size_not_divisible_by_the_replicas_is_refused():
     with pytest.raises(InputError, match="batch_size=12 must be a positive multiple of the 8 replicas"):
         Trainer(dataclasses.replace(TINY, batch_size=12), make_strategy("mirrored"))
+
+
+CLASSES = dataclasses.replace(TINY, num_classes=10)
+
+
+class Listening:
+    """A model that predicts zeros and remembers the labels that it is given."""
+
+    def denoise_fn(self, _params, _rng):
+        def denoise(x_t, _, labels):
+            self.labels = labels.numpy()
+            return tf.zeros_like(x_t)
+
+        return denoise
+
+
+def test_training_hides_labels_at_their_rate_by_example():
+    preset = dataclasses.replace(CLASSES, label_dropout=0.3)
+    images, labels = np.zeros((2000, 8, 8, 1), np.uint8), np.arange(2000, dtype=np.int32) % 10
+    seen = []
+    for step, first, count in ((5, 0, 2000), (5, 700, 1300), (6, 0, 2000)):
+        model, examples = Listening(), slice(first, first + count)
+        loss_and_gradients(
+            model, preset, [], tf.constant(images[examples]), CounterRng(0, step, first), labels=labels[examples]
+        )
+        seen.append(model.labels)
+    hidden = seen[0] == -1
+    assert abs(hidden.mean() - 0.3) < 5 * np.sqrt(0.21 / 2000)
+    np.testing.assert_array_equal(seen[0][~hidden], labels[~hidden])
+    np.testing.assert_array_equal(seen[1], seen[0][700:])  # an example's own, whatever the microbatch
+    assert not np.array_equal(seen[2], seen[0])
+
+
+@pytest.mark.slow
+def test_replicas_train_each_image_with_its_label():
+    seen = []
+
+    def spy(model, preset, params, images, rng, labels):
+        tf.py_function(lambda *tensors: seen.append([x.numpy() for x in tensors]), [images, labels], [])
+        return loss_and_gradients(model, preset, params, images, rng, labels)
+
+    source = open_source(CLASSES)
+    states = []
+    for strategy in (make_strategy("mirrored"), make_strategy("one_device")):
+        trainer = Trainer(CLASSES, strategy, loss_and_gradients=spy)
+        trainer.run_steps(trainer.batches(source), tf.constant(2))
+        states.append(trainer.state.to_arrays())
+    labels_of = {image.tobytes(): label for image, label in zip(load_digits(), load_digit_labels(), strict=True)}
+    pairs = [pair for images, labels in seen for pair in zip(images, labels, strict=True)]
+    assert len(pairs) == 2 * 2 * CLASSES.batch_size
+    assert all(labels_of[image.tobytes()] == label for image, label in pairs)
+    for name, array in states[1].items():
+        if name.startswith(("params/", "ema/")):
+            np.testing.assert_allclose(states[0][name], array, atol=1e-5, err_msg=name)
