@@ -129,6 +129,14 @@ def test_a_field_that_is_younger_than_a_checkpoint_does_not_change_its_recipe():
     assert dataclasses.replace(digits, image_width=16).recipe_sha256() != digits.recipe_sha256()
 
 
+def test_label_dropout_is_part_of_a_recipe_with_classes_only():
+    digits, classes = get_preset("digits"), get_preset("digits", num_classes=10)
+    assert digits.recipe_differences(dataclasses.replace(digits, label_dropout=0.2)) == []
+    assert classes.recipe_differences(dataclasses.replace(classes, label_dropout=0.2)) == ["label_dropout: 0.5 != 0.2"]
+    assert classes.recipe_differences(digits) == ["num_classes: 10 != 0"]
+    assert classes.recipe_sha256() != dataclasses.replace(classes, label_dropout=0.2).recipe_sha256()
+
+
 def test_images_may_be_wider_than_high():
     preset = get_preset("cifar10", image_width=64)
     assert preset.image_shape == (32, 64, 3) and preset.image_pixels == 2048

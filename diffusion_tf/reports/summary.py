@@ -75,6 +75,8 @@ def changed_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a run's configuration that are not the preset's; all of them if its preset is unknown."""
     preset = PRESETS.get(config["dataset"])
     there = dataclasses.asdict(preset) if preset else {}
+    if not config.get("num_classes"):
+        config = {name: value for name, value in config.items() if name != "label_dropout"}  # it decides nothing
     return {name: value for name, value in config.items() if name not in there or value != there[name]}
 
 
