@@ -141,7 +141,7 @@ def start_workers(case: Case) -> Iterator[dict[str, Callable[[], dict]]]:
     ours = [sys.executable, str(_HERE / "our_worker.py"), f"--preset={case.preset}", *flags]
     commands = {"ours": [*ours, *([f"--data={make_data()}"] if case.what.endswith("input") else [])]}
     if case.what == "cached_input":  # beside the same images as TFRecords
-        commands["TFRecords"] = [*commands["ours"], "--what=input"]
+        commands["TFRecords"] = [*commands["ours"], "--what=tfrecord_input"]
     if case.what in _BARE:
         commands["bare"] = [*ours, f"--what={_BARE[case.what]}"]
     if case.preset == "cifar10" and case.what in ("convolution", "forward", "train", "sample"):

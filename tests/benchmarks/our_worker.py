@@ -35,7 +35,7 @@ _RECORDS = {32: 5000, 256: 500}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--what", choices=[*_MAKERS, "input", "cached_input", "data"])
+    parser.add_argument("--what", choices=[*_MAKERS, "input", "cached_input", "tfrecord_input", "data"])
     parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--batch", type=int)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
@@ -47,7 +47,7 @@ def main() -> None:
         return
     preset = get_preset(args.preset, batch_size=args.batch, precision=args.precision)
     if args.what.endswith("input"):
-        call, steps = _input(preset, args.data, from_folder=args.what == "cached_input")
+        call, steps = _input(preset, args.data, args.what)
     else:
         call, steps = _MAKERS[args.what](preset)
     timing.serve(call, steps_per_call=steps, version=tf.__version__)
@@ -121,21 +121,26 @@ def _sample(preset: Preset):
     return lambda: process(x_t, start, start - _SAMPLE_STEPS), _SAMPLE_STEPS
 
 
-def _input(preset: Preset, data: str, *, from_folder: bool):
-    """Seconds are of one image. With `from_folder`, the pictures come through the cache instead of from TFRecords."""
-    if from_folder:
+def _input(preset: Preset, data: str, what: str):
+    """Seconds are of one image.
+
+    Of `cached_input`, pictures through the cache, and `tfrecord_input`, which take turns, each call starts anew: going
+    on, one would fill its buffers while the other is timed.
+    """
+    if what == "cached_input":
         places = {"images": os.path.join(data, "images"), "cache_dir": os.path.join(data, "cache")}
         settings = DataSettings(**places, held_out=0.0)
     else:
         tfrecord = os.path.join(data, "bench-r08-*.tfrecords") if preset.image_size == 256 else None
         settings = DataSettings(data_dir=data, tfrecord=tfrecord)
-    source = open_source(preset, "train", settings)
-    batch = preset.batch_size
-    batches = iter(training_batches(source, batch_size=batch, per_replica=batch, seed=0, start_step=0))
+    source, batch = open_source(preset, "train", settings), preset.batch_size
+    start = lambda: iter(training_batches(source, batch_size=batch, per_replica=batch, seed=0, start_step=0))
+    batches = start() if what == "input" else None
 
     def call():
+        taken = batches or start()
         for _ in range(_INPUT_BATCHES):
-            next(batches)
+            next(taken)
 
     return call, _INPUT_BATCHES * batch
 
