@@ -4,7 +4,8 @@
   python -m experiments.neighbors --workdir=runs/digits --samples=samples.npz --features=digits
   python -m experiments.neighbors --workdir=runs/mine --held_out_tfrecord='held_out-*.tfrecords'
 
-Samples come from the EMA weights of a checkpoint, or from a file. The held-out pictures are those of the test split.
+Samples come from the EMA weights of a checkpoint, or from a file. The held-out pictures are those of the test split; if
+there are fewer than 20, training pictures take their place, each compared with the others.
 Distances are those of pixels, as RMSE on [0, 255], or of the features of a network. Where training mirrors pictures, a
 mirrored training picture counts as one.
 
@@ -66,7 +67,7 @@ _SHOWN = 12  # pairs
 
 
 def _held_out(run: MeasuredRun, train: ImageSource) -> ImageSource:
-    """The held-out pictures.
+    """The held-out pictures; the training pictures, if a small set holds out fewer than the test takes.
 
     Raises:
       InputError: there are none: the data knows no splits.
@@ -75,6 +76,8 @@ def _held_out(run: MeasuredRun, train: ImageSource) -> ImageSource:
         source = open_source(run.preset, "test", DataSettings(tfrecord=FLAGS.held_out_tfrecord))
     else:
         source = run.open_source("test")
+        if source.num_examples < LEAST_COMPARED <= train.num_examples:
+            return train
     same = ("num_examples", "first_image_sha256")
     if [identity(source)[name] for name in same] == [identity(train)[name] for name in same]:
         raise InputError(
@@ -136,7 +139,10 @@ def _sheet(samples: np.ndarray, held_out: np.ndarray, found: list[Neighbors], tr
     )
 
 
-def _notes(held_out: Neighbors) -> dict[str, str]:
+def _notes(held_out: Neighbors, own: np.ndarray | None) -> dict[str, str]:
+    if own is not None:
+        few = f"fewer than {LEAST_COMPARED} pictures are held out, so {len(own)} training pictures take their place"
+        return {"held_out": f"{few}, each compared with the others"}
     shared = held_out.num_copies + held_out.num_mirrored
     if not shared:
         return {}
@@ -152,13 +158,14 @@ def main() -> None:
     held_out = ImageReader(source)(0, min(FLAGS.num_held_out, source.num_examples))
     samples, subject, batches = _samples(run)
     features, mirrored = _features(run), run.preset.random_flip
+    own = np.arange(len(held_out)) if source is train else None
     found = [
-        training_neighbors(images, train, features, mirrored=mirrored, label=label)
-        for images, label in ((samples, "samples"), (held_out, "held-out pictures"))
+        training_neighbors(images, train, features, mirrored=mirrored, label=label, own=indices)
+        for images, label, indices in ((samples, "samples", None), (held_out, "held-out pictures", own))
     ]
     result = copying.compare(found[0].distances, found[1].distances)
     text = copying.sentence(result)
-    notes = _notes(found[1])
+    notes = _notes(found[1], own)
     write_json(
         out,
         {

@@ -57,6 +57,7 @@ def training_neighbors(
     *,
     mirrored: bool,
     label: str,
+    own: np.ndarray | None = None,
 ) -> Neighbors:
     """Finds the nearest training image of each image; reads all of them, and shows progress.
 
@@ -66,6 +67,7 @@ def training_neighbors(
       features: maps uint8 [n, H, W, C] to features [n, D], whose Euclidean distance counts.
       mirrored: whether a mirrored training image is one too, as it is if training mirrors images.
       label: what the images are, beside the progress bar.
+      own: for training images, the index of each, int [N]: its neighbour is another one.
 
     Raises:
       InputError: a training image cannot be read.
@@ -86,12 +88,19 @@ def training_neighbors(
                 places.append(np.stack([np.arange(first, first + len(chunk)), np.full(len(chunk), flip)]))
                 yield features(chunk[:, :, ::-1] if flip else chunk)
 
-    nearest, distances = nearest_neighbors(features(images), candidates(), 1)
-    indices, flips = np.concatenate(places, axis=1)[:, nearest[:, 0]]
+    # Of a training image, the first two may be itself and its mirror image.
+    nearest, distances = nearest_neighbors(features(images), candidates(), 1 if own is None else 3)
+    indices, flips = np.concatenate(places, axis=1)[:, nearest]
+    first = np.zeros(len(images), int) if own is None else np.argmax(indices != own[:, None], axis=1)
+    rows = np.arange(len(images))
     is_copy = np.array([content in copied for content in contents])
     is_mirror = np.array([content in copied_mirrored for content in flipped])
     return Neighbors(
-        distances[:, 0], indices, flips.astype(bool), int(is_copy.sum()), int((is_mirror & ~is_copy).sum())
+        distances[rows, first],
+        indices[rows, first],
+        flips[rows, first].astype(bool),
+        int(is_copy.sum()),
+        int((is_mirror & ~is_copy).sum()),
     )
 
 

@@ -96,3 +96,16 @@ def test_p_values_hold_where_samples_and_held_out_images_have_one_distribution()
             assert (p <= level).mean() < level + 4 * np.sqrt(level * (1 - level) / len(p)), name
     assert scipy.stats.kstest([result["p_value"] for result in results], "uniform").pvalue > 1e-3
     assert sum(result["verdict"] != "no copies" for result in results) <= 4
+
+
+def test_the_neighbor_of_a_training_picture_is_another_one():
+    images = np.concatenate([TRAIN[:60], TRAIN[:1]])  # the last one is a copy of the first
+    flat = images.reshape(61, -1).astype(float)
+    both = np.concatenate([flat, images[:, :, ::-1].reshape(61, -1)])
+    squared = np.square(flat[:, None] - both[None]).sum(-1)
+    for j in range(61):
+        squared[j, [j, 61 + j]] = np.inf
+    features = lambda images: images.reshape(len(images), -1)
+    found = training_neighbors(images, array_source(images), features, mirrored=True, label="x", own=np.arange(61))
+    np.testing.assert_allclose(found.distances, np.sqrt(squared.min(axis=1)))
+    assert found.distances[0] == found.distances[60] == 0 and (found.indices != np.arange(61)).all()
