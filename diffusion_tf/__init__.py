@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffusion_tf.diffusion_utils import GaussianDiffusion
     from diffusion_tf.errors import ConfigError, DivergedError, InputError, PreemptedError
     from diffusion_tf.presets import PRESETS, Preset, get_preset
+    from diffusion_tf.recipes import choose_preset
     from diffusion_tf.run import Run, load, train
     from diffusion_tf.unet import UNet
 
@@ -47,6 +48,7 @@ _MODULES = {
     "Preset": "presets",
     "Run": "run",
     "UNet": "unet",
+    "choose_preset": "recipes",
     "get_preset": "presets",
     "load": "run",
     "train": "run",
@@ -62,6 +64,7 @@ __all__ = [
     "Preset",
     "Run",
     "UNet",
+    "choose_preset",
     "get_preset",
     "load",
     "train",

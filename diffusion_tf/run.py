@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from absl import logging
 
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
@@ -25,7 +26,7 @@ from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.progress_bar import progress_bar
-from diffusion_tf.recipes import choose_preset
+from diffusion_tf.recipes import choose_preset, copying_warning
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
@@ -484,6 +485,8 @@ def train(
         raise ConfigError("labels", "go with `conditional=True` and `images` that are an array")
     source, data = _open_images(wanted, images, labels, DataSettings(data_dir=data_dir, tfrecord=tfrecord))
     chosen = wanted or choose_preset(source.image_shape, source.num_examples)
+    if not wanted and (warning := copying_warning(chosen, source.num_examples)):
+        logging.warning("%s", warning)
     if conditional:
         chosen = conditional_preset(chosen, source)
     resolved = _resolve_strategy(strategy)

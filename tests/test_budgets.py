@@ -84,8 +84,8 @@ def test_memory_takes_from_the_batch_before_the_network():
     assert fitted(80) == whole
     half = fitted(training_bytes(whole, 128) / GIB - 0.1)
     assert (half.ch, half.batch_size) == (128, 64) and half.num_steps > whole.num_steps
-    small = fitted(0.5)
-    assert small.batch_size == 16 and small.ch < 128 and training_bytes(small, 16) <= GIB / 2
+    small = fitted(1)
+    assert small.batch_size == 16 and small.ch < 128 and training_bytes(small, 16) <= GIB
     with pytest.raises(ConfigError, match="fit=gpu: 128 images of 32x32x3 with `ch=32` do not fit"):
         fitted(0.1, batch_size=128)
 

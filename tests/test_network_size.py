@@ -2,8 +2,9 @@
 
 import pytest
 
-from diffusion_tf.network_size import network_size
+from diffusion_tf.network_size import network_size, training_bytes
 from diffusion_tf.presets import PRESETS, Preset, get_preset
+from diffusion_tf.recipes import choose_preset
 from diffusion_tf.unet import UNet
 
 SMALL = {"image_size": 16, "ch": 32, "channels": 3}
@@ -29,3 +30,18 @@ def test_the_papers_networks_have_their_number_of_parameters(name, parameters):
 )
 def test_parameters_are_those_of_the_network(preset):
     assert network_size(preset).parameters == UNet.from_preset(preset).count_params()
+
+
+@pytest.mark.parametrize(
+    ("shape", "ch", "batch_size", "xla_bytes"),
+    [
+        ((16, 16, 3), 32, 8, 79_783_524),
+        ((32, 32, 3), 64, 16, 672_684_196),
+        ((32, 32, 3), 64, 64, 2_125_705_636),
+        ((32, 64, 1), 32, 32, 892_455_748),
+    ],
+)
+def test_the_estimated_memory_is_that_of_xlas_programs(shape, ch, batch_size, xla_bytes):
+    """Arguments and temporaries of the exported train_step, as XLA's compiler for CPUs (jaxlib 0.10.2) counts them."""
+    preset = choose_preset(shape, 2000, ch=ch, batch_size=batch_size)
+    assert training_bytes(preset, batch_size) == pytest.approx(xla_bytes, rel=0.25)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import diffusion_tf as dtf
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.network_size import network_size
 from diffusion_tf.presets import PRESETS
@@ -113,3 +114,7 @@ def test_few_images_get_a_warning_dropout_and_shifts():
     assert copying_warning(preset, 999).startswith("999 images are few, and a network may copy them. dropout=0.2 and")
     preset = choose_preset((64, 64, 3), 1000)
     assert (preset.dropout, preset.random_shift, copying_warning(preset, 1000)) == (0.1, 0, None)
+
+
+def test_the_public_api_chooses_too():
+    assert dtf.choose_preset is choose_preset

@@ -14,7 +14,7 @@ from diffusion_tf.data.image_cache import cached_source
 from diffusion_tf.data.picture_folder import find_split
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfds import TFDS_NAMES, any_tfds_source, tfds_source
-from diffusion_tf.data.tfrecords import tfrecord_source
+from diffusion_tf.data.tfrecords import first_shape, tfrecord_source
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import OWN_IMAGES, Preset
@@ -64,7 +64,7 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> Im
       InputError: as `open_source`.
     """
     if data.tfrecord:
-        return tfrecord_source(data.tfrecord, choose_shape(PICTURES_SHAPE), data.skip_bad_records)
+        return tfrecord_source(data.tfrecord, choose_shape(first_shape(data.tfrecord)), data.skip_bad_records)
     if data.npz:
         return npz_source(data.npz, split, data.held_out, data.resize, choose_shape)
     if data.tfds:

@@ -86,9 +86,7 @@ def tfrecord_source(
     Raises:
       InputError: no file matches, a file is not such a TFRecord, or too many records are bad.
     """
-    paths = _matching(os.path.expanduser(pattern))
-    if not paths:
-        raise ConfigError("tfrecord", f"={pattern} matches no file")
+    paths = _matching(pattern)
     decode = _decoder(image_shape)
     files = [_open(path, image_shape) for path in paths]
     bad = _tolerated(files, decode, skip_bad_records, advice)
@@ -128,14 +126,32 @@ def tfrecord_source(
     )
 
 
+def first_shape(pattern: str) -> tuple[int, int, int]:
+    """(H, W, C) of the first image of the files that match `pattern`.
+
+    Raises:
+      InputError: no file matches, or the first is not such a TFRecord.
+    """
+    return _first_record(_matching(pattern)[0])[1]
+
+
 def _matching(pattern: str) -> list[str]:
-    """The files that a pattern names; what exists under the name of the pattern, or of its folder, is no pattern."""
-    folder, name = os.path.split(pattern)
-    if tf.io.gfile.exists(pattern):
-        return [pattern]
+    """The files that a pattern names; what exists under the name of the pattern, or of its folder, is no pattern.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    expanded = os.path.expanduser(pattern)
+    folder, name = os.path.split(expanded)
+    if tf.io.gfile.exists(expanded):
+        return [expanded]
     if tf.io.gfile.isdir(folder):
-        return sorted(os.path.join(folder, file) for file in fnmatch.filter(tf.io.gfile.listdir(folder), name))
-    return sorted(tf.io.gfile.glob(pattern))
+        paths = [os.path.join(folder, file) for file in fnmatch.filter(tf.io.gfile.listdir(folder), name)]
+    else:
+        paths = tf.io.gfile.glob(expanded)
+    if not paths:
+        raise ConfigError("tfrecord", f"={pattern} matches no file")
+    return sorted(paths)
 
 
 def _decoder(image_shape: tuple[int, int, int]) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -163,6 +179,20 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
     Raises:
       InputError: the file is not a StyleGAN TFRecord of images of this shape.
     """
+    record_bytes, shape, num_pixel_bytes = _first_record(path)
+    check_shape(f"`tfrecord={path}`", shape, image_shape)
+    if num_pixel_bytes != np.prod(image_shape):
+        raise ConfigError("tfrecord", f"={path}: record 0 holds {num_pixel_bytes} bytes, not uint8 pixels")
+    num_whole, rest_bytes = divmod(tf.io.gfile.stat(path).length, record_bytes)
+    return _File(path, num_whole, record_bytes, rest_bytes)
+
+
+def _first_record(path: str) -> tuple[int, tuple[int, int, int], int]:
+    """The first record of a file: its bytes in the file, the (H, W, C) that it states, and the bytes of its pixels.
+
+    Raises:
+      InputError: the file is not a StyleGAN TFRecord.
+    """
     if tf.io.gfile.isdir(path):
         raise ConfigError(
             "tfrecord", f"={path} is a folder: name the .tfrecords files that StyleGAN's dataset_tool makes of it"
@@ -182,14 +212,8 @@ def _open(path: str, image_shape: tuple[int, int, int]) -> _File:
         raise ConfigError(
             "tfrecord", f"={path} is not a StyleGAN TFRecord (its first record is cut off, or lacks `shape` and `data`)"
         ) from error
-    channels, height, width = example["shape"].numpy()
-    check_shape(f"`tfrecord={path}`", (int(height), int(width), int(channels)), image_shape)
-    num_pixel_bytes = len(example["data"].numpy())
-    if num_pixel_bytes != np.prod(image_shape):
-        raise ConfigError("tfrecord", f"={path}: record 0 holds {num_pixel_bytes} bytes, not uint8 pixels")
-    record_bytes = len(first.numpy()) + OVERHEAD_BYTES
-    num_whole, rest_bytes = divmod(size, record_bytes)
-    return _File(path, num_whole, record_bytes, rest_bytes)
+    channels, height, width = map(int, example["shape"].numpy())
+    return len(first.numpy()) + OVERHEAD_BYTES, (height, width, channels), len(example["data"].numpy())
 
 
 def _tolerated(
