@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_tf.conditioning import UNGUIDED, UNLABELLED, Condition
+from diffusion_tf.conditioning import UNLABELLED, Condition
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.evaluation.feature_networks import digits_network
@@ -12,6 +12,7 @@ from diffusion_tf.evaluation.metrics import precision_recall
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
+from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
@@ -43,13 +44,13 @@ def test_digits_reach_precision_and_recall(tmp_path, precision):
 @pytest.mark.slow
 def test_digits_of_an_asked_class_are_recognised_and_those_of_none_stay_as_good(tmp_path):
     trained = trained_digits(tmp_path, get_preset("digits", num_classes=10))
-    guided = Sampler(trained, batch_size=250, seed=0, condition=Condition(guidance=2.0))
+    settings = SamplerSettings("dpm_solver++")
+    guided = Sampler(trained, batch_size=250, seed=0, settings=settings, condition=Condition(guidance=2.0))
     samples, asked = guided.draw(1000), guided.condition.of_images(0, 1000)
     logits = digits_network().apply(tf.cast(samples, tf.float32))["logits"]
     recognised = np.bincount(asked[np.argmax(logits, axis=1) == asked], minlength=10)
     print(f"of 100 of each class: {recognised.tolist()}")
     assert recognised.min() >= 90
-    for name, condition in (("no label", UNLABELLED), ("all labels", UNGUIDED)):
-        found, covered = precision_and_recall(Sampler(trained, batch_size=250, seed=0, condition=condition).draw(1000))
-        print(f"{name}: precision {found:.3f}, recall {covered:.3f}")
-        assert found >= 0.80 and covered >= 0.75
+    found, covered = precision_and_recall(Sampler(trained, batch_size=250, seed=0, condition=UNLABELLED).draw(1000))
+    print(f"no label: precision {found:.3f}, recall {covered:.3f}")
+    assert found >= 0.80 and covered >= 0.75
