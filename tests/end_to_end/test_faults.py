@@ -165,6 +165,12 @@ FLAGS = [
     ("skipping of digits", sound, ["--skip_bad_records=1"], "--skip_bad_records=1 goes with --tfrecord"),
     ("no multiple", sound, ["--checkpoint_every=7"], "--checkpoint_every=7: must be a multiple of"),
     ("nothing to fit in", sound, ["--fit=gpu24"], "--fit=gpu24: give cpu, minutes:30, the memory of a GPU as gpu24g"),
+    (
+        "too little memory",
+        sound,
+        ["--workdir=new", "--batch_size=100000", "--fit=gpu1g"],
+        "--fit=gpu1g: 100000 images of 8x8x1 with --ch=32 do not fit",
+    ),
     ("a shift over the edge", sound, ["--random_shift=8"], "--random_shift=8: must be less than the sides"),
     ("an argument", sound, ["resume"], "unknown argument resume: flags start with --"),
     ("another recipe", sound, ["--dropout=0.5"], "another recipe (dropout: 0.5 != 0.0"),
@@ -276,7 +282,6 @@ one_label = '{"file_name": "a.png", "label": 0}'
 OWN_IMAGES = [
     ("no folder", sound, OWN, "--images=run/in does not exist: name the folder"),
     ("no levels", two, [*OWN, "--image_size=127"], "--image_size=127: images of 127x127 pixels cannot be halved often"),
-    ("too little memory", two, [*OWN, "--batch_size=4096", "--ch=128", "--fit=gpu1g"], "--fit=gpu1g: 4096 images of"),
     ("an empty folder", folder(), OWN, "--images=run/in holds no images"),
     ("texts only", folder(a_txt="", b_txt=""), OWN, "--images=run/in holds no images: neither an LMDB (data.mdb) nor"),
     ("one picture", folder("a.png"), OWN, "--images=run/in: there is one image, and one is held out: add others, or"),
