@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tracemalloc
+import warnings
 import zipfile
 from typing import NotRequired, TypedDict
 
@@ -217,7 +218,8 @@ def test_a_line_is_appended_after_the_last_whole_line(tmp_path):
 
 def fork(work):
     """Runs `work` in a process that ends without cleaning up, and returns its number."""
-    child = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # JAX, if another test imported it, warns of its threads
+        child = os.fork()
     if not child:
         try:
             work()
