@@ -73,7 +73,7 @@ def _network(preset: Preset, num_images: int, given: Mapping[str, Any]) -> dict[
     return {
         # Grey images are often characters or scans, whose mirror images do not occur.
         "random_flip": channels != 1,
-        # The mirrored borders are then 3% of the pixels; samples have such borders too.
+        # The mirrored borders are then 4% of the pixels at most; samples have such borders too.
         "random_shift": round(min(height, width) / 32) if few else 0,
         "ch": ch,
         "ch_mult": ch_mult,
