@@ -40,10 +40,10 @@ def test_wide_grey_images_go_through_every_program(tmp_path):
     images = waves(40, 32, 64)
     np.savez(tmp_path / "waves.npz", images=images)
     recipe = [f"--{name}={value}" for name, value in {**TINY, "ch_mult": "1,2"}.items()]
-    table = run(tmp_path, "train", "--workdir=run", "--npz=waves.npz", *recipe)
+    table = run(tmp_path, "train", "--workdir=run", "--npz=waves.npz", "--held_out=0.2", *recipe)
     assert "of 32x64x1" in table and "heights 32-16" in table
     assert "warning: " in table and "images are few, and a network may copy them" in table
-    config = json.loads((tmp_path / "run/config.json").read_text())["preset"]
+    config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["image_size"], config["image_width"], config["channels"]) == (32, 64, 1)
 
     run(tmp_path, "sample", "--workdir=run", "--num_samples=3", "--out=s.npz", "--png=s.png")
@@ -78,7 +78,7 @@ def test_a_run_fits_in_the_minutes_that_it_is_given(tmp_path):
     np.savez(tmp_path / "waves.npz", images=waves(40, 16, 16))
     fit = ["--npz=waves.npz", "--fit=minutes:2"]
     table = run(tmp_path, "train", "--workdir=run", *fit)
-    preset = json.loads((tmp_path / "run/config.json").read_text())["preset"]
+    preset = json.loads((tmp_path / "run/config.json").read_text())
     assert f"{preset['num_steps']:,} steps of {preset['batch_size']} images" in table
     assert "as measured on this machine" in table and "GiB estimated, on a CPU" in table
     again = run(tmp_path, "train", "--workdir=run", *fit)  # the run keeps its recipe, and has ended
