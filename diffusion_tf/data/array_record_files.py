@@ -35,8 +35,8 @@ class ArrayRecords:
             folder = os.path.dirname(files[0])
             raise ConfigError("data_dir", f": a file in {folder} is damaged ({first_line(error)})") from error
 
-    def dataset(self) -> tf.data.Dataset:
-        """Returns the serialized records; a damaged one raises one of READ_ERRORS."""
+    def dataset(self, first: int = 0, stop: int | None = None) -> tf.data.Dataset:
+        """Returns the serialized records first, ..., stop - 1, by default all; a damaged one raises a READ_ERROR."""
 
         def read(index: int) -> bytes:
             try:
@@ -44,7 +44,7 @@ class ArrayRecords:
             except RuntimeError as error:
                 raise ValueError(first_line(error)) from error  # TensorFlow makes it an InvalidArgumentError
 
-        return tf.data.Dataset.range(len(self._records)).map(
+        return tf.data.Dataset.range(first, len(self._records) if stop is None else stop).map(
             lambda index: tf.ensure_shape(tf.numpy_function(read, [index], tf.string), [])
         )
 

@@ -111,12 +111,13 @@ class _Prepared:
         if info.file_format.value == "tfrecord":
             check_lengths(self._files, "prepare the dataset again")
 
-    def examples(self, part: str = "") -> tf.data.Dataset:
-        """The encoded `image` and the `label`, if there are labels, of all examples or of a part, "[3:7]"."""
+    def examples(self, first: int = 0, stop: int | None = None) -> tf.data.Dataset:
+        """The encoded `image`, and the `label` if there are labels, of examples first, ..., stop - 1; default: all."""
         if self._array_records:
-            return self._array_records.dataset().map(self._deserialize)
+            return self._array_records.dataset(first, stop).map(self._deserialize)
+        split = self._split if stop is None else f"{self._split}[{first}:{stop}]"
         return self._builder.as_dataset(
-            split=self._split + part, shuffle_files=False, decoders=self._decoders, read_config=self._read_config
+            split=split, shuffle_files=False, decoders=self._decoders, read_config=self._read_config
         )
 
     def source(self, image_shape: tuple[int, int, int]) -> ImageSource:
@@ -182,7 +183,7 @@ class _PreparedImages(EncodedImages):
         """Opens the images, which are read in the order of their keys."""
         assert self.prepared
         first, last = int(self.keys[0]), int(self.keys[-1])
-        examples = self.prepared.examples(f"[{first}:{last + 1}]").as_numpy_iterator()
+        examples = self.prepared.examples(first, last + 1).as_numpy_iterator()
 
         def read(_: str) -> tuple[bytes, int | None]:
             try:

@@ -78,7 +78,7 @@ def test_other_npz_files_are_refused(tmp_path, arrays, message):
         open_images(write_npz(tmp_path, **arrays), "train", own)
 
 
-def prepare_tfds(folder, image_shape, images):
+def prepare_tfds(folder, image_shape, images, file_format="tfrecord"):
     """Prepares a TFDS dataset `shapes` with named labels; the images may be arrays or files."""
 
     class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -97,7 +97,7 @@ def prepare_tfds(folder, image_shape, images):
                 value = io.BytesIO(image) if isinstance(image, bytes) else image
                 yield index, {"image": value, "label": index % 3, "text": "unused"}
 
-    Shapes(data_dir=folder).download_and_prepare()
+    Shapes(data_dir=folder, file_format=file_format).download_and_prepare()
 
 
 def test_any_tfds_dataset_is_read_with_its_labels(tmp_path):
@@ -128,6 +128,17 @@ def test_a_tfds_dataset_of_mixed_sizes_goes_through_the_cache(tmp_path):
         }
         found = zip(all_images(source), labels(source), strict=True)
         assert {image.tobytes(): label for image, label in found} == wanted
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_every_shard_of_the_cache_has_its_own_part_of_a_tfds_dataset(tmp_path, file_format):
+    images = np.random.RandomState(1).randint(0, 256, (150, 6, 8, 3)).astype(np.uint8)  # three shards
+    prepare_tfds(tmp_path, (6, 8, 3), images, file_format)
+    data = DataSettings(tfds="shapes", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    cached = all_images(open_images(data, "train", lambda _: (6, 8, 1)))
+    whole = all_images(open_images(data, "train", own))
+    grey = [np.asarray(PIL.Image.fromarray(image).convert("L"))[..., None] for image in whole]
+    np.testing.assert_array_equal(cached, grey)
 
 
 def test_a_small_dataset_is_read_into_memory():
