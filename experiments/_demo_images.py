@@ -2,30 +2,27 @@
 
 import os
 
-import tensorflow as tf
 from absl import flags
 
-from diffusion_tf import figures
 from diffusion_tf.data import open_images
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.evaluation.feature_networks import pixels_network
-from diffusion_tf.evaluation.scores import check_metrics, compute_scores
+from diffusion_tf.evaluation.scores import check_metrics
 from diffusion_tf.presets import Preset
 from diffusion_tf.recipes import choose_preset
 from diffusion_tf.reports.run_page import to_markdown
 from diffusion_tf.reports.run_picture import to_png
 from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import write_file
-from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir
 
 from . import _flags, _program
+from ._demo_scores import draw_samples, record_scores, write_picture
 
 FLAGS = flags.FLAGS
 _METRICS = ["precision_recall"]
@@ -64,33 +61,15 @@ def main() -> None:
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     settings = SamplerSettings("dpm_solver++").resolve(preset)
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
-    samples = Sampler(trained, batch_size=_BATCH_SIZE, seed=0, settings=settings).draw(FLAGS.num_samples)
-    drawn = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
-    write_npz(drawn, samples=samples)
-    count = min(source.num_examples, 100)
-    grids = {f"100 samples, step {step}": samples[:100], f"{count} training pictures": ImageReader(source)(0, count)}
-    picture = os.path.join(workdir.samples, "samples_and_real.png")
-    write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
-
-    count = min(source.num_examples, _MAX_REFERENCE)
-    real_features, features = (
-        {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
-        for images in (ImageReader(source)(0, count), samples)
+    samples, drawn = draw_samples(
+        workdir, trained, step, settings, num_samples=FLAGS.num_samples, batch_size=_BATCH_SIZE
     )
-    scores = compute_scores(_METRICS, network.name, real_features, features)
-    evaluation = {
-        "step": step,
-        "checkpoint_sha256": checkpoints.load_digest(checkpoint),
-        "seed": 0,
-        "compute_dtype": preset.precision,
-        **settings.describe(preset),
-        "num_samples": FLAGS.num_samples,
-        "metrics": _METRICS,
-        "reference": {"images": source.name, "num_images": count, "features": network.name},
-        **scores,
-    }
-    if evaluation not in workdir.read_evaluations():
-        workdir.append_evaluation(evaluation)  # for the report
+    real = ImageReader(source)(0, min(source.num_examples, _MAX_REFERENCE))
+    picture = write_picture(workdir, step, samples, real, "training pictures")
+    scores, _ = record_scores(
+        workdir, trained, step, checkpoint, settings, network, _METRICS,
+        samples=samples, real=real, images=source.name,
+    )  # fmt: skip
     print(
         _program.command_lines(_SUMMARY).format(
             **scores,

@@ -7,7 +7,6 @@ With pictures it also writes the report of the run.
 """
 
 import contextlib
-import os
 
 from absl import flags
 
@@ -37,25 +36,22 @@ _program.parse_flags(__name__, _check)
 
 import tensorflow as tf
 
-from diffusion_tf import figures
 from diffusion_tf.data import open_source
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.evaluation.feature_networks import digits_network
 from diffusion_tf.evaluation.metrics import classifier_score
-from diffusion_tf.evaluation.scores import check_metrics, compute_scores
+from diffusion_tf.evaluation.scores import check_metrics
 from diffusion_tf.runtime.strategies import make_strategy
-from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import SamplerSettings
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.event_files import EventFile
-from diffusion_tf.storage.files import write_file
-from diffusion_tf.storage.npz_files import write_npz
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.loop import train_in_workdir
 from diffusion_tf.training.reporter import report_samples, samples_path
 
 from . import _demo_images
+from ._demo_scores import draw_samples, record_scores, write_picture
 
 _METRICS = ("fid", "inception_score", "precision_recall")
 _SUMMARY = """
@@ -99,35 +95,17 @@ def _demo_digits() -> None:
     step, checkpoint = checkpoints.find(workdir.checkpoints)
     num_samples = FLAGS.num_samples
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
-    samples = Sampler(trained, batch_size=num_samples, seed=0).draw(num_samples)
-    drawn = os.path.join(workdir.samples, f"samples_{step:08d}.npz")
-    write_npz(drawn, samples=samples)
+    settings = SamplerSettings().resolve(preset)
+    samples, drawn = draw_samples(workdir, trained, step, settings, num_samples=num_samples, batch_size=num_samples)
     if not tf.io.gfile.exists(samples_path(workdir, step)):  # TensorBoard shows them once
         with contextlib.closing(EventFile(workdir.tensorboard)) as events:
             report_samples(workdir, events, step, samples[:100], preset)
     real = load_digits()
-    picture = os.path.join(workdir.samples, "samples_and_real.png")
-    grids = {f"100 samples, step {step}": samples[:100], "100 real digits": real[:100]}
-    write_file(picture, figures.captioned_grids({k: figures.square_grid(v) for k, v in grids.items()}))
-
-    real_features, features = (
-        {name: value.numpy() for name, value in network.apply(tf.cast(images, tf.float32)).items()}
-        for images in (real, samples)
-    )
-    scores = compute_scores(_METRICS, network.name, real_features, features)
-    evaluation = {
-        "step": step,
-        "checkpoint_sha256": checkpoints.load_digest(checkpoint),
-        "seed": 0,
-        "compute_dtype": preset.precision,
-        **SamplerSettings().describe(preset),
-        "num_samples": num_samples,
-        "metrics": list(_METRICS),
-        "reference": {"images": "all scikit-learn digits", "num_images": len(real), "features": network.name},
-        **scores,
-    }
-    if evaluation not in workdir.read_evaluations():
-        workdir.append_evaluation(evaluation)  # for the report
+    picture = write_picture(workdir, step, samples, real, "real digits")
+    scores, real_features = record_scores(
+        workdir, trained, step, checkpoint, settings, network, _METRICS,
+        samples=samples, real=real, images="all scikit-learn digits",
+    )  # fmt: skip
     print(
         _program.command_lines(_SUMMARY).format(
             **scores,

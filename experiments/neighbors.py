@@ -46,15 +46,14 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-import tensorflow as tf
 
 from diffusion_tf import figures
 from diffusion_tf.data import open_source
 from diffusion_tf.data.source import ImageReader, ImageSource, identity
 from diffusion_tf.evaluation import copying
 from diffusion_tf.evaluation.copying import Neighbors, training_neighbors
+from diffusion_tf.evaluation.feature_networks import in_batches
 from diffusion_tf.evaluation.scores import file_images
-from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage.files import write_file
 from diffusion_tf.storage.json_files import write_json
@@ -113,14 +112,8 @@ def _features(run: MeasuredRun) -> Callable[[np.ndarray], np.ndarray]:
     if FLAGS.features == "pixels":
         scale = math.sqrt(math.prod(run.preset.image_shape))  # a distance is then an RMSE
         return lambda images: images.reshape(len(images), -1) / scale
-    network, size = run.feature_network(FLAGS.features), FLAGS.batch_size
-    apply = over_replicas(lambda _, pixels: network.apply(pixels)["features"], run.strategy, size)
-
-    def features(images: np.ndarray) -> np.ndarray:
-        batches = (images[i : i + size].astype(np.float32) for i in range(0, len(images), size))
-        return np.concatenate([apply(0, tf.constant(batch)).numpy() for batch in batches])
-
-    return features
+    outputs_of = in_batches(run.feature_network(FLAGS.features), run.strategy, FLAGS.batch_size)
+    return lambda images: outputs_of(images.astype(np.float32))["features"]
 
 
 def _sheet(samples: np.ndarray, held_out: np.ndarray, found: list[Neighbors], train: ImageSource, text: str) -> bytes:

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.storage.files import first_line, read_file
+from diffusion_tf.runtime.replicas import over_replicas
+from diffusion_tf.storage.files import Arrays, first_line, read_file
 
 _INCEPTION_SIZE = 299
 DIGITS_SHAPE = (8, 8, 1)  # (H, W, C) of the images that the digits classifier takes
@@ -128,6 +129,19 @@ def inception_input(pixels: tf.Tensor) -> tf.Tensor:
     size = [_INCEPTION_SIZE, _INCEPTION_SIZE]
     resized = tf.raw_ops.ResizeBilinear(images=pixels, size=size, align_corners=False, half_pixel_centers=False)
     return (resized - 128.0) / 128.0
+
+
+def in_batches(
+    network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int
+) -> Callable[[np.ndarray | tf.Tensor], Arrays]:
+    """A function that applies `network` to pixels [N, H, W, C] in [0, 255] for any N, batch by batch."""
+    apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
+
+    def outputs_of(pixels: np.ndarray | tf.Tensor) -> Arrays:
+        batches = [apply(0, pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+    return outputs_of
 
 
 def _local_path(source: str) -> str:

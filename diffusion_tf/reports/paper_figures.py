@@ -18,13 +18,12 @@ from diffusion_tf import figures
 from diffusion_tf.conditioning import UNGUIDED, UNLABELLED, Condition
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images, x_to_pixels
-from diffusion_tf.evaluation.feature_networks import FeatureNetwork
+from diffusion_tf.evaluation.feature_networks import FeatureNetwork, in_batches
 from diffusion_tf.evaluation.neighbors import nearest_neighbors
 from diffusion_tf.evaluation.scores import compute_scores, score_names, score_notes
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.reports.xstart_estimate import XstartEstimate
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.samplers import ReverseProcess, Sampler
 from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.storage.files import Arrays
@@ -58,19 +57,6 @@ def _to_images(x: np.ndarray) -> np.ndarray:
 def _rmse(x: np.ndarray, y: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
     """Root mean squared difference of images in [-1, 1], on the scale [0, 255]."""
     return np.sqrt(np.square(x - y).mean(axis=axis)) * 127.5
-
-
-def _in_batches(
-    network: FeatureNetwork, strategy: tf.distribute.Strategy, batch_size: int
-) -> Callable[[np.ndarray | tf.Tensor], Arrays]:
-    """A function that applies `network` to pixels [N, H, W, C] in [0, 255] for any N, batch by batch."""
-    apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
-
-    def outputs_of(pixels: np.ndarray | tf.Tensor) -> Arrays:
-        batches = [apply(0, pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-
-    return outputs_of
 
 
 @contextlib.contextmanager
@@ -276,7 +262,7 @@ def progressive_quality(
       condition: labels and guidance of the samples.
     """
     num_timesteps = trained.diffusion.num_timesteps
-    outputs_of = _in_batches(network, trained.strategy, batch_size)
+    outputs_of = in_batches(network, trained.strategy, batch_size)
     estimate, features = None, []  # of each batch at each time
     with _reverse_process(
         trained,
@@ -342,7 +328,7 @@ def shared_latents(
     """
     num_timesteps = trained.diffusion.num_timesteps
     times = [num_timesteps * quarter // 4 for quarter in (4, 3, 2, 1)]
-    outputs_of = network and _in_batches(network, trained.strategy, batch_size)
+    outputs_of = network and in_batches(network, trained.strategy, batch_size)
     rows, shares = [], []
     steps = chains * (num_timesteps - times[-1] + SAMPLES_PER_LATENT * sum(times))
     labels = condition.resolve(trained.preset).of_images(0, chains)
@@ -528,7 +514,7 @@ def neighbors(
 
     add_columns("pixels", lambda chunk: _central_crop(chunk, crop).reshape(len(chunk), -1))
     if network is not None:
-        outputs_of = _in_batches(network, trained.strategy, batch_size)
+        outputs_of = in_batches(network, trained.strategy, batch_size)
         add_columns(network.name, lambda chunk: outputs_of(chunk.astype(np.float32))["features"])
     picture = figures.labelled_grid(
         list(np.concatenate(columns, axis=1)),
