@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from diffusion_tf.errors import ConfigError, quoted
 from diffusion_tf.presets import Preset
@@ -58,6 +59,11 @@ class Condition:
     def of_images(self, first: int, count: int) -> np.ndarray:
         """The labels of images first, ..., first + count - 1, int32 [count]; the condition must be resolved."""
         return np.resize(np.roll(np.array(self.labels, np.int32), -first), count)
+
+
+def labels_of_images(labels: ArrayLike, num_images: int) -> np.ndarray:
+    """One label for all images, or one for each, as int32 [num_images]."""
+    return np.broadcast_to(np.asarray(labels, np.int32), num_images)
 
 
 UNGUIDED = Condition()

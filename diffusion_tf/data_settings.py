@@ -6,6 +6,7 @@ from typing import Any
 from diffusion_tf.errors import ConfigError
 
 RESIZE_MODES = ("crop", "pad", "stretch", "none")
+PICTURES_SHAPE = (64, 64, 3)  # the default (H, W, C) of a run on pictures of different sizes
 SOURCES = ("images", "npz", "tfds", "tfrecord")  # the settings that name images
 
 

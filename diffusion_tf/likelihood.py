@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
-from diffusion_tf.conditioning import NO_LABEL
+from diffusion_tf.conditioning import NO_LABEL, labels_of_images
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, mean_flat
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
@@ -112,19 +113,18 @@ class BoundEvaluator:
 
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
-    def __call__(self, first_image: int, images: np.ndarray, labels: np.ndarray | None = None) -> BoundTerms:
+    def __call__(self, first_image: int, images: np.ndarray, labels: ArrayLike = NO_LABEL) -> BoundTerms:
         """The terms of images uint8 [n, H, W, C], n <= batch_size.
 
         Args:
           first_image: the index of images[0].
           images: the images.
-          labels: their labels int [n], -1 for none; default: none.
+          labels: the label of each image, int or int [n]; -1 is none.
 
         Raises:
           NotFiniteError: a term or an error of an image is not finite.
         """
-        labels = np.full(len(images), NO_LABEL) if labels is None else labels
-        values = self._evaluate(first_image, images, labels.astype(np.int32))
+        values = self._evaluate(first_image, images, labels_of_images(labels, len(images)))
         bound = BoundTerms(*(value.numpy() for value in values))
         finite = np.isfinite(bound.terms_bpd) & np.isfinite(bound.mse)
         if not finite.all():
@@ -177,7 +177,7 @@ def bound_of_images(
     *,
     batch_size: int,
     seed: int,
-    labels: np.ndarray | None = None,
+    labels: ArrayLike = NO_LABEL,
     num_timesteps_estimate: int | None = None,
 ) -> Bound:
     """The bound of images (Eq. 5), with a progress bar.
@@ -189,7 +189,7 @@ def bound_of_images(
       images: uint8 [N, H, W, C].
       batch_size: images of one call, over all replicas.
       seed: seed of the noise, int in [0, 2^32).
-      labels: the label of each image, int [N]; the bound is that of log p(x_0 | label). Default: no labels.
+      labels: the label of each image, int or int [N], for the bound of log p(x_0 | label); -1 is none.
       num_timesteps_estimate: estimate the terms L_1, ..., L_{T-1} from this many of them; None: evaluate all.
 
     Raises:
@@ -198,9 +198,9 @@ def bound_of_images(
     """
     evaluator = BoundEvaluator(trained, batch_size=batch_size, seed=seed, num_timesteps_estimate=num_timesteps_estimate)
     firsts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="bits/dim")
-    labels = np.full(len(images), NO_LABEL) if labels is None else labels
+    of_images = labels_of_images(labels, len(images))
     batches = [
-        _batch_bound(evaluator, first, *(array[first : first + batch_size] for array in (images, labels)))
+        _batch_bound(evaluator, first, *(array[first : first + batch_size] for array in (images, of_images)))
         for first in firsts
     ]
     return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
@@ -250,14 +250,14 @@ def measure_bound(
     kept = ResumableBatches(partial, description, num_examples=num_images, batch_size=batch_size)
 
     def bound_of(first: int, count: int) -> Arrays:
-        labels = read_labels(first, count) if read_labels else None
+        labels = read_labels(first, count) if read_labels else NO_LABEL
         return _batch_bound(evaluator, first, read_images(first, count), labels)
 
     batches = list(kept.compute(bound_of, "bits/dim"))
     return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
 
 
-def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray, labels: np.ndarray | None) -> Arrays:
+def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray, labels: ArrayLike) -> Arrays:
     """What `_combine` needs of a batch: values [n] of each image, and sums [K] over the images."""
     bound = evaluator(first, images, labels)
     terms = bound.terms_bpd.astype(np.float64)

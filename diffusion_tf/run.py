@@ -13,7 +13,7 @@ from absl import logging
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.conditioning import NO_LABEL, Condition
+from diffusion_tf.conditioning import NO_LABEL, Condition, labels_of_images
 from diffusion_tf.data import conditional_preset, open_images, open_source
 from diffusion_tf.data.arrays import array_source, check_images, materialize
 from diffusion_tf.data.source import ImageSource
@@ -385,7 +385,7 @@ class Run:
                 "labels", f"must be an int or int [{num_images}], not {labels.dtype} {list(labels.shape)}"
             )
         Condition(tuple(np.unique(labels).tolist())).resolve(self.preset)
-        return np.broadcast_to(labels, num_images).astype(np.int32)
+        return labels_of_images(labels, num_images)
 
     def _batch_size(self, batch_size: int | None, num_images: int, most: int = _BATCH_SIZE) -> int:
         """The batch size to use: a multiple of the replicas by default."""

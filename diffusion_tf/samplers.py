@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
 
-from diffusion_tf.conditioning import NO_LABEL, UNGUIDED, Condition
+from diffusion_tf.conditioning import NO_LABEL, UNGUIDED, Condition, labels_of_images
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to_x, x_to_images
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
@@ -439,7 +439,7 @@ def ddim_inversion(
         return results
 
     invert, batches = trained.over_replicas(both_ways, batch_size), []
-    of_images = np.broadcast_to(np.asarray(labels, np.int32), [len(images)])
+    of_images = labels_of_images(labels, len(images))
     for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="inverting"):
         batch = slice(first, first + batch_size)
         latents, x = invert(first, images_to_x(images[batch]), of_images[batch])

@@ -13,7 +13,7 @@ import json
 from absl import flags
 
 from diffusion_tf.budgets import Choices, parse_budget
-from diffusion_tf.data_settings import DataSettings
+from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.interop.tpu_compiler import TOPOLOGIES
 from diffusion_tf.presets import CHANGEABLE
 from diffusion_tf.recipes import choose_preset
@@ -54,7 +54,7 @@ flags.DEFINE_boolean(
 def _check() -> None:
     data = _flags.data_from_flags()
     if _chooses(data):
-        choose_preset(_flags.image_shape((64, 64, 3)), 1, **_flags.preset_overrides())
+        choose_preset(_flags.image_shape(PICTURES_SHAPE), 1, **_flags.preset_overrides())
     elif FLAGS.init_from is None:
         _flags.preset_from_flags()
     if FLAGS.fit is not None:
@@ -86,11 +86,11 @@ def main() -> None:
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = None if FLAGS.dry_run and not FLAGS.fit else make_strategy(FLAGS.strategy, FLAGS.tpu)
     workdir = Workdir(FLAGS.workdir or "")
-    holds_run = FLAGS.workdir is not None and workdir.holds_run()
-    data = _data(workdir if holds_run else None)
-    choices, source = _choices(data, workdir if holds_run else None)
+    run = workdir if FLAGS.workdir and workdir.holds_run() else None
+    data = _data(run)
+    choices, source = _choices(data, run)
     fitted = None
-    if FLAGS.fit and not holds_run:
+    if FLAGS.fit and not run:
         fitted = fit(choices, parse_budget(FLAGS.fit, list(TOPOLOGIES)), strategy)
     preset = fitted.preset if fitted else choices.choose()
     if source is None and (FLAGS.conditional or not FLAGS.dry_run):

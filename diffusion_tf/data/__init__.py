@@ -9,13 +9,13 @@ import dataclasses
 
 from diffusion_tf.data.arrays import npz_source
 from diffusion_tf.data.digits import digits_source
-from diffusion_tf.data.fitting import PICTURES_SHAPE, ChooseShape, Fitting
+from diffusion_tf.data.fitting import ChooseShape, Fitting
 from diffusion_tf.data.image_cache import cached_source
 from diffusion_tf.data.picture_folder import find_split
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfds import TFDS_NAMES, any_tfds_source, tfds_source
 from diffusion_tf.data.tfrecords import first_shape, tfrecord_source
-from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
+from diffusion_tf.data_settings import PICTURES_SHAPE, PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import OWN_IMAGES, Preset
 
@@ -30,8 +30,8 @@ def open_source(
     Args:
       preset: names the dataset and the shape of its images.
       split: train or test; ignored for StyleGAN TFRecords, where the files are the split.
-      data: where the images are; default: where those of the preset are by default. If it tolerates bad records, all
-        records are read now to find them.
+      data: where the images are; default: the preset's own. If it tolerates bad records, all records are read now to
+        find them.
 
     Raises:
       InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
@@ -57,8 +57,7 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> Im
     Args:
       data: names a folder of pictures, an .npz file, a TFDS dataset, or TFRecords.
       split: as for `open_source`.
-      choose_shape: maps the (H, W, C) that the images have by themselves, PICTURES_SHAPE if their sizes differ, to that
-        of the run.
+      choose_shape: maps the images' own (H, W, C), PICTURES_SHAPE if their sizes differ, to that of the run.
 
     Raises:
       InputError: as `open_source`.

@@ -15,9 +15,8 @@ import PIL.Image
 from diffusion_tf.data.pictures import convert_channels, decode_picture
 from diffusion_tf.errors import ConfigError
 
-# Maps the (H, W, C) that images have by themselves to that of a run.
+# Maps the images' own (H, W, C) to that of a run.
 ChooseShape = Callable[[tuple[int, int, int]], tuple[int, int, int]]
-PICTURES_SHAPE = (64, 64, 3)  # what is by itself the shape of pictures, whose sizes differ
 
 
 @dataclasses.dataclass(frozen=True)

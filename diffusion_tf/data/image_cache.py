@@ -67,8 +67,9 @@ def cached_source(
     folder = os.path.join(root, digest)
     manifest_path, settings = os.path.join(folder, "images.json"), {"num_images": count, "sha256": digest}
     num_shards = max(min(_MAX_THREADS, -(-count // _SMALL_SHARD)), -(-count // IMAGES_PER_SHARD))
-    prefix, stopped = os.path.join(folder, "images-"), threading.Event()
-    shards = make_shards(images, prefix, num_shards, fitting, skip_bad_images, stopped)
+    prefix = os.path.join(folder, "images-")
+    pattern = f"{prefix}*.tfrecords"
+    shards = make_shards(images, prefix, num_shards, fitting, skip_bad_images, threading.Event())
     manifest = read_manifest(manifest_path, settings, shards)
     is_new = manifest is None or bool(missing_shards(shards, manifest))
     if manifest is None or is_new:
@@ -80,10 +81,9 @@ def cached_source(
             if not read_manifest(manifest_path, settings, shards):
                 _empty(folder)  # what is there is damaged
             executor = make_executor(min(_MAX_THREADS, os.cpu_count() or 1))
-            manifest = write_shards(shards, manifest_path, settings, executor)
+            manifest = write_shards(shards, pattern, manifest_path, settings, executor)
     check_manifest(manifest, images, skip_bad_images)
     print_line(_summary(images, name, fitting, manifest, folder, is_new=is_new))
-    pattern = os.path.join(folder, "images-*.tfrecords")
     advice = f"remove the folder {folder}, and it is written again"
     source = tfrecord_source(pattern, fitting.image_shape, 0, classes=images.classes, advice=advice)
     return dataclasses.replace(source, name=name)

@@ -84,14 +84,16 @@ def prepare(
         "resolution": resolution,
         "num_shards": num_shards,
     }
+    pattern = f"{prefix}*.tfrecords"
     manifest = write_shards(
         make_shards(images, prefix, num_shards, Fitting((resolution, resolution, 3)), skip_bad_images),
+        pattern,
         os.path.join(folder, f"{name}.json"),
         settings,
         make_executor(num_workers),
     )
     check_manifest(manifest, images, skip_bad_images)
-    return f"{prefix}*.tfrecords", manifest
+    return pattern, manifest
 
 
 def make_shards(
@@ -126,12 +128,13 @@ def make_shards(
 
 
 def write_shards(
-    shards: list[Shard], manifest_path: str, settings: dict[str, Any], executor: Executor
+    shards: list[Shard], pattern: str, manifest_path: str, settings: dict[str, Any], executor: Executor
 ) -> dict[str, Any]:
     """Writes the shards that are missing, and returns the manifest.
 
     Args:
       shards: all shards, of the same images.
+      pattern: the glob of the shards.
       manifest_path: the manifest, beside the shards; written here if it is new.
       settings: what the shards were made from, with `num_images`; an existing manifest must have the same.
       executor: runs the workers.
@@ -139,7 +142,6 @@ def write_shards(
     Raises:
       InputError: the manifest has other settings or cannot be written, or an image cannot be read.
     """
-    pattern = re.sub(r"\d{5}-of-\d{5}(?=\.tfrecords$)", "*", shards[0].path)
     manifest = _open_manifest(manifest_path, settings, shards, pattern)
     try:
         _write_missing(shards, manifest_path, manifest, executor)
