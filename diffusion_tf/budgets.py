@@ -17,7 +17,7 @@ GIB = 2**30
 USABLE = 0.9  # of a device's memory; the rest is its driver's, and lost between allocations
 _ENOUGH_STEPS = 2000  # a smaller network that can take these is better than a larger one that cannot
 _SPARE = 0.95  # of the time that is left after measuring; checkpoints and the noise of a machine take the rest
-# What shrinks, in which order. Memory: the batch, since a step of half the images takes half the time. Time: the width.
+# What shrinks, in this order. For memory the batch comes first, since a step of half the images takes half the time.
 MEMORY_ORDER = ("batch_size", "ch", "num_res_blocks")
 TIME_ORDER = ("ch", "num_res_blocks", "batch_size")
 _SMALLER: dict[str, Callable[[int], Sequence[int]]] = {
@@ -114,8 +114,8 @@ def fit_time(
 ) -> tuple[Preset, Cost]:
     """The largest network that takes enough steps in `seconds`, which include measuring; and its cost.
 
-    It measures the smallest network and, if another is better by the multiply-adds, that one. A recipe has no more
-    steps than without a limit. Samples are not drawn meanwhile.
+    It measures the smallest network, and then the one that its multiply-adds suggest, if that is another. A recipe has
+    no more steps than without a limit, and draws no samples.
 
     Args:
       choices: the recipes.

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from diffusion_tf.presets import Preset
 
-_BYTES_A_BYTE_KEPT = 1.6  # 1.2 to 1.8 in XLA's programs for CPUs, as Compiled.memory_analysis() counts them
+# Memory of a training step for each byte of activations: 1.2 to 1.8 in XLA's programs for CPUs, by memory_analysis().
+_ACTIVATION_FACTOR = 1.6
 
 
 class Size(NamedTuple):
@@ -30,13 +31,13 @@ def network_size(preset: Preset) -> Size:
 def training_bytes(preset: Preset, images: int) -> int:
     """Estimated memory of a training step that computes `images` at once.
 
-    Weights, EMA, Adam's two moments and gradients are float32. Activations have the compute dtype; a step also needs
-    their gradients and copies. The factor is that of XLA's programs for CPUs, which the estimate meets to a quarter;
-    those for TPUs need about half as much.
+    Weights, EMA, Adam's two moments and gradients are float32. Activations have the compute dtype; a factor stands for
+    their gradients and copies. The estimate is within a quarter of what XLA's programs for CPUs take. Programs for
+    other devices may take more or less.
     """
     size = network_size(preset)
     activation_bytes = images * size.activations * (2 if preset.precision == "bfloat16" else 4)
-    return 20 * size.parameters + round(_BYTES_A_BYTE_KEPT * activation_bytes)
+    return 20 * size.parameters + round(_ACTIVATION_FACTOR * activation_bytes)
 
 
 def _layers(preset: Preset) -> Iterator[Size]:

@@ -206,7 +206,7 @@ class Preset:
         fields = [field for field in dataclasses.fields(self) if field.metadata["recipe"]]
         recipe = {field.name: getattr(self, field.name) for field in fields}
         if not self.num_classes:
-            del recipe["label_dropout"]  # it decides nothing
+            del recipe["label_dropout"]  # unused without classes
         return recipe
 
 

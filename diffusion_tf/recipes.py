@@ -1,6 +1,6 @@
 """A recipe for images of any shape and number: `choose_preset`.
 
-Each rule passes through the recipes that are known to work: Appendix B's for 50,000 images of 32x32 pixels and for
+Each rule agrees with the recipes that are known to work: Appendix B's for 50,000 images of 32x32 pixels and for
 hundreds of thousands of 256x256 pixels, and that of the 1,617 digits of 8x8 pixels.
 """
 
@@ -29,9 +29,9 @@ _LEAST_STEPS, _MOST_STEPS = 5000, 2_400_000  # Appendix B's longest run
 
 
 def choose_preset(image_shape: tuple[int, int, int], num_images: int, **overrides: Any) -> Preset:
-    """A recipe that suits a set of images. It is a function of its arguments.
+    """A recipe that suits a set of images. It depends on the arguments alone.
 
-    What follows from another field follows from its override too: from `num_steps`, for example, follow the warm-up,
+    A field that depends on another field depends on its override too: `num_steps`, for example, decides the warm-up,
     the EMA and the intervals of checkpoints.
 
     Args:
@@ -119,7 +119,7 @@ def _resolutions(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def _channels(num_values: int, few: bool) -> int:
-    """`ch`: a power of the numbers of the data that goes through digits' 32 and CIFAR-10's 128; at most 64 for few."""
+    """`ch`, which grows with the fifth root of the number of values: 32 for digits, 128 for CIFAR-10; few: 64 at most."""
     cifar10 = 50_000 * 32 * 32 * 3
     return 32 * min(max(round(4 * (num_values / cifar10) ** 0.2), 1), 2 if few else 4)
 

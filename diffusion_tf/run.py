@@ -450,14 +450,14 @@ def train(
     A resumed run has the same bits as one that was never stopped. `digits` takes about five minutes on two CPU cores.
 
     Args:
-      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None takes
-        the recipe of the run in `workdir`, or of `init_from`, or chooses one by the images.
+      preset: a name in `PRESETS`, or a preset: `get_preset("cifar10", num_steps=1000)`. None takes the
+        recipe of the run in `workdir`, or of `init_from`, or chooses one by the images.
       workdir: the run's folder (may be gs://). It gets config.json, checkpoints, metrics.jsonl, TensorBoard events and
         sample grids; the command-line programs read it too.
-      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; a folder of pictures,
-        which are cut and scaled, for a recipe that is chosen to 64x64 RGB, and kept as TFRecords in ~/.cache; an .npz
-        file; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read into
-        memory once, 16 GB at most.
+      images: what to train on; default: the preset's own data. An array uint8 [N, H, W, C]; an .npz file; a folder of
+        pictures, which are cut and scaled to the preset's shape (64x64 RGB if `preset` is None), and kept as TFRecords
+        in ~/.cache; or a `tf.data.Dataset` of images uint8 [H, W, C] or of pairs of these and labels, which is read
+        into memory once, 16 GB at most.
       labels: int or str [N], the class of each image of an array; default: none.
       conditional: condition the network on the classes of the images, which need labels.
       callbacks: called as `callback(step, metrics)` after each `steps_per_loop` steps.

@@ -159,8 +159,8 @@ class Sampler:
 
     Attributes:
       seed: as given; another value takes effect at the next call, which does not compile again.
-      condition: as given, with default labels filled in; other labels take effect as another seed does.
-      num_steps: steps of a call, all steps of the settings or the last ones that their strength takes.
+      condition: as given, with default labels filled in; other labels take effect at the next call, like another seed.
+      num_steps: steps of a call: those of the settings, or the last ones if their strength is below 1.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.

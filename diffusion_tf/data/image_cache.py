@@ -1,8 +1,9 @@
-"""Pictures as TFRecords in a cache folder, so that every epoch but the first start reads at the speed of TFRecords.
+"""A cache of pictures as TFRecords: after the first start, training reads at the speed of TFRecords.
 
-The folder's name is a hash of what its contents depend on: the names, sizes and times of change of the pictures, their
-labels, and what is done to them. So other pictures or settings have another folder, and a folder may be removed at any
-time. Shards are verified as they are written, and an interrupted preparation continues where it stopped.
+The folder's name is a hash of what its contents depend on: the path of the pictures, their names, sizes and times of
+change, their labels, and how they are converted. So other pictures or settings have another folder, and a folder may
+be removed at any time. Shards are verified as they are written, and an interrupted preparation continues where it
+stopped.
 """
 
 import contextlib
@@ -33,9 +34,9 @@ from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.progress_bar import print_line
 from diffusion_tf.storage.files import UNSUPPORTED, check_writable, is_local, listed, remove
 
-_VERSION = 1  # of what becomes of a picture: a cache of another version is written anew
-# Decoding and scaling leave Python's lock: two threads are nearly twice as fast as one. A process would import
-# TensorFlow first, and the script that called `train` again. Each thread may hold a picture of 1 GB.
+_VERSION = 1  # of the conversion of pictures: a cache of another version is not used
+# Decoding and scaling release Python's global lock: two threads are nearly twice as fast as one. A process would first
+# import TensorFlow, and run the script that called `train` again. Each thread may hold a picture of 1 GB.
 _MAX_THREADS = 8
 _LOCK = "lock"
 _SMALL_SHARD = 64  # images: few pictures still become several shards, for the threads
@@ -55,7 +56,7 @@ def cached_source(
     Args:
       images: the pictures.
       name: what they are, for messages.
-      fitting: what becomes of them.
+      fitting: how they are converted.
       cache_dir: the folder of all caches; default: diffusion_tf in XDG_CACHE_HOME or ~/.cache.
       skip_bad_images: the number of unreadable pictures to leave out.
       make_executor: make_executor(num_workers) runs the workers.

@@ -1,6 +1,6 @@
 """A folder of pictures as a data set: which pictures are in a split, and their classes.
 
-The folder may have subfolders for its splits: train, and test, validation or val (the first of them that there is).
+The folder may have subfolders for its splits: train, and the first that exists of test, validation and val.
 Otherwise a part of the pictures is held out, chosen by a hash of their names, so that a picture stays in its split when
 others come or go. The classes are the labels in `metadata.jsonl`; without them the names of the subfolders, if every
 picture lies in one.
@@ -53,7 +53,7 @@ def find_split(folder: str, split: str, held_out: float) -> EncodedImages:
 
 
 def _splits(images: EncodedImages, held_out: float) -> tuple[dict[str, list[int]], int]:
-    """Returns the places in the list of the pictures of train and test, and how many folders are above those."""
+    """Returns the indices of the pictures of train and test, and the depth of the splits' own folders, 0 or 1."""
     tops = [_parents(key)[:1] for key in images.keys]
     names = {top[0].lower() if top else "" for top in tops}
     depth = int("train" in names and names <= {"train", *_TEST_NAMES} and not images.is_lmdb)

@@ -2,8 +2,8 @@
 
 A network that learned the distribution makes samples that are as far from the training images as new images of the
 same kind are. The Mann-Whitney U test compares the two sets of distances, as Meehan, Chaudhuri & Dasgupta (2020, "A
-Non-Parametric Test to Detect Data-Copying in Generative Models") do. Copies among many other samples hardly move it:
-they show in how many samples are nearer than all but the nearest held-out images.
+Non-Parametric Test to Detect Data-Copying in Generative Models") do. A few copies among many samples hardly move that
+test, so a second one counts the samples that are as near to a training image as the nearest held-out images are.
 """
 
 import dataclasses

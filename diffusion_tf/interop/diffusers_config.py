@@ -154,7 +154,7 @@ def check_scheduler(path: str, preset: Preset) -> None:
 
 
 def _read_unet(path: str) -> dict[str, Any]:
-    """Returns the configuration of a network, with diffusers' defaults; of equal values, that of `unet_config`."""
+    """Returns the configuration of a network with diffusers' defaults, its synonyms spelled as in `unet_config`."""
     config = _read(path, {"UNet2DModel": _UNET_DEFAULTS}, ("dropout", *_EMA_NOTES))
     if config["act_fn"] == "swish":
         config["act_fn"] = "silu"

@@ -76,7 +76,7 @@ def changed_fields(config: dict[str, Any]) -> dict[str, Any]:
     preset = PRESETS.get(config["dataset"])
     there = dataclasses.asdict(preset) if preset else {}
     if not config.get("num_classes"):
-        config = {name: value for name, value in config.items() if name != "label_dropout"}  # it decides nothing
+        config = {name: value for name, value in config.items() if name != "label_dropout"}  # unused
     return {name: value for name, value in config.items() if name not in there or value != there[name]}
 
 
