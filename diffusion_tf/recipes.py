@@ -119,7 +119,7 @@ def _resolutions(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def _channels(num_values: int, few: bool) -> int:
-    """`ch`, which grows with the fifth root of the number of values: 32 for digits, 128 for CIFAR-10; few: 64 at most."""
+    """`ch`: it grows with the fifth root of the number of values: 32 for digits, 128 for CIFAR-10; few: at most 64."""
     cifar10 = 50_000 * 32 * 32 * 3
     return 32 * min(max(round(4 * (num_values / cifar10) ** 0.2), 1), 2 if few else 4)
 
