@@ -20,7 +20,7 @@ setup(
     # The programs lie at the top of a checkout. Installed, they are a subpackage: the name `experiments` stays free.
     packages=[*find_packages(include=["diffusion_tf", "diffusion_tf.*"]), "diffusion_tf.experiments"],
     package_dir={"diffusion_tf.experiments": "experiments"},
-    package_data={"diffusion_tf": ["py.typed"]},
+    package_data={"diffusion_tf": ["py.typed", "pretrained/**/*"]},
     entry_points={"console_scripts": ["diffusion-tf = diffusion_tf.experiments.__main__:main"]},
     # An extra chooses TensorFlow: the build for TPUs overwrites the files of the other one.
     install_requires=[

@@ -309,6 +309,8 @@ PRESETS = {
     )
 }  # fmt: skip
 
+PRETRAINED = ("digits", "cifar10_small")  # the presets whose trained weights ship with the package
+
 
 def resized(preset: Preset, image_size: int) -> Preset:
     """`preset` for images of another size, a power of two from 4 to 1024.

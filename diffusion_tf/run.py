@@ -25,6 +25,7 @@ from diffusion_tf.interop.diffusers_config import is_diffusers_folder, preset_fr
 from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
 from diffusion_tf.likelihood import bound_of_images
 from diffusion_tf.presets import Preset, get_preset
+from diffusion_tf.pretrained import resolve
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.recipes import choose_preset, copying_warning
 from diffusion_tf.runtime.strategies import make_strategy
@@ -405,7 +406,8 @@ def load(
     """Loads the EMA weights of a trained run, or the weights of a diffusers folder.
 
     Args:
-      path: a workdir that `train` wrote (may be gs://), or a folder of a DDPMPipeline or UNet2DModel in safetensors.
+      path: a workdir that `train` wrote (may be gs://), a folder of a DDPMPipeline or UNet2DModel in safetensors, or
+        the name of weights that ship with the package, `digits` or `cifar10_small`.
       checkpoint: the step of the checkpoint to load; default: the newest. A diffusers folder has none.
       strategy: where to run: `auto`, `tpu`, `mirrored` or `one_device`, or a `tf.distribute.Strategy`. `auto` is a TPU
         where one is attached, all GPUs where there are several, else one device.
@@ -415,7 +417,7 @@ def load(
       ConfigError: an argument is wrong.
       InputError: there is no run at `path`, a file is damaged, or no preset describes a diffusers network.
     """
-    path = os.path.expanduser(path)
+    path = resolve(os.path.expanduser(path))
     is_diffusers = is_diffusers_folder(path)
     preset = preset_from_folder(path) if is_diffusers else Workdir(path).read_preset()
     if precision is not None:
@@ -465,7 +467,7 @@ def train(
       tfrecord: StyleGAN TFRecords to train on, a file or a glob.
       strategy: as for `load`.
       init_from: start a new run with the EMA weights of another run, by its folder or a checkpoint, or with those of a
-        diffusers folder. A resumed run does not read them again.
+        diffusers folder, or that ship with the package (`cifar10_small`). A resumed run does not read them again.
       allow_recipe_change: whether a run that is there may go on with another learning_rate, warmup_steps, grad_clip,
         ema_decay, dropout, loss_type or precision; config.json records the change.
 
@@ -478,6 +480,7 @@ def train(
       DivergedError: training diverged, also after it went back to a checkpoint once.
       PreemptedError: the machine is about to be taken away; the run is saved.
     """
+    init_from = init_from and resolve(init_from)
     wanted = _wanted_preset(preset, workdir, init_from)
     if images is not None and (data_dir or tfrecord):
         raise ConfigError("images", ": leave out `data_dir` and `tfrecord`, which name other images")

@@ -11,7 +11,7 @@ from absl import flags
 from diffusion_tf.conditioning import Condition, parse_labels
 from diffusion_tf.data_settings import PRESETS_OWN, RESIZE_MODES, DataSettings
 from diffusion_tf.errors import InputError
-from diffusion_tf.presets import CHOICES, PRESETS, Preset, get_preset
+from diffusion_tf.presets import CHOICES, PRESETS, PRETRAINED, Preset, get_preset
 from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
 
@@ -43,6 +43,14 @@ def define_path(name: str, default: str | None, doc: str) -> None:
 def define_workdir_flag() -> None:
     """Defines --workdir."""
     define_path("workdir", None, "Folder of the run (may be gs://).")
+
+
+def define_run_flags() -> None:
+    """Defines --workdir and --pretrained, which name a trained run."""
+    define_workdir_flag()
+    flags.DEFINE_enum(
+        "pretrained", None, PRETRAINED, "Use weights that ship with the package, in place of a run's by --workdir."
+    )
 
 
 def define_strategy_flags() -> None:
@@ -125,7 +133,7 @@ def define_measurement_flags(
       out: the help of --out.
       images: as for `define_data_flags`.
     """
-    define_workdir_flag()
+    define_run_flags()
     define_strategy_flags()
     define_data_flags(images=images)
     flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
@@ -301,7 +309,10 @@ def check_extension(name: str, extension: str) -> None:
 
 def check_measured_run() -> None:
     """Raises InputError for flags of a measurement that no run fits."""
-    require_flags("workdir")
+    if FLAGS.pretrained is None:
+        require_flags("workdir")
+    elif FLAGS.workdir is not None:
+        raise InputError("give one of --workdir and --pretrained")
     if FLAGS.strategy == "multi_worker":
         raise InputError("--strategy=multi_worker is for training; this program runs in one process")
 

@@ -22,6 +22,7 @@ from diffusion_tf.evaluation.feature_networks import (
 from diffusion_tf.evaluation.scores import Images, source_images
 from diffusion_tf.likelihood import Bound, count_levels, describe_levels, measure_bound
 from diffusion_tf.presets import Preset
+from diffusion_tf.pretrained import run_folder
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable
@@ -44,12 +45,12 @@ class MeasuredRun:
 
     @classmethod
     def from_flags(cls) -> "MeasuredRun":
-        """Reads --workdir, --precision, --strategy and --tpu.
+        """Reads --workdir or --pretrained, --precision, --strategy and --tpu.
 
         Raises:
-          InputError: the folder holds no run.
+          InputError: the folder holds no run, or that of pretrained weights cannot be made.
         """
-        workdir = Workdir(FLAGS.workdir)
+        workdir = Workdir(run_folder(FLAGS.pretrained) if FLAGS.pretrained else FLAGS.workdir)
         preset = workdir.read_preset()
         if FLAGS.precision:
             preset = dataclasses.replace(preset, precision=FLAGS.precision)

@@ -15,7 +15,7 @@ The new run can be sampled, measured and trained on. The workdir must not exist;
 from absl import flags
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop import FORMATS
+from diffusion_tf.interop import DTYPES, FORMATS
 from diffusion_tf.presets import Preset
 
 from . import _flags, _program
@@ -26,6 +26,12 @@ _flags.define_preset_flags()
 flags.DEFINE_enum("format", None, FORMATS, "Format of --source.")
 _flags.define_path("source", None, "A checkpoint by its prefix, a file or its folder (tf1), or a folder (diffusers).")
 _flags.define_path("export_diffusers", None, "New folder to write the EMA weights of --workdir to, for diffusers.")
+flags.DEFINE_enum(
+    "export_dtype",
+    "float32",
+    DTYPES,
+    "With --export_diffusers: dtype of the kernels; half precision takes half the space.",
+)
 flags.DEFINE_integer("checkpoint", None, "With --export_diffusers: step of the checkpoint. Default: the newest.")
 
 
@@ -33,6 +39,8 @@ def _check() -> None:
     _flags.require_flags("workdir")
     if bool(FLAGS.source) == bool(FLAGS.export_diffusers):
         raise InputError("give one of --source, to import, and --export_diffusers, to export")
+    if FLAGS["export_dtype"].present and not FLAGS.export_diffusers:
+        raise InputError("--export_dtype goes with --export_diffusers")
     if FLAGS.source:
         _flags.require_flags("format")
         if FLAGS.format == "tf1" or FLAGS["dataset"].present:
@@ -80,7 +88,7 @@ def _export() -> None:
     model = UNet.from_preset(preset)
     load_ema(model, path)
     weights = [v.numpy() for v in model.trainable_variables]
-    write_diffusers(FLAGS.export_diffusers, preset, model.weight_names, weights)
+    write_diffusers(FLAGS.export_diffusers, preset, model.weight_names, weights, FLAGS.export_dtype)
     print(f"EMA weights of step {step} for diffusers: {FLAGS.export_diffusers}")
 
 

@@ -1,6 +1,7 @@
 """Draws samples from a trained run with its EMA weights, changes pictures, or paints a part of them.
 
   python -m experiments.sample --workdir=runs/digits --num_samples=100 --seed=1 --out=samples.npz --png=grid.png
+  python -m experiments.sample --pretrained=cifar10_small --png=grid.png
   python -m experiments.sample --workdir=runs/digits --num_samples=50000 --out=samples
   python -m experiments.sample --workdir=runs/digits --sampler=dpm_solver++ --sampler_steps=20 --out=samples.npz
   python -m experiments.sample --workdir=runs/digits --inpaint=digit.png --mask=mask.png --num_samples=8 --out=new
@@ -37,7 +38,7 @@ from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings, repa
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
-_flags.define_workdir_flag()
+_flags.define_run_flags()
 _flags.define_strategy_flags()
 _flags.define_precision_flag()
 _flags.define_sampler_flags()
@@ -49,7 +50,9 @@ flags.DEFINE_integer(
 )  # fmt: skip
 flags.DEFINE_integer("batch_size", 64, "Samples drawn at once, over all replicas.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0, upper_bound=2**32 - 1)
-_flags.define_path("out", None, "The .npz file to write, or a folder for a PNG of each sample and samples.npz.")
+_flags.define_path(
+    "out", None, "The .npz file to write, or a folder for a PNG of each sample and samples.npz. Required without --png."
+)
 flags.DEFINE_boolean("resume", False, "Add to the samples in the folder --out, up to --num_samples.")
 _flags.define_path("inpaint", None, "A picture to paint a part of, or an .npz of `samples`.")
 _flags.define_path("mask", None, "With --inpaint: a picture that is white (128 of 255 or more) where to paint.")
@@ -68,7 +71,8 @@ _flags.define_path("png", None, "PNG to write a grid of the samples to.")
 
 def _check() -> None:
     _flags.check_measured_run()
-    _flags.require_flags("out")
+    if not (FLAGS.out or FLAGS.png):
+        raise InputError("--out is required, or --png")
     _flags.check_extension("png", ".png")
     if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
         raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
@@ -81,9 +85,9 @@ def _check() -> None:
     ):  # fmt: skip
         if FLAGS[name].present and not FLAGS[with_name].value:
             raise InputError(f"--{name} goes with --{with_name}")
-    if not _writes_folder() and not FLAGS.out.lower().endswith(".npz"):
+    if FLAGS.out and not _writes_folder() and not FLAGS.out.lower().endswith(".npz"):
         raise InputError(f"--out={FLAGS.out} must end in .npz, or name a folder: end it in /")
-    if FLAGS.encode and _writes_folder():
+    if FLAGS.encode and (not FLAGS.out or _writes_folder()):
         raise InputError("--encode writes an .npz file: --out must end in .npz")
     if FLAGS.resume and not _writes_folder():
         raise InputError("--resume goes with a folder --out; the same command with an .npz file goes on by itself")
@@ -91,7 +95,7 @@ def _check() -> None:
 
 def _writes_folder() -> bool:
     """Whether --out names a folder: it ends in / or has no extension."""
-    return FLAGS.out.endswith("/") or not os.path.splitext(FLAGS.out)[1]
+    return bool(FLAGS.out) and (FLAGS.out.endswith("/") or not os.path.splitext(FLAGS.out)[1])
 
 
 _program.parse_flags(__name__, _check)
@@ -227,9 +231,11 @@ def main() -> None:
         batches = run.sampled_batches(checkpoint, sampling, num_samples)
         drawn = batches.compute(lambda first, count: {"samples": draw(first, count)}, "sampling")
         samples = np.concatenate([batch["samples"] for batch in drawn])
-        write_npz(FLAGS.out, samples=samples)
+        if FLAGS.out:
+            write_npz(FLAGS.out, samples=samples)
         batches.remove()
-    print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
+    if FLAGS.out:
+        print(f"{len(samples)} samples of step {step}: {FLAGS.out}")
     if FLAGS.png:
         _write_grid(run, _caption(run, step, settings, sampling), samples, condition)
 

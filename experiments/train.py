@@ -15,7 +15,7 @@ from absl import flags
 from diffusion_tf.budgets import Choices, parse_budget
 from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.interop.tpu_compiler import TOPOLOGIES
-from diffusion_tf.presets import CHANGEABLE
+from diffusion_tf.presets import CHANGEABLE, PRETRAINED
 from diffusion_tf.recipes import choose_preset
 
 from . import _flags, _program
@@ -28,8 +28,9 @@ _flags.define_data_flags()
 _flags.define_path(
     "init_from",
     None,
-    "Start a new run with the EMA weights of another run, by its folder or a checkpoint, or of a diffusers folder."
-    " Without --dataset, network and recipe are those of the source.",
+    "Start a new run with the EMA weights of another run, by its folder or a checkpoint, or of a diffusers folder, or"
+    f" with weights that ship with the package: {', '.join(PRETRAINED)}. Without --dataset, network and recipe are those"
+    " of the source.",
 )
 flags.DEFINE_boolean(
     "allow_recipe_change",
@@ -74,6 +75,7 @@ from diffusion_tf.data import conditional_preset, open_images, open_source
 from diffusion_tf.data.source import ImageSource
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.interop.fine_tuning import fine_tuning_preset, initial_weights
+from diffusion_tf.pretrained import resolve
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.loop import train_in_workdir
@@ -86,6 +88,7 @@ def main() -> None:
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = None if FLAGS.dry_run and not FLAGS.fit else make_strategy(FLAGS.strategy, FLAGS.tpu)
     workdir = Workdir(FLAGS.workdir or "")
+    FLAGS.init_from = FLAGS.init_from and resolve(FLAGS.init_from)
     run = workdir if FLAGS.workdir and workdir.holds_run() else None
     data = _data(run)
     choices, source = _choices(data, run)

@@ -32,7 +32,7 @@ from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfrecords import tfrecord_source
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.progress_bar import print_line
-from diffusion_tf.storage.files import UNSUPPORTED, check_writable, is_local, listed, remove
+from diffusion_tf.storage.files import UNSUPPORTED, cache_folder, check_writable, is_local, listed, remove
 
 _VERSION = 1  # of the conversion of pictures: a cache of another version is not used
 # Decoding and scaling release Python's global lock: two threads are nearly twice as fast as one. A process would first
@@ -105,8 +105,7 @@ def _root(cache_dir: str | None) -> str:
     Raises:
       ConfigError: TensorFlow cannot open files there.
     """
-    if not cache_dir:
-        cache_dir = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "diffusion_tf")
+    cache_dir = cache_dir or cache_folder()
     root = os.path.abspath(os.path.expanduser(cache_dir))
     if not is_local(cache_dir) or re.search(r"[\udc80-\udcff]", root):  # Python's stand-ins for other bytes
         raise ConfigError("cache_dir", f"={cache_dir} must be a local folder with a name in UTF-8")

@@ -15,7 +15,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop import diffusers_config
+from diffusion_tf.interop import DTYPES, diffusers_config
 from diffusion_tf.presets import Preset
 from diffusion_tf.storage.checkpoints import check_specs
 from diffusion_tf.storage.files import Arrays, new_folder, write_file
@@ -27,7 +27,6 @@ from diffusion_tf.unet import CLASSES, UNet
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Files of the hub's variants, read where that file is missing.
 _VARIANTS = tuple(_WEIGHTS.replace(".", f".{variant}.") for variant in ("fp16", "bf16"))
-_DTYPES = ("float32", "bfloat16", "float16")
 _SCHEDULER = "scheduler_config.json"
 _LAYERS = {
     "temb_dense0": "time_embedding.linear_1",
@@ -168,7 +167,7 @@ def _read_weights(path: str, wanted: Mapping[str, ArraySpec]) -> Arrays:
 
 
 def _as_float32(spec: ArraySpec) -> ArraySpec:
-    return ArraySpec("float32", spec.shape) if spec.dtype in _DTYPES else spec
+    return ArraySpec("float32", spec.shape) if spec.dtype in DTYPES else spec
 
 
 def _new_name(name: str) -> str:
@@ -176,7 +175,13 @@ def _new_name(name: str) -> str:
     return match[1] + _OLD_LAYERS[match[2]] + match[3] if match else name
 
 
-def write_diffusers(folder: str, preset: Preset, weight_names: Sequence[str], weights: Sequence[np.ndarray]) -> None:
+def write_diffusers(
+    folder: str,
+    preset: Preset,
+    weight_names: Sequence[str],
+    weights: Sequence[np.ndarray],
+    dtype: str = "float32",
+) -> None:
     """Writes weights into a new folder, atomically, as a DDPMPipeline that diffusers can load.
 
     Args:
@@ -184,13 +189,16 @@ def write_diffusers(folder: str, preset: Preset, weight_names: Sequence[str], we
       preset: the preset of the weights.
       weight_names: our names of the weights.
       weights: the weights, in the same order.
+      dtype: of kernels in the file, one of DTYPES; biases and norms, which are small, stay float32.
 
     Raises:
       InputError: diffusers cannot express the preset, or the folder cannot be written.
     """
     scheduler, unet = diffusers_config.scheduler_config(preset), diffusers_config.unet_config(preset)
     arrays = {
-        diffusers_name(name, len(preset.ch_mult)): np.ascontiguousarray(to_diffusers(name, w))
+        diffusers_name(name, len(preset.ch_mult)): np.ascontiguousarray(
+            to_diffusers(name, w), tf.as_dtype(dtype).as_numpy_dtype if w.ndim > 1 else np.float32
+        )
         for name, w in zip(weight_names, weights, strict=True)
     }
     with new_folder(folder) as temporary:

@@ -98,6 +98,11 @@ def replacing(path: str) -> Iterator[str]:
         sync(folder)
 
 
+def cache_folder() -> str:
+    """The folder for what can be made again: diffusion_tf in XDG_CACHE_HOME or ~/.cache."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "diffusion_tf")
+
+
 def list_folder(path: str) -> list[str]:
     """Returns the names in a folder; none if there is no such folder."""
     return tf.io.gfile.listdir(path) if tf.io.gfile.isdir(path) else []
