@@ -274,8 +274,8 @@ def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
     path = checkpoints.restore_newest(workdir.checkpoints, trainer.state.restore)
     if path is None:
         return None
-    manifest = checkpoints.load_manifest(path)
-    if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
+    manifest, versions = checkpoints.load_manifest(path), checkpoints.packages()
+    if manifest.get("packages", versions) != versions:
         logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
     recipes = [preset.recipe_sha256() for preset in (trainer.preset, *workdir.earlier_recipes())]
     if manifest.get("config_sha256", recipes[0]) not in recipes:
