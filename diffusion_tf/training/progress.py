@@ -5,7 +5,11 @@ import math
 
 from diffusion_tf.errors import DamagedFileError
 from diffusion_tf.storage import checkpoints
-from diffusion_tf.training.trainer import zero_sums
+
+# The sums over the steps since the last line of metrics. `loss` and `grad_norm` are sums over the `finite_steps`.
+# `skipped_steps` counts the others; `skipped_in_row` counts those since the last finite step, and `most_in_row` is its
+# largest value. `param_norm` is the weights' global norm after the last step.
+SUMS = ("loss", "grad_norm", "finite_steps", "skipped_steps", "skipped_in_row", "most_in_row", "param_norm")
 
 
 @dataclasses.dataclass
@@ -14,11 +18,11 @@ class Progress:
 
     Attributes:
       data_order: which shuffle of the data is in use: 0, or 1 after a rollback.
-      sums: over the steps since the last line of metrics, as `Trainer.run_steps` returns them.
+      sums: those of SUMS, as `Trainer.run_steps` returns them.
     """
 
     data_order: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(zero_sums(), 0.0))
+    sums: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
 
     @classmethod
     def of_checkpoint(cls, path: str) -> "Progress":
@@ -31,7 +35,7 @@ class Progress:
         if not stored:
             return cls()
         try:
-            return cls(int(stored["data_order"]), {name: float(stored["sums"][name]) for name in zero_sums()})
+            return cls(int(stored["data_order"]), {name: float(stored["sums"][name]) for name in SUMS})
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{path} does not tell the run's progress: remove it") from error
 
