@@ -63,7 +63,8 @@ from diffusion_tf.unet import UNet
 
 
 def main() -> None:
-    FLAGS.batch_size = FLAGS.per_replica_batch or (None if FLAGS.what == "train_loop" else _BATCH_SIZE)
+    if FLAGS.per_replica_batch or FLAGS.what != "train_loop":
+        FLAGS["batch_size"].value = FLAGS.per_replica_batch or _BATCH_SIZE
     init_from = None
     if FLAGS.workdir is None:
         preset = _flags.preset_from_flags()

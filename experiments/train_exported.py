@@ -4,9 +4,10 @@
   python -m experiments.train_exported DIR --workdir=runs/cifar10 --npz=cifar10.npz
   python -m experiments.train_exported DIR --workdir=runs/cifar10 --images=FOLDER
 
-The first argument is the folder that `export` wrote; its program takes many steps in a call. The run's folder is that of
-`train`: either program goes on from the other's checkpoints, and every other program reads them. The images stay in
-memory; those of --npz come in the order in which `train` takes them. The same command resumes.
+The first argument is the folder that `export` wrote; its program takes many steps in a call. The run's folder is as
+`train` writes it: either program goes on from the other's checkpoints, and every other program reads them. The images
+stay in memory; those of --npz come in the order in which `train` takes them. The same command resumes. How often a run
+reports and saves is set when it is exported.
 """
 
 from absl import flags
@@ -19,9 +20,6 @@ FLAGS = flags.FLAGS
 _flags.define_workdir_flag()
 _flags.define_data_flags(in_memory=True)
 flags.DEFINE_integer("num_steps", None, "Training steps in total. Default: as in the export.", lower_bound=1)
-flags.DEFINE_integer(
-    "checkpoint_every", None, "Training steps between checkpoints. Default: as in the export.", lower_bound=1
-)
 
 
 def _check(_: str) -> None:
@@ -42,8 +40,7 @@ from diffusion_tf.storage.workdir import Workdir
 
 def main(folder: str) -> None:
     loop = TrainLoop(folder)
-    changes = {name: FLAGS[name].value for name in ("num_steps", "checkpoint_every") if FLAGS[name].present}
-    preset = dataclasses.replace(loop.preset, **changes)
+    preset = dataclasses.replace(loop.preset, num_steps=FLAGS.num_steps or loop.preset.num_steps)
     workdir = Workdir(FLAGS.workdir)
     data = PRESETS_OWN
     if workdir.holds_run():
@@ -51,7 +48,9 @@ def main(folder: str) -> None:
         data = workdir.read_data()
     data = _flags.data_from_flags(data)
     images = load_images(preset, data)
-    print_line(f"{images.name}: {len(images.images):,} images; compiling {loop.steps_per_call} steps of {preset.dataset}")
+    print_line(
+        f"{images.name}: {len(images.images):,} images; compiling {loop.steps_per_call} steps of {preset.dataset}"
+    )
     print_line(f"training on {loop.compile()}")
     train_in_workdir(loop, images, FLAGS.workdir, preset=preset, command=FLAGS.flags_into_string(), data=data)
 

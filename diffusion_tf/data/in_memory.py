@@ -125,7 +125,11 @@ def _pictures(folder: str, held_out: float, fitting: Fitting) -> ImageArray:
 
 
 def class_indices(labels: np.ndarray, num_images: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the index of the class of each image, int32 [N], and the names of the classes; `labels` are int or str [N].
+    """Returns the index of the class of each image, int32 [N], and the names of the classes.
+
+    Args:
+      labels: int or str [N].
+      num_images: the N that they must have.
 
     Raises:
       ConfigError: there are not as many labels as images, or they are neither numbers nor texts.

@@ -265,7 +265,7 @@ def write(
     if what in WITH_SAVED_MODEL:
         _write_saved_model(saved_model_path, program, model, any_batch=what == "denoiser")
         paths.append(saved_model_path)
-    manifest = {
+    manifest: dict[str, Any] = {
         "what": what,
         "program": os.path.basename(program_path),
         "weights": os.path.basename(weights_path),

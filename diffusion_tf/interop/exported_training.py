@@ -60,9 +60,7 @@ def train_in_workdir(
     workdir.refuse_other_run(preset, count, classes=classes, data=data)
     with workdir.lock():
         step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
-        workdir.write_config(
-            preset, count, command, step=step, data=data, init_from=loop.init_from, classes=classes
-        )
+        workdir.write_config(preset, count, command, step=step, data=data, init_from=loop.init_from, classes=classes)
         with make_notice() as notice, memory_errors(), contextlib.closing(_Run(loop, preset, images, workdir)) as run:
             run.train(notice)
 
@@ -141,8 +139,10 @@ class _Run:
         seed = order_seed(self.preset.seed, self.progress.data_order)
         for place in range(self._steps_of_call()):
             indices[place] = batch_indices(len(self.images.images), size, seed, self.step + place)
-        labels = {"labels": self.images.labels[indices]} if self.preset.num_classes else {}
-        return self.loop.put(images=self.images.images[indices], **labels)
+        examples = {"images": self.images.images[indices]}
+        if self.preset.num_classes and self.images.labels is not None:
+            examples["labels"] = self.images.labels[indices]
+        return self.loop.put(**examples)
 
     def _report(self) -> None:
         """Writes a line of metrics, and saves when it is time."""
@@ -153,9 +153,7 @@ class _Run:
             "images_per_sec": (self.step - self.clock_step) * preset.batch_size / seconds,
         }
         self.workdir.append_metrics({"step": self.step, **metrics})
-        self.bar.set_postfix_str(
-            f"loss={metrics['loss']:.4f}, {metrics['images_per_sec']:.0f} images/s", refresh=False
-        )
+        self.bar.set_postfix_str(f"loss={metrics['loss']:.4f}, {metrics['images_per_sec']:.0f} images/s", refresh=False)
         self.bar.update(self.step - self.bar.n)
         if self.step % preset.checkpoint_every == 0 or self.step == preset.num_steps:
             self._save()

@@ -15,7 +15,6 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import check_specs
 from diffusion_tf.storage.files import Arrays, first_line, read_file
 from diffusion_tf.storage.json_files import read_json
-from diffusion_tf.storage.records import InitFrom
 from diffusion_tf.storage.safetensors_header import ArraySpec, read_arrays, read_header
 
 _STEP_DTYPE = {"int32": "int64"}  # of a program, since TPUs have no 64-bit integers, to that of a checkpoint
@@ -40,7 +39,7 @@ class _Manifest(TypedDict):
     arguments: list[_Array]
     results: list[_Array]
     steps_per_call: NotRequired[int]
-    init_from: NotRequired[InitFrom | None]
+    init_from: NotRequired[dict[str, str] | None]
 
 
 class TrainLoop:
@@ -87,7 +86,9 @@ class TrainLoop:
         import jax
 
         self._device = jax.devices()[0]
-        in_place = {place: self._results.index(name) for place, name in enumerate(self._arguments) if name in self._initial}
+        in_place = {
+            place: self._results.index(name) for place, name in enumerate(self._arguments) if name in self._initial
+        }
         with memory_errors():
             self._executable = stablehlo.compile_for(self._device, self._text, in_place)
         return self._device.device_kind
@@ -155,7 +156,9 @@ class TrainLoop:
 
     def _assign(self, arrays: Mapping[str, np.ndarray]) -> None:
         # Copies: a call overwrites what it is given, and two arguments may start with the same weights.
-        self._state = self.put(**{name: np.array(arrays[name], self._arguments[name]["dtype"]) for name in self._initial})
+        self._state = self.put(
+            **{name: np.array(arrays[name], self._arguments[name]["dtype"]) for name in self._initial}
+        )
 
 
 def _specs(arrays: Arrays) -> dict[str, ArraySpec]:
@@ -172,4 +175,6 @@ def memory_errors() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise InputError("out of memory: export with a smaller `per_replica_batch`, or fewer `steps_per_call`") from error
+        raise InputError(
+            "out of memory: export with a smaller `per_replica_batch`, or fewer `steps_per_call`"
+        ) from error

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from absl import logging

@@ -1,6 +1,7 @@
 r"""Compares exported steps with diffusers' UNet2DModel under torch.compile, on one NVIDIA GPU.
 
-Export each step (`train_step`, `sample_step`, or `train_loop` with --steps_per_call=20) where this project is installed:
+Export each step (`train_step`, `sample_step`, or `train_loop` with --steps_per_call=20) where this project is
+installed:
   python -m experiments.export --dataset=cifar10 --what=train_step --per_replica_batch=128 --precision=bfloat16 \
     --out=DIR
 Then time them where JAX, PyTorch and diffusers are installed with CUDA. This needs neither TensorFlow nor the exported

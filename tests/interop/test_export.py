@@ -204,7 +204,11 @@ def test_bad_flags_give_one_line(args, message):
 
 @pytest.mark.parametrize(
     "what",
-    ["denoiser", "sample_step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampler", "train_step", "train_loop"))],
+    [
+        "denoiser",
+        "sample_step",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampler", "train_step", "train_loop")),
+    ],
 )
 def test_programs_of_a_network_with_classes_take_labels(what):
     """Against the same program of the network without classes that holds the row of one label."""

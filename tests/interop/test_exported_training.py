@@ -32,8 +32,8 @@ from diffusion_tf.training.trainer import Trainer
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 PRESET = get_preset(
-    "digits", image_size=4, batch_size=4, num_timesteps=6, dropout=0.1, random_flip=True, ch_mult=(1,), mid_attention=False,
-    warmup_steps=4, num_steps=8, steps_per_loop=4, checkpoint_every=4, sample_every=0,
+    "digits", image_size=4, batch_size=4, num_timesteps=6, dropout=0.1, random_flip=True, ch_mult=(1,),
+    mid_attention=False, warmup_steps=4, num_steps=8, steps_per_loop=4, checkpoint_every=4, sample_every=0,
 )  # fmt: skip
 IMAGES = np.random.RandomState(0).randint(0, 256, (11, 4, 4, 1)).astype(np.uint8)  # an epoch ends within a call
 
