@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from diffusion_tf import __version__
 from diffusion_tf.data.in_memory import ImageArray
 from diffusion_tf.data.order import batch_indices, order_seed
 from diffusion_tf.data_settings import DataSettings
@@ -70,7 +72,7 @@ class _Run:
 
     def __init__(self, loop: TrainLoop, preset: Preset, images: ImageArray, workdir: Workdir):
         self.loop, self.preset, self.images, self.workdir = loop, preset, images, workdir
-        self.versions = checkpoints.packages("jax")
+        self.versions = {"diffusion_tf": __version__, "jax": version("jax"), "numpy": np.__version__}
         save = functools.partial(checkpoints.save, written_by=self.versions)
         self.writer = CheckpointWriter(workdir, preset, save)
         progress = self._restore()

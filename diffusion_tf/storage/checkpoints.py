@@ -5,7 +5,6 @@ the step, the versions of the packages that wrote it, whatever else the run reco
 the rest of the manifest. Format 1, whose header holds only the SHA-256, can still be read.
 """
 
-import importlib
 import json
 import os
 import re
@@ -28,10 +27,17 @@ _UNFINISHED = re.compile(r"step_\d{8,}\.safetensors\..*tmp")
 _ADVICE = "remove it, or name another"
 
 
-def packages(*frameworks: str) -> dict[str, str]:
-    """Returns the versions of this package, of NumPy and of the packages that compute the steps, by name."""
-    versions = {name: importlib.import_module(name).__version__ for name in frameworks or ("keras", "tensorflow")}
-    return {"diffusion_tf": __version__, "numpy": np.__version__, **versions}
+def packages() -> dict[str, str]:
+    """Returns the versions of the packages that compute the steps of training under TensorFlow, by name."""
+    import keras
+    import tensorflow as tf
+
+    return {
+        "diffusion_tf": __version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "tensorflow": tf.__version__,
+    }
 
 
 def save(
