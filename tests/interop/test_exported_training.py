@@ -29,6 +29,7 @@ from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.json_files import write_json
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.trainer import Trainer
+from experiments._flags import preset_arguments
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 PRESET = get_preset(
@@ -44,11 +45,17 @@ def trainer():
 
 
 @pytest.fixture(scope="module")
-def loop(trainer, tmp_path_factory):
-    """The exported loop of three steps a call, compiled for the CPU by JAX."""
+def exported(trainer, tmp_path_factory):
+    """The folder of an exported loop of three steps a call."""
     folder = str(tmp_path_factory.mktemp("export"))
     export.write(folder, "train_loop", PRESET, trainer.state.model, steps_per_call=3)
-    loop = TrainLoop(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loop(exported):
+    """That loop, compiled for the CPU by JAX."""
+    loop = TrainLoop(exported)
     loop.compile()
     return loop
 
@@ -226,46 +233,40 @@ def test_a_folder_without_a_training_loop_is_refused(tmp_path, manifest, message
 
 
 @pytest.mark.slow
-def test_a_killed_process_resumes_bit_for_bit_and_train_goes_on(tmp_path):
+def test_a_killed_process_resumes_bit_for_bit_and_train_goes_on(exported, tmp_path):
     """Real processes, of which those that train from the export cannot import TensorFlow."""
-    flags = ["--dataset=digits", "--num_timesteps=6", "--ch_mult=1", "--steps_per_loop=4", "--checkpoint_every=4"]
-    exported = run_fork(
-        "export", "--what=train_loop", *flags, "--per_replica_batch=8", "--steps_per_call=3", f"--out={tmp_path}/x"
-    )
-    assert exported.returncode == 0, exported.stderr
+    images = f"{tmp_path}/images.npz"
+    np.savez(images, images=IMAGES)
     for name in ("tensorflow", "keras"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
 
-    def start(run, num_steps):
+    def start(run):
+        args = [exported, f"--workdir={tmp_path}/{run}", f"--npz={images}", "--num_steps=400"]
         return subprocess.Popen(
-            [
-                sys.executable, "-m", "experiments", "train_exported", f"{tmp_path}/x", f"--workdir={tmp_path}/{run}",
-                f"--num_steps={num_steps}",
-            ],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "experiments", "train_exported", *args],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
 
-    whole = start("whole", 40)
-    assert whole.wait() == 0, whole.stderr.read()
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process = start("parts", 40)
-        metrics_path = tmp_path / "parts/metrics.jsonl"
-        before = len(metrics_path.read_text().splitlines()) if metrics_path.exists() else 0
-        while process.poll() is None and (
-            not metrics_path.exists() or len(metrics_path.read_text().splitlines()) < before + 2
-        ):
+    def num_lines():
+        path = tmp_path / "parts/metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    assert start("whole").wait() == 0
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, PreemptedError.exit_code)):
+        before, process = num_lines(), start("parts")
+        while process.poll() is None and num_lines() < before + 2:
             time.sleep(0.01)
         process.send_signal(number)
-        assert process.wait() != 0
-    parts = start("parts", 40)
-    assert parts.wait() == 0, parts.stderr.read()
-    paths = [tmp_path / run / "checkpoints/step_00000040.safetensors" for run in ("whole", "parts")]
+        assert process.wait() == code
+    assert start("parts").wait() == 0
+    paths = [tmp_path / run / "checkpoints/step_00000400.safetensors" for run in ("whole", "parts")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    trained = run_fork(
-        "train", f"--workdir={tmp_path}/parts", *flags, "--batch_size=8", "--sample_every=0", "--num_steps=44"
-    )
+    flags = preset_arguments(dataclasses.replace(PRESET, num_steps=404), get_preset("digits"))
+    trained = run_fork("train", f"--workdir={tmp_path}/parts", f"--npz={images}", "--dataset=digits", *flags)
     assert trained.returncode == 0, trained.stderr
     lines = [json.loads(line) for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(4, 45, 4))
-    assert dtf.load(f"{tmp_path}/parts").sample(2, seed=0).shape == (2, 8, 8, 1)
+    assert [line["step"] for line in lines] == list(range(4, 405, 4))
+    assert dtf.load(f"{tmp_path}/parts").sample(2, seed=0).shape == (2, 4, 4, 1)
