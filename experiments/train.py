@@ -29,8 +29,8 @@ _flags.define_path(
     "init_from",
     None,
     "Start a new run with the EMA weights of another run, by its folder or a checkpoint, or of a diffusers folder, or"
-    f" with weights that ship with the package: {', '.join(PRETRAINED)}. Without --dataset, network and recipe are those"
-    " of the source.",
+    f" with weights that ship with the package: {', '.join(PRETRAINED)}. Without --dataset, network and recipe are"
+    " those of the source.",
 )
 flags.DEFINE_boolean(
     "allow_recipe_change",
@@ -88,7 +88,8 @@ def main() -> None:
     # With several hosts, this must precede every other use of TensorFlow.
     strategy = None if FLAGS.dry_run and not FLAGS.fit else make_strategy(FLAGS.strategy, FLAGS.tpu)
     workdir = Workdir(FLAGS.workdir or "")
-    FLAGS.init_from = FLAGS.init_from and resolve(FLAGS.init_from)
+    if FLAGS.init_from:
+        FLAGS["init_from"].value = resolve(FLAGS.init_from)
     run = workdir if FLAGS.workdir and workdir.holds_run() else None
     data = _data(run)
     choices, source = _choices(data, run)

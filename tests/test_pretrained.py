@@ -34,7 +34,8 @@ def test_weights_are_those_of_the_presets_network_in_half_precision(name):
     assert all(np.array_equal(kernel, kernel.astype(np.float16)) for kernel in kernels)
 
 
-def test_digits_load_by_name_and_denoise_held_out_digits(cache):
+@pytest.mark.usefixtures("cache")
+def test_digits_load_by_name_and_denoise_held_out_digits():
     run = dtf.load("digits")
     assert run.preset == dtf.get_preset("digits")
     images = load_digits("test")[:64] / 127.5 - 1.0
@@ -54,7 +55,8 @@ def test_the_first_use_makes_a_run_that_later_uses_find(cache):
     assert checkpoint.stat().st_mtime_ns == written
 
 
-def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, cache):
+@pytest.mark.usefixtures("cache")
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("digits").mkdir()
     assert pretrained.resolve("digits") == "digits"
