@@ -12,14 +12,14 @@ from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.evaluation import diagnosis
 from diffusion_tf.evaluation.denoising import Network, Setup, linear_loss, measure_losses, spectrum, spread_timesteps
 from diffusion_tf.evaluation.diagnosis import Finding, PictureStatistics, picture_statistics
-from diffusion_tf.evaluation.suspicions import suspicions
+from diffusion_tf.evaluation.suspicions import compare_setups
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.samplers import Sampler, sample_noise, table_steps
 from diffusion_tf.solvers import SamplerSettings, ancestral_table, ddim_table, timesteps
 from diffusion_tf.trained_model import TrainedModel
 
 _TIMESTEPS = 10  # at which the loss is measured
-_FEW_TIMESTEPS, _FEW_IMAGES = 6, 16  # for what else the network may have been trained on
+_FEW_TIMESTEPS, _FEW_IMAGES = 6, 16  # for the order of channels, and for what else it was trained on
 _DRIFT_FROM = (0.25, 0.5, 0.75)  # fractions of T
 
 
@@ -119,15 +119,10 @@ class Checkup:
         recorded = diagnosis.fit(measured.loss, self.timesteps, self.setup, self.pictures.variances)
         if not diagnosis.is_poor(recorded) or diagnosis.is_untrained(measured):
             return diagnosis.explain_loss(recorded, measured, [])
-        x = to_x(self.pictures.images)
-        others = list(suspicions(self.trained.preset, self.setup, float(x.mean()), float(x.std())))
         network, x_start, noise = self._network(_FEW_IMAGES)
-        found = []
-        for finding, setup in progress_bar(others, unit="setup", desc="explanations"):
-            ts = spread_timesteps(setup.schedule.num_timesteps, _FEW_TIMESTEPS)
-            loss = measure_losses(network, setup, x_start, noise, ts).mean(axis=1)
-            found.append((finding, diagnosis.fit(loss, ts, setup, self.pictures.variances), loss))
-        return diagnosis.explain_loss(recorded, measured, found)
+        compared = compare_setups(network, self.trained.preset, self.setup, x_start, noise, self.pictures.variances)
+        bar = progress_bar(compared, unit="setup", desc="what else the network was trained on")
+        return diagnosis.explain_loss(recorded, measured, list(bar))
 
     def channel_findings(self) -> list[Finding]:
         """Whether the network knows the pictures with their channels reversed."""

@@ -16,6 +16,7 @@ from diffusion_tf.schedules import NoiseSchedule
 Network = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 TARGETS = ("eps", "xstart", "v", "xprev")
+_SAME_LEVEL = 0.3  # distance of log signal-to-noise ratios
 _LEAST_PER_DIMENSION = 4  # pictures for each dimension of a covariance
 
 
@@ -44,6 +45,24 @@ class Setup:
 def spread_timesteps(num_timesteps: int, count: int) -> np.ndarray:
     """Up to `count` timesteps from 0 to T - 1, ascending and denser at low t, where the loss changes most."""
     return np.unique(np.round(np.linspace(0.0, 1.0, count) ** 2 * (num_timesteps - 1)).astype(int))
+
+
+def matching_timesteps(schedule: NoiseSchedule, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a schedule has given noise levels.
+
+    Args:
+      schedule: the schedule.
+      alphas_cumprod: the levels [K].
+
+    Returns:
+      Whether the schedule has each level, up to 30% of its signal-to-noise ratio, bool [K]; and the timesteps of those
+      that it has, int [M].
+    """
+    with np.errstate(divide="ignore"):
+        theirs, wanted = (np.log(abar) - np.log1p(-abar) for abar in (schedule.alphas_cumprod, alphas_cumprod))
+    distances = np.abs(theirs - wanted[:, None])
+    found = distances.min(axis=1) < _SAME_LEVEL
+    return found, distances.argmin(axis=1)[found]
 
 
 def measure_losses(

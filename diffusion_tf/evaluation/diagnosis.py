@@ -20,7 +20,7 @@ _LEVELS = 64  # pictures that use less of the 256 levels were scaled wrongly, or
 _PRIOR_SIGNAL, _SLIGHT_PRIOR_SIGNAL = 0.1, 0.03  # standard deviation of the picture that x_T still holds
 _FLOOR = 0.02  # added to losses before they are compared: below it their ratio means nothing
 _POOR, _VERY_POOR = math.log(1.15), math.log(1.5)  # how far a loss is above the linear denoiser's, as a mean logarithm
-_CLEARLY_BETTER = 0.3  # how far another setup must be below the recorded one
+_CLEARLY_BETTER = 0.12  # how far another setup must be below the recorded one
 _GAIN = 0.2  # how far below that of zeros a loss must be to say anything, as a mean logarithm
 _LEAST_GAIN = 1e-3  # of reversed channels
 _UNTRAINED_POWER = 0.1  # E[eps_hat^2] of a network that predicts next to nothing; that of the noise is 1
@@ -85,7 +85,7 @@ def check_schedule(schedule: NoiseSchedule, mean_square: float) -> list[Finding]
             "noise schedule",
             ERROR if signal > _PRIOR_SIGNAL else WARNING,
             f"x_T still holds the picture, scaled by {signal:.2f}, but sampling begins from noise alone",
-            f"Train with more steps (`num_timesteps={schedule.num_timesteps}`) or a larger `beta_end`",
+            f"Train with a larger `num_timesteps` than {schedule.num_timesteps}, or a larger `beta_end`",
         )
     ]
 
@@ -168,31 +168,51 @@ def fit(loss: np.ndarray, timesteps: np.ndarray, setup: Setup, variances: np.nda
     return distance(loss, linear_loss(setup.scale**2 * variances, setup.schedule.alphas_cumprod[timesteps]))
 
 
-def explain_loss(
-    recorded: float, measured: Calibration, suspicions: Sequence[tuple[Finding, float, np.ndarray]]
-) -> list[Finding]:
-    """Says why a network's loss is poor: what else it must have been trained on, if its loss is far better there.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The recorded setup beside another one that the network may have been trained on, at the same noise levels.
+
+    Attributes:
+      finding: what is wrong if the network was trained on the other one.
+      recorded: `fit` of the recorded setup.
+      other: `fit` of the other one.
+      loss: the network's loss there, [K].
+    """
+
+    finding: Finding
+    recorded: float
+    other: float
+    loss: np.ndarray
+
+    @property
+    def explains(self) -> bool:
+        """Whether the network knows the other setup, and knows it better than the recorded one."""
+        # A network that predicts nothing is as good as the linear denoiser wherever that predicts next to nothing.
+        knows = -distance(self.loss, np.ones_like(self.loss)) > _GAIN
+        return knows and self.other < min(_POOR, self.recorded - _CLEARLY_BETTER)
+
+
+def explain_loss(recorded: float, measured: Calibration, comparisons: Sequence[Comparison]) -> list[Finding]:
+    """Says why a network's loss is poor: what else it must have been trained on, if it is far better there.
 
     Args:
       recorded: `fit` of the recorded setup.
       measured: the predictions of the network.
-      suspicions: the finding if the network was trained on something else, and the `fit` and the loss [K] there.
+      comparisons: other setups.
     """
     if not is_poor(recorded):
         return []
     if is_untrained(measured):
         problem = f"the network predicts next to no noise (E[eps_hat^2] = {measured.power.mean():.2g}): it is untrained"
         return [Finding("loss", ERROR, problem, "Train it longer, and see whether the loss in metrics.jsonl falls")]
-    # A network that predicts nothing is as good as the linear denoiser wherever that predicts next to nothing.
-    usable = [(finding, other) for finding, other, loss in suspicions if -distance(loss, np.ones_like(loss)) > _GAIN]
-    finding, other = min(usable, key=lambda pair: pair[1], default=(None, math.inf))
-    times = f"{math.exp(recorded):.2g} times that of the best linear denoiser of the same pictures"
-    if finding and other < min(recorded - _CLEARLY_BETTER, _POOR):
-        problem = f"{finding.problem}: its loss is {times}, and {math.exp(other):.2g} times then"
-        return [dataclasses.replace(finding, problem=problem)]
+    linear = "times that of the best linear denoiser of the same pictures"
+    if explanations := [comparison for comparison in comparisons if comparison.explains]:
+        best = max(explanations, key=lambda comparison: comparison.recorded - comparison.other)
+        losses = f"its loss is {math.exp(best.recorded):.2g} {linear}, and {math.exp(best.other):.2g} times then"
+        return [dataclasses.replace(best.finding, problem=f"{best.finding.problem}: {losses}")]
     severity = ERROR if recorded > _VERY_POOR else WARNING
     remedy = "Train it longer; if the loss in metrics.jsonl no longer falls, use a wider network"
-    return [Finding("loss", severity, f"the loss of the network is {times}", remedy)]
+    return [Finding("loss", severity, f"the loss of the network is {math.exp(recorded):.2g} {linear}", remedy)]
 
 
 def is_poor(recorded: float) -> bool:

@@ -5,15 +5,58 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_tf.evaluation.denoising import TARGETS, Setup
-from diffusion_tf.evaluation.diagnosis import ERROR, Finding
+from diffusion_tf.evaluation.denoising import (
+    TARGETS,
+    Network,
+    Setup,
+    matching_timesteps,
+    measure_losses,
+    spread_timesteps,
+)
+from diffusion_tf.evaluation.diagnosis import ERROR, Comparison, Finding, fit
 from diffusion_tf.presets import Preset
 from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
 
+_TIMESTEPS, _LEAST_LEVELS = 8, 3  # where setups are compared
 _STEPS = (100, 250, 500, 1000, 2000, 4000)
 _BETA_STEPS = 1000  # of the process whose betas others scale by their own number of steps
 _MAX_BETA = 0.999
 _TARGETS = {"eps": "the noise", "xstart": "x_0", "v": "v", "xprev": "the mean of x_{t-1}"}
+
+
+def compare_setups(
+    network: Network,
+    preset: Preset,
+    recorded: Setup,
+    x_start: np.ndarray,
+    noise: np.ndarray,
+    variances: np.ndarray,
+) -> Iterator[Comparison]:
+    """Compares the loss of a network on what its configuration says with that on each of the `suspicions`.
+
+    It takes up to 8 network evaluations of each image for each of about 40 suspicions.
+
+    Args:
+      network: the network.
+      preset: the run's configuration.
+      recorded: the setup that it describes.
+      x_start: images float32 [N, H, W, C] in [-1, 1].
+      noise: standard normal, float32 [N, H, W, C].
+      variances: `denoising.spectrum` of the pictures.
+    """
+    ts = spread_timesteps(recorded.schedule.num_timesteps, _TIMESTEPS)
+    own = measure_losses(network, recorded, x_start, noise, ts).mean(axis=1)
+    for finding, setup in suspicions(preset, recorded, float(x_start.mean()), float(x_start.std())):
+        found, theirs = matching_timesteps(setup.schedule, recorded.schedule.alphas_cumprod[ts])
+        if found.sum() < _LEAST_LEVELS:
+            continue
+        loss = measure_losses(network, setup, x_start, noise, theirs).mean(axis=1)
+        yield Comparison(
+            finding,
+            recorded=fit(own[found], ts[found], recorded, variances),
+            other=fit(loss, theirs, setup, variances),
+            loss=loss,
+        )
 
 
 def suspicions(preset: Preset, recorded: Setup, mean: float, std: float) -> Iterator[tuple[Finding, Setup]]:
