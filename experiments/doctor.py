@@ -135,8 +135,9 @@ def _examine(run: MeasuredRun, pictures: Pictures) -> Examination:
         raw = checkup.calibration(raw_weights)
         findings += _ema_findings(run, step, ema, raw)
     if not findings or findings[-1].check != "EMA":  # which explains a poor loss
-        findings += checkup.loss_findings(ema)
-    findings += checkup.channel_findings()
+        poor = checkup.loss_findings(ema)
+        unexplained = all(finding.check == "loss" for finding in poor)
+        findings += (unexplained and checkup.channel_findings()) or poor
     sound = not any(finding.severity == ERROR for finding in findings)
     images[f"Algorithm 2, {min(FLAGS.algorithm_2_steps, preset.num_timesteps)} steps"] = checkup.algorithm_2()
     if sound:
