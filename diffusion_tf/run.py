@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
+from diffusion_tf.compression.image_files import Targets, decode_images, encode_images, open_files
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.conditioning import NO_LABEL, Condition, labels_of_images
 from diffusion_tf.data import conditional_preset, open_images, open_source
@@ -321,7 +321,7 @@ class Run:
 
         Args:
           images: uint8 [N, H, W, C].
-          seed: image i uses the stream seed + i of random numbers.
+          seed: image i uses the stream (seed + i) mod 2^16 of random numbers.
           target_rmse: stop at the first step with at most this RMSE on [0, 255]; default: encode all steps.
           target_bits_per_dim: stop at the last step of at most this size, with the header.
           lossless: add the difference between the image and the last prediction.
@@ -346,7 +346,7 @@ class Run:
         """Decompresses files (Algorithm 4), whole or cut off beyond their headers; shows progress.
 
         Args:
-          files: the contents of N .dtfc files of this run.
+          files: the contents of .dtfc files and .dtfa archives of this run, with N images.
           table_images: as for `encode`, where the run's folder has no table yet.
 
         Returns:
@@ -358,7 +358,7 @@ class Run:
         if not files:
             raise ConfigError("files", "is empty")
         named = {f"files[{i}]": data for i, data in enumerate(files)}
-        return np.stack(list(decode_images(self._tables(table_images), named)))
+        return np.stack(list(decode_images(self._tables(table_images), open_files(named))))
 
     def _tables(self, table_images: np.ndarray | None) -> TableStore:
         def open_train() -> ImageSource:

@@ -3,6 +3,8 @@
   python -m experiments.compress encode --workdir=runs/digits --split=test --out=files
   python -m experiments.compress encode --workdir=runs/digits --images=digit.png --out=files --target_rmse=20
   python -m experiments.compress decode --workdir=runs/digits --source=files --out=decoded
+  python -m experiments.compress encode --workdir=runs/digits --split=test --archive=digits.dtfa
+  python -m experiments.compress decode --workdir=runs/digits --source=digits.dtfa --index=7 --max_bits=99 --out=here
 
 Any prefix of a file (`head -c 60 image_00007.dtfc`) decodes to a coarser image. Encoding a split up to the last step
 also measures it: compression_SPLIT.json in the workdir has rate and distortion after each step, and those of JPEG, WebP
@@ -38,15 +40,22 @@ flags.DEFINE_integer(
     "num_table_images", None, "Training images from which a new table is made. Default: 256 for digits, 5 for cifar10.",
     lower_bound=1,
 )  # fmt: skip
-_flags.define_path("source", None, "decode: a file, or a folder of files.")
+_flags.define_path("archive", None, "encode: a file to write all images to, which share its header, instead of --out.")
+_flags.define_path("source", None, "decode: a file, an archive, or a folder of them.")
+flags.DEFINE_integer("index", None, "decode: only this image of an archive, from 0 on.", lower_bound=0)
+flags.DEFINE_integer(
+    "max_bits", None, "decode: read at most this many bits of each image, beside its header.", lower_bound=0
+)
 
 
 def _check(command: str) -> None:
     _flags.check_measured_run()
-    _flags.require_flags("out")
     if command == "decode":
-        _flags.require_flags("source")
-    elif (FLAGS.images is None) == (FLAGS.split is None):
+        _flags.require_flags("source", "out")
+        return
+    if (FLAGS.out is None) == (FLAGS.archive is None):
+        raise InputError("give one of --out and --archive")
+    if (FLAGS.images is None) == (FLAGS.split is None):
         raise InputError("give one of --images and --split")
 
 
@@ -54,9 +63,17 @@ _program.parse_flags(__name__, _check, commands=("encode", "decode"))
 
 import tensorflow as tf
 
+from diffusion_tf.compression import archive
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import EXTENSION, Targets, decode_images, encode_images, read_image_file
+from diffusion_tf.compression.image_files import (
+    EXTENSION,
+    Targets,
+    decode_images,
+    encode_images,
+    open_files,
+    read_image_file,
+)
 from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.data.pictures import encode_picture, read_picture
@@ -68,6 +85,8 @@ from diffusion_tf.storage.npz_files import describe_arrays, read_npz
 from diffusion_tf.trained_model import TrainedModel
 
 from ._measured_run import MeasuredRun
+
+_EXTENSIONS = (EXTENSION, archive.EXTENSION)
 
 
 def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
@@ -95,17 +114,26 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
     targets = Targets(FLAGS.target_rmse, FLAGS.target_bits_per_dim, FLAGS.lossless)
     targets.check(int(np.prod(run.preset.image_shape)))  # before the table is made
     names, images, subject = _read_images(run)
-    paths = [os.path.join(FLAGS.out, f"{name}{EXTENSION}") for name in names]
+    paths = [FLAGS.archive or os.path.join(FLAGS.out, f"{name}{EXTENSION}") for name in names]
     check_writable(paths[0])
     table = tables.get(FLAGS.chunk_bits)
     measurement = Measurement(table.timesteps)
     encoded = encode_images(Codec(tables.trained, table), images, seed=FLAGS.seed, targets=targets)
+    files = []
     for path, image in zip(paths, encoded, strict=True):
-        write_file(path, image.data)
         measurement.add(image)
+        if FLAGS.archive:
+            files.append(image.data)
+        else:
+            write_file(path, image.data)
     bits_per_dim = 8 * measurement.mean_bytes / images[0].size
-    print(f"{len(images)} files, {measurement.mean_bytes:.1f} bytes each ({bits_per_dim:.3f} bits/dim),")
-    print(f"{HEADER_BYTES} of them the header; RMSE {measurement.rmse:.2f}: {FLAGS.out}")
+    if FLAGS.archive:
+        data = archive.pack_archive(files, table.digest)
+        write_file(FLAGS.archive, data)
+        print(f"{len(images)} images, {len(data):,} bytes; RMSE {measurement.rmse:.2f}: {FLAGS.archive}")
+    else:
+        print(f"{len(images)} files, {measurement.mean_bytes:.1f} bytes each ({bits_per_dim:.3f} bits/dim),")
+        print(f"{HEADER_BYTES} of them the header; RMSE {measurement.rmse:.2f}: {FLAGS.out}")
     if FLAGS.split and not targets.stop_early:
         record = {"images": subject, "num_images": len(images), "split": FLAGS.split, "step": step, "seed": FLAGS.seed}
         if FLAGS.lossless:
@@ -119,15 +147,27 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
 def _decode(run: MeasuredRun, tables: TableStore) -> None:
     paths = [FLAGS.source]
     if tf.io.gfile.isdir(FLAGS.source):
-        names = sorted(name for name in tf.io.gfile.listdir(FLAGS.source) if name.endswith(EXTENSION))
+        names = sorted(name for name in tf.io.gfile.listdir(FLAGS.source) if name.endswith(_EXTENSIONS))
         paths = [os.path.join(FLAGS.source, name) for name in names]
         if not paths:
-            raise InputError(f"--source={FLAGS.source} holds no {EXTENSION} files")
-    files = {path: read_image_file(path, run.preset.image_shape) for path in paths}
-    for path, image in zip(paths, decode_images(tables, files), strict=True):
+            raise InputError(f"--source={FLAGS.source} holds no {' or '.join(_EXTENSIONS)} files")
+    pictures, names = [], []
+    for path in paths:
+        images = open_files({path: read_image_file(path, run.preset.image_shape)})
         name = os.path.splitext(os.path.basename(path))[0]
+        names += (
+            [name]
+            if images and not path.endswith(archive.EXTENSION)
+            else [f"{name}_{i:05d}" for i in range(len(images))]
+        )
+        pictures += images
+    if FLAGS.index is not None:
+        if FLAGS.index >= len(pictures):
+            raise InputError(f"--index={FLAGS.index}: --source={FLAGS.source} holds {len(pictures)} images")
+        pictures, names = [pictures[FLAGS.index]], [names[FLAGS.index]]
+    for name, image in zip(names, decode_images(tables, pictures, FLAGS.max_bits), strict=True):
         write_file(os.path.join(FLAGS.out, f"{name}.png"), encode_picture(image, "PNG"))
-    print(f"{len(files)} images: {FLAGS.out}")
+    print(f"{len(pictures)} images: {FLAGS.out}")
 
 
 def main(command: str) -> None:

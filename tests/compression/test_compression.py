@@ -13,7 +13,7 @@ from support import gaussian_data, golden
 
 from diffusion_tf.compression import bitstream, channel
 from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepModel
-from diffusion_tf.compression.channel import SearchLimits, SharedRandomness
+from diffusion_tf.compression.channel import SharedRandomness
 from diffusion_tf.compression.coarse_schedule import cheapest_path
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images
@@ -38,8 +38,9 @@ def philox4x64(counter, key):
 
 
 def test_shared_normals_are_philox_words_through_a_table():
-    row = SharedRandomness(7).row(step=3, chunk=2, segment=1, row=10, width=20)
-    # Two blocks of 64 bits x 4, from the row's own on; NumPy's counter is incremented before use.
+    row = SharedRandomness(7, stride=16).row(step=3, chunk=2, segment=1, row=10, width=20)
+    np.testing.assert_array_equal(row, SharedRandomness(7).row(step=3, chunk=2, segment=1, row=160, width=20))
+    # Two blocks of 64 bits x 4, from number 160 on; NumPy's counter is incremented before use.
     words = [word for block in (10, 11) for word in philox4x64([block + 1, 1, 0, 0], [7, (3 << 32) | 2])]
     pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:20]
     expected = [statistics.NormalDist().inv_cdf((piece + 0.5) / 2**16) for piece in pieces]
@@ -50,20 +51,19 @@ def test_shared_normals_are_philox_words_through_a_table():
 
 def test_shared_normals_are_standard_and_do_not_depend_on_what_is_drawn_with_them():
     shared = SharedRandomness(1)
-    blocks = shared.blocks(0, 0, 0, 0, 4000)
-    assert abs(blocks.mean()) < 4 / math.sqrt(blocks.size) and abs(blocks.var() - 1) < 4 * math.sqrt(2 / blocks.size)
-    np.testing.assert_array_equal(shared.blocks(0, 0, 0, 123, 7), blocks[123:130])
-    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), blocks[5:8].reshape(-1)[:40])
-    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), blocks[0])
-    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), blocks[0])
+    numbers = shared.numbers(0, 0, 0, 0, 64000)
+    assert abs(numbers.mean()) < 4 / math.sqrt(64000) and abs(numbers.var() - 1) < 4 * math.sqrt(2 / 64000)
+    np.testing.assert_array_equal(shared.numbers(0, 0, 0, 1237, 70), numbers[1237:1307])
+    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), numbers[5:45])
+    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), numbers[:16])
+    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), numbers[:16])
 
 
 def test_projections_are_products_with_rows():
-    shared = SharedRandomness(3)
-    for width in (5, 16, 50):  # of one block, and of several, in stretches
+    for shared, width in ((SharedRandomness(3), 5), (SharedRandomness(3), 50), (SharedRandomness(3, stride=16), 20)):
         mu = np.random.default_rng(0).standard_normal(width).astype(np.float32)
-        projections = channel._project(shared, 1, 2, 0, mu, 1 << 17)
-        for row in (0, 1, 4095, 65535, 65536, (1 << 17) - 1):
+        projections = channel._project(shared, 1, 2, 0, mu, 1 << 16)
+        for row in (0, 1, 31, 32, 4095, 32767, 32768, (1 << 16) - 1):
             np.testing.assert_allclose(projections[row], shared.row(1, 2, 0, row, width) @ mu, atol=1e-4)
 
 
@@ -85,7 +85,6 @@ def test_a_candidate_has_one_place():
 
 
 def test_the_search_finds_the_best_of_all_candidates():
-    limits = SearchLimits(num_arrivals=64, first_scanned=2, piece=64, max_pairs=200)
     rows, index = 64, np.arange(64**3)
     places = np.array([channel._rows(int(i), rows) for i in index]).T
     for seed in range(40):
@@ -94,7 +93,7 @@ def test_the_search_finds_the_best_of_all_candidates():
         times = index.astype(float)
         times[:64] = np.cumsum(np.random.default_rng(seed).standard_exponential(64))
         expected = u[places[0]] + v[places[1]] + w[places[2]] - np.log(times)
-        found = channel.search(u, v, w, np.random.default_rng(seed), limits)
+        found = channel.search(u, v, w, np.random.default_rng(seed))
         assert expected[found] == pytest.approx(expected.max(), abs=1e-5)
 
 
