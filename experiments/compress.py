@@ -6,9 +6,10 @@
   python -m experiments.compress encode --workdir=runs/digits --split=test --archive=digits.dtfa
   python -m experiments.compress decode --workdir=runs/digits --source=digits.dtfa --index=7 --max_bits=99 --out=here
 
-Any prefix of a file (`head -c 60 image_00007.dtfc`) decodes to a coarser image. Encoding a split up to the last step
-also measures it: compression_SPLIT.json in the workdir has rate and distortion after each step, and those of JPEG, WebP
-and PNG; compression_SPLIT.png shows images decoded from prefixes of growing size.
+Any prefix of a file (`head -c 60 image_00007.dtfc`) decodes to a coarser image. Encoding a split, or an .npz, up to the
+last step also measures it: compression_SPLIT.json in the workdir (for an .npz, its name is in place of SPLIT) has rate
+and distortion after each step, those of JPEG, WebP, AVIF, PNG, and JPEG XL if pillow-jxl-plugin is installed, and our
+rate at the same distortion; compression_SPLIT.png shows images decoded from the first bytes of their files.
 
 Encoder and decoder need the same workdir: its weights, and its compression/*.json, a table that the first encoding
 makes. The table fixes --batch_size, because float32 sums differ in their last bits between batch sizes.
@@ -26,7 +27,7 @@ from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=None, out="Folder to write.", images=False)
-_flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with one array uint8 [N, H, W, C].")
+_flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with `images`, uint8 [N, H, W, C].")
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
 flags.DEFINE_integer(
@@ -98,9 +99,15 @@ def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
         images, name = ImageReader(source)(0, count), source.name
     elif FLAGS.images.lower().endswith(".npz"):
         arrays = read_npz(FLAGS.images)
-        images, name = next(iter(arrays.values()), np.empty(0)), FLAGS.images
-        if len(arrays) != 1 or images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
-            wanted = f"one array, uint8 (N, {', '.join(map(str, shape))})"
+        images = arrays["images"] if "images" in arrays else next(iter(arrays.values()), np.empty(0))
+        name = os.path.basename(FLAGS.images)
+        if (
+            (len(arrays) != 1 and "images" not in arrays)
+            or images.dtype != np.uint8
+            or images.shape[1:] != shape
+            or not len(images)
+        ):
+            wanted = f"images, uint8 (N, {', '.join(map(str, shape))})"
             raise InputError(f"{FLAGS.images} must hold {wanted}; there are: {describe_arrays(arrays)}")
         images = images[: FLAGS.num_images]
     else:
@@ -134,11 +141,12 @@ def _encode(run: MeasuredRun, step: int, tables: TableStore) -> None:
     else:
         print(f"{len(images)} files, {measurement.mean_bytes:.1f} bytes each ({bits_per_dim:.3f} bits/dim),")
         print(f"{HEADER_BYTES} of them the header; RMSE {measurement.rmse:.2f}: {FLAGS.out}")
-    if FLAGS.split and not targets.stop_early:
-        record = {"images": subject, "num_images": len(images), "split": FLAGS.split, "step": step, "seed": FLAGS.seed}
+    if len(images) > 1 and not targets.stop_early:
+        name = FLAGS.split or os.path.splitext(os.path.basename(FLAGS.images))[0]
+        record = {"images": subject, "num_images": len(images), "split": name, "step": step, "seed": FLAGS.seed}
         if FLAGS.lossless:
             record["lossless_bits_per_dim"] = bits_per_dim
-        base = os.path.join(run.results.path, f"compression_{FLAGS.split}")
+        base = os.path.join(run.results.path, f"compression_{name}")
         write_json(f"{base}.json", {**record, "chunk_bits": table.chunk_bits, **measurement.record(images)})
         write_file(f"{base}.png", measurement.picture(images, subject))
         print(f"numbers: {base}.json\npicture: {base}.png")

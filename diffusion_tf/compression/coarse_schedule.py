@@ -84,7 +84,7 @@ class StepCosts:
         for i, j in itertools.pairwise(path):
             bits, chunks = (contents[0] for contents in self._contents(np.array([i]), j))
             chunk_means.append(round(UNIT * float(chunks.mean())))
-            earlier = np.array(before, int).reshape(len(before), -1).T.tolist() or [[]] * len(bits)
+            earlier = [[int(counts[image]) for counts in before] for image in range(len(bits))]
             predicted = np.array([predicted_chunks(chunk_means, counts) for counts in earlier])
             before.append(chunks)
             samples, sample_predicted = self._smoothed(bits, predicted)

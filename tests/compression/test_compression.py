@@ -1,8 +1,9 @@
 """Compression: the channel sends samples of q, the bits are those of theory, and damaged files are refused."""
 
 import math
+import pathlib
+import re
 import statistics
-import zlib
 
 import hypothesis
 import numpy as np
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from support import gaussian_data, golden
 
 from diffusion_tf.compression import bitstream, channel
-from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepModel
+from diffusion_tf.compression.archive import pack_archive, unpack_archive
+from diffusion_tf.compression.bitstream import HEADER_BYTES, StepModel
 from diffusion_tf.compression.channel import SharedRandomness
 from diffusion_tf.compression.coarse_schedule import cheapest_path
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images
+from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images, open_files
 from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import Table, TableStore, make_table, predictor
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
@@ -146,18 +148,28 @@ def test_samples_are_of_q_and_cost_what_theory_says():
 
 # --- The bytes ---------------------------------------------------------------------------------------------
 
-MODELS = [StepModel([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
+MEANS = (256, 512, 128, 256, 256, 512)
+MODELS = [
+    StepModel([1, 2, 40, 9, 2], [30 + 3 * i for i in range(20)], 10, MEANS[: step + 1]) for step in range(len(MEANS))
+]
 STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
+DIGEST = b"abcdefgh"
 
 
-def a_file(body=b""):
-    body = body or bitstream.encode_steps(MODELS, STEPS)
-    header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), zlib.crc32(body))
-    return header, bitstream.pack(header, body)
+def a_file(body=b"", stream=7):
+    return bitstream.pack(DIGEST, 12, stream, body or bitstream.encode_steps(MODELS, STEPS))
 
 
 def test_the_bytes_of_this_version():
-    assert bitstream.encode_steps(MODELS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba5275"
+    assert a_file().hex() == "df4c000700001000000000000"
+    assert pack_archive([a_file(), a_file(b"x" * 200, stream=8)], DIGEST).hex()[:80] == ""
+
+
+def test_chunks_are_predicted_from_those_of_recent_steps():
+    assert bitstream.predicted_chunks(MEANS[:1], []) == 1
+    assert bitstream.predicted_chunks(MEANS[:2], [1]) == 2
+    assert bitstream.predicted_chunks(MEANS[:2], [5]) == 5  # 2 (5 + 2) / (1 + 2), rounded
+    assert bitstream.predicted_chunks((256,) * 20, [0] * 11 + [3] * 8) == 3  # the first steps no longer count
 
 
 @hypothesis.given(
@@ -186,8 +198,9 @@ def test_random_bytes_are_read_to_their_end_or_refused(data):
 
 
 def test_a_file_cut_anywhere_is_shorter_or_refused():
-    header, data = a_file()
-    assert bitstream.unpack(data, "x") == (header, data[HEADER_BYTES:])
+    data = a_file()
+    header, body = bitstream.unpack(data, "x")
+    assert body == data[HEADER_BYTES:] and header.fits(DIGEST) and (header.chunk_bits, header.stream) == (12, 7)
     for size in range(len(data)):
         if size < HEADER_BYTES:
             with pytest.raises(InputError, match="is cut off inside its header" if size else "not a compressed image"):
@@ -199,20 +212,64 @@ def test_a_file_cut_anywhere_is_shorter_or_refused():
 
 
 def test_every_flipped_bit_is_refused():
-    _, data = a_file()
+    data = a_file()
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(InputError, match="x is not a compressed image|x is damaged"):
-            bitstream.unpack(bytes(flipped), "x")
+        try:
+            header, _ = bitstream.unpack(bytes(flipped), "x")
+        except InputError as error:
+            assert re.match("x is not a compressed image|x is damaged", str(error))
+        else:
+            assert bit < 8 * HEADER_BYTES and not header.fits(DIGEST)
 
 
-def test_a_later_version_is_named():
-    _, data = a_file()
-    fields = data[:4] + b"\2" + data[5 : HEADER_BYTES - 4]
-    later = fields + zlib.crc32(fields).to_bytes(4, "big") + data[HEADER_BYTES:]
-    with pytest.raises(InputError, match="x has version 2, but this program reads 1: update it"):
+def test_another_version_is_named():
+    data = a_file()
+    later = bytes([data[0], 3 << 5 | 12]) + data[2:]
+    with pytest.raises(InputError, match="x is damaged, or has version 3, but this program reads 1 and 2"):
         bitstream.unpack(later, "x")
+
+
+def test_an_archive_holds_its_files():
+    bodies = [bytes([i]) * size for i, size in enumerate((0, 3, 127, 128, 20000))]
+    files = [a_file(body or b"z", stream=(65534 + i) % 65536) for i, body in enumerate(bodies)]
+    data = pack_archive(files, DIGEST)
+    assert len(data) == HEADER_BYTES + sum(len(file) - HEADER_BYTES for file in files) + 3 * 3 + 4 + 5
+    images = unpack_archive(data, "x")
+    for (header, body), file in zip(images, files, strict=True):
+        alone, same_body = bitstream.unpack(file, "x")
+        assert body == same_body and header.fits(DIGEST) and not header.fits(b"another!")
+        assert (header.stream, header.chunk_bits) == (alone.stream, alone.chunk_bits)
+
+
+def test_an_archive_cut_anywhere_holds_the_images_before_the_cut_or_is_refused():
+    files = [a_file(bytes([i + 1]) * 20, stream=i) for i in range(3)]
+    data = pack_archive(files, DIGEST)
+    first = HEADER_BYTES + 3 * 3
+    for size in range(len(data)):
+        if size < first:
+            with pytest.raises(InputError, match="x is cut off|not a compressed image"):
+                unpack_archive(data[:size], "x")
+        else:
+            bodies = [body for _, body in unpack_archive(data[:size], "x")]
+            assert b"".join(bodies) == data[first:size] and [len(body) for body in bodies] == [
+                min(20, max(0, size - first - 20 * i)) for i in range(3)
+            ]
+
+
+def test_damage_to_an_archive_is_refused():
+    data = pack_archive([a_file(bytes([i + 1]) * 20, stream=i) for i in range(3)], DIGEST)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            images = unpack_archive(bytes(flipped), "x")
+        except InputError:
+            continue
+        assert bit < 8 * HEADER_BYTES and not any(header.fits(DIGEST) for header, _ in images)
+    with pytest.raises(InputError, match="image 1 of x is damaged"):
+        unpack_archive(data[:50] + b"?" + data[51:], "x")
 
 
 def test_a_residual_comes_back():
@@ -302,9 +359,9 @@ def test_targets_choose_the_number_of_steps():
         (Targets(rmse=40.0, bits_per_dim=header / 64), 0),
     ):
         assert targets.num_steps(curve, 64) == steps, targets
-    Targets(bits_per_dim=4.875).check(64)
-    with pytest.raises(InputError, match="target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
-        Targets(bits_per_dim=4.8).check(64)
+    Targets(bits_per_dim=1.5).check(64)
+    with pytest.raises(InputError, match="target_bits_per_dim=1.4 is less than a file's header .*: 1.5 at least"):
+        Targets(bits_per_dim=1.4).check(64)
     for targets in (Targets(rmse=math.nan), Targets(rmse=-1.0), Targets(bits_per_dim=math.nan)):
         with pytest.raises(ConfigError, match="must be 0 or more, and finite"):
             targets.check(64)
@@ -315,31 +372,54 @@ def test_targets_choose_the_number_of_steps():
 def test_files_decode_to_their_images(gaussian_codec, tmp_path):
     trained, codec, table, images, _ = gaussian_codec
     tables = TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail)
-    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    (tmp_path / "step_00000005_bits_12_v2.json").write_bytes(table.to_json())
     assert tables.get(12) == table
     elsewhere = TableStore(
         str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail, new_folder=str(tmp_path / "elsewhere")
     )
-    assert elsewhere.get(12) == table and elsewhere.path(11) == f"{tmp_path}/elsewhere/step_00000005_bits_11.json"
+    assert elsewhere.get(12) == table and elsewhere.path(11) == f"{tmp_path}/elsewhere/step_00000005_bits_11_v2.json"
     measurement = Measurement(table.timesteps)
     encoded = list(encode_images(codec, images, targets=Targets(lossless=True)))
     for image in encoded:
         measurement.add(image)
     files = {f"{i}.dtfc": image.data for i, image in enumerate(encoded)}
-    np.testing.assert_array_equal(np.stack(list(decode_images(tables, files))), images)
+    np.testing.assert_array_equal(np.stack(list(decode_images(tables, open_files(files)))), images)
+    pictures = open_files({"x": pack_archive(list(files.values()), table.digest)})
+    np.testing.assert_array_equal(np.stack(list(decode_images(tables, pictures[3:5]))), images[3:5])
+    for step in (0, 1, 2):
+        bits = int(encoded[6].curve.bits[step])
+        (decoded,) = decode_images(tables, pictures[6:7], max_bits=bits)
+        np.testing.assert_array_equal(decoded, encoded[6].shown[step])
     assert measurement.rmse == 0.0 and measurement.mean_bytes == np.mean([len(data) for data in files.values()])
     rows = measurement.record(images)["table"]
     assert rows[-1]["kl_bits_per_dim"] < rows[-1]["steps_bits_per_dim"] < rows[-1]["file_bits_per_dim"]
     for targets in (Targets(rmse=40.0), Targets(bits_per_dim=6.0)):
         (few,) = encode_images(codec, images[:1], targets=targets)
-        (decoded,) = decode_images(tables, {"few": few.data})
+        (decoded,) = decode_images(tables, open_files({"few": few.data}))
         np.testing.assert_array_equal(decoded, few.shown[few.num_steps])
         assert few.num_steps < len(table.timesteps) - 1
 
 
+def test_files_of_version_1_decode_with_their_table(gaussian_codec, tmp_path):
+    trained, _, _, images, _ = gaussian_codec
+    old = pathlib.Path(__file__).parent.parent / "fixtures" / "compressed_v1"
+    tables = TableStore(str(old), trained, "digest", 5, open_train=pytest.fail)
+    pictures = open_files({"old": (old / "image.dtfc").read_bytes()})
+    np.testing.assert_array_equal(list(decode_images(tables, pictures)), images[:1])  # it is lossless
+    (coarse,) = decode_images(tables, pictures, max_bits=100)
+    assert 0 < np.square(coarse.astype(float) - images[0]).mean() < 0.8 * images.var()
+    missing = TableStore(str(tmp_path), trained, "digest", 5, open_train=pytest.fail)
+    with pytest.raises(InputError, match="files of version 1 need the table that they were made with: .* is missing"):
+        list(decode_images(missing, pictures))
+    damaged = bytearray((old / "image.dtfc").read_bytes())
+    damaged[30] ^= 1
+    with pytest.raises(InputError, match="old is damaged"):
+        open_files({"old": bytes(damaged)})
+
+
 def test_tables_are_those_of_their_checkpoint(gaussian_codec, tmp_path):
     trained, _, table, _, _ = gaussian_codec
-    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    (tmp_path / "step_00000005_bits_12_v2.json").write_bytes(table.to_json())
     with pytest.raises(InputError, match="was made for other weights or another `precision`"):
         TableStore(str(tmp_path), trained, "other", 5, open_train=pytest.fail).get(12)
     with pytest.raises(InputError, match="batch_size=3: .* was made for 8: leave `batch_size` out"):
