@@ -161,13 +161,12 @@ def _decode(run: MeasuredRun, tables: TableStore) -> None:
             raise InputError(f"--source={FLAGS.source} holds no {' or '.join(_EXTENSIONS)} files")
     pictures, names = [], []
     for path in paths:
-        images = open_files({path: read_image_file(path, run.preset.image_shape)})
+        many = path.endswith(archive.EXTENSION)
+        data = read_image_file(path, run.preset.image_shape, archive.MAX_IMAGES if many else 1)
+        images = open_files({path: data})
         name = os.path.splitext(os.path.basename(path))[0]
-        names += (
-            [name]
-            if images and not path.endswith(archive.EXTENSION)
-            else [f"{name}_{i:05d}" for i in range(len(images))]
-        )
+        many = many or len(images) != 1
+        names += [f"{name}_{i:05d}" for i in range(len(images))] if many else [name]
         pictures += images
     if FLAGS.index is not None:
         if FLAGS.index >= len(pictures):

@@ -31,7 +31,7 @@ from diffusion_tf.errors import InputError
 
 EXTENSION = ".dtfa"
 MAGIC = 0xDA
-_MAX_IMAGES = 2**24 - 1
+MAX_IMAGES = 2**24 - 1
 _FIELDS = struct.Struct(">BBBHHH")
 _CRC = struct.Struct(">H")
 _MAX_SIZE_BYTES = 4  # of an entry's size: bodies have at most 2^24 bytes
@@ -47,8 +47,8 @@ def pack_archive(files: Sequence[bytes], digest: bytes) -> bytes:
     Raises:
       InputError: there are too many files.
     """
-    if len(files) > _MAX_IMAGES:
-        raise InputError(f"an archive holds at most {_MAX_IMAGES:,} images, not {len(files):,}")
+    if len(files) > MAX_IMAGES:
+        raise InputError(f"an archive holds at most {MAX_IMAGES:,} images, not {len(files):,}")
     first, _ = unpack(files[0], "files[0]")
     bodies = [file[HEADER_BYTES:] for file in files]
     entries = b"".join(_size_bytes(len(body)) + _CRC.pack(binascii.crc_hqx(body, 0)) for body in bodies)
@@ -65,7 +65,7 @@ def unpack_archive(data: bytes, name: str) -> list[tuple[Header, bytes]]:
     Raises:
       InputError: `data` is not an archive, is damaged, or is cut off before its first image. The message quotes `name`.
     """
-    check_start(data, MAGIC, HEADER_BYTES, name)
+    check_start(data, MAGIC, name)
     _, version, high, low, stream, crc = _FIELDS.unpack_from(data)
     sizes, checksums, start = [], [], HEADER_BYTES
     for _ in range(high << 16 | low):

@@ -119,7 +119,7 @@ def unpack(data: bytes, name: str) -> tuple[Header, bytes]:
     """
     if data[:1] == _MAGIC_1[:1]:
         return _unpack_1(data, name)
-    check_start(data, MAGIC, HEADER_BYTES, name)
+    check_start(data, MAGIC, name)
     _, version, number, high, low, crc = _FIELDS.unpack_from(data)
     header = Header(
         *version_of(version), number, high << 16 | low, data[_FIELDS.size : HEADER_BYTES],
@@ -130,15 +130,15 @@ def unpack(data: bytes, name: str) -> tuple[Header, bytes]:
     return header, body
 
 
-def check_start(data: bytes, magic: int, header_bytes: int, name: str) -> None:
+def check_start(data: bytes, magic: int, name: str) -> None:
     """Raises InputError unless `data` starts with this magic and this version, and holds a whole header."""
     if data[:1] != bytes([magic]):
         raise InputError(f"{name} is not a compressed image of diffusion_tf")
     version = version_of(data[1])[0] if len(data) > 1 else VERSION
     if version != VERSION:
         raise InputError(f"{name} is damaged, or has version {version}, but this program reads 1 and {VERSION}")
-    if len(data) < header_bytes:
-        raise InputError(f"{name} is cut off inside its header: {len(data)} of {header_bytes} bytes")
+    if len(data) < HEADER_BYTES:
+        raise InputError(f"{name} is cut off inside its header: {len(data)} of {HEADER_BYTES} bytes")
 
 
 def check_body(header: Header, body: bytes, intact: bool, name: str) -> None:
