@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_tf.compression import CHUNK_BITS
 from diffusion_tf.compression.bitstream import VERSION, StepModel
-from diffusion_tf.compression.channel import SharedRandomness, rows_for, rows_of_version_1
+from diffusion_tf.compression.channel import SharedRandomness, rows_for
 from diffusion_tf.compression.coarse_schedule import StepCosts, cheapest_path, max_chunks, num_chunks
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
@@ -114,8 +114,8 @@ class Table:
 
     @property
     def num_rows(self) -> int:
-        """Rows of each segment of a chunk's candidates."""
-        return rows_for(self.chunk_bits) if self.version > 1 else rows_of_version_1(self.chunk_bits)
+        """Rows of each segment of a chunk's candidates (`rows_for`)."""
+        return rows_for(self.chunk_bits)
 
     def shared_randomness(self, stream: int) -> SharedRandomness:
         """The random numbers of a stream."""
