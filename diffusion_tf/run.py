@@ -10,8 +10,9 @@ import numpy.typing as npt
 import tensorflow as tf
 from absl import logging
 
+from diffusion_tf.compression.archive import pack_archive
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
+from diffusion_tf.compression.image_files import Targets, decode_images, encode_images, open_files
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.conditioning import NO_LABEL, Condition, labels_of_images
 from diffusion_tf.data import conditional_preset, open_images, open_source
@@ -311,6 +312,7 @@ class Run:
         target_rmse: float | None = None,
         target_bits_per_dim: float | None = None,
         lossless: bool = False,
+        archive: bool = False,
         chunk_bits: int = 24,
         table_images: np.ndarray | None = None,
     ) -> list[bytes]:
@@ -321,15 +323,17 @@ class Run:
 
         Args:
           images: uint8 [N, H, W, C].
-          seed: image i uses the stream seed + i of random numbers.
+          seed: image i uses the stream (seed + i) mod 2^16 of random numbers.
           target_rmse: stop at the first step with at most this RMSE on [0, 255]; default: encode all steps.
           target_bits_per_dim: stop at the last step of at most this size, with the header.
           lossless: add the difference between the image and the last prediction.
-          chunk_bits: the largest KL that one index stands for, in [4, 24]. Time grows with 2^chunk_bits.
+          archive: put all images into one file, in which they share the header; each still decodes by itself.
+          chunk_bits: the largest KL that one index stands for, in [4, 24]. With more, files are smaller, and encoding
+            takes longer.
           table_images: uint8 [M, H, W, C], training images to make the table from; default: the preset's own.
 
         Returns:
-          The contents of N .dtfc files.
+          The contents of N .dtfc files, or of one .dtfa archive.
 
         Raises:
           ConfigError: an argument does not fit the run, or the table needs `table_images`.
@@ -340,13 +344,14 @@ class Run:
         targets.check(images[0].size)
         tables = self._tables(table_images)
         codec = Codec(self._trained, tables.get(chunk_bits))
-        return [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+        files = [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+        return [pack_archive(files, codec.table.digest)] if archive else files
 
     def decode(self, files: Sequence[bytes], *, table_images: np.ndarray | None = None) -> np.ndarray:
         """Decompresses files (Algorithm 4), whole or cut off beyond their headers; shows progress.
 
         Args:
-          files: the contents of N .dtfc files of this run.
+          files: the contents of .dtfc files and .dtfa archives of this run, with N images.
           table_images: as for `encode`, where the run's folder has no table yet.
 
         Returns:
@@ -358,7 +363,7 @@ class Run:
         if not files:
             raise ConfigError("files", "is empty")
         named = {f"files[{i}]": data for i, data in enumerate(files)}
-        return np.stack(list(decode_images(self._tables(table_images), named)))
+        return np.stack(list(decode_images(self._tables(table_images), open_files(named))))
 
     def _tables(self, table_images: np.ndarray | None) -> TableStore:
         def open_train() -> ImageSource:

@@ -20,7 +20,8 @@ from support import inception_files
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from diffusion_tf.compression import bitstream
-from diffusion_tf.compression.image_files import read_image_file
+from diffusion_tf.compression.archive import pack_archive
+from diffusion_tf.compression.image_files import open_files, read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.pictures import read_picture
@@ -43,7 +44,20 @@ from diffusion_tf.unet import UNet
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 DIGITS = get_preset("digits", ch_mult=(1,))
 CATS = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
-TABLE = Table("", "float32", (8, 8, 1), 1, 12, (7,) * 64, (3, 1, 0), ((1, 9), (2, 5, 1)), ((3, 4, 5),) * 2, (1,) * 256)
+TABLE = Table(
+    "",
+    "float32",
+    (8, 8, 1),
+    1,
+    12,
+    (7,) * 64,
+    (3, 1, 0),
+    ((1, 9), (2, 5, 1)),
+    ((3, 4, 5),) * 2,
+    (1,) * 256,
+    2,
+    (256, 300),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,21 +278,22 @@ def _seal_records(content: bytes) -> bytes:
 
 
 def _compressed_files() -> dict[str, bytes]:
-    body = random.Random(0).randbytes(60)
-    return {"x.dtfc": bitstream.pack(bitstream.Header(TABLE.digest, 12, (8, 8, 1), 3, 50, 60, zlib.crc32(body)), body)}
+    file = bitstream.pack(TABLE.digest, 12, 3, random.Random(0).randbytes(60))
+    return {"x.dtfc": file, "x.dtfa": pack_archive([file, file], TABLE.digest)}
 
 
 def _read_compressed(folder: pathlib.Path) -> None:
-    header, body = bitstream.unpack(read_image_file(str(folder / "x.dtfc"), TABLE.image_shape), "x.dtfc")
-    bitstream.decode_steps(TABLE.step_models(), body[: header.steps_size])
-    bitstream.decode_residual(TABLE.residual_law, body[header.steps_size :], TABLE.image_shape)
+    paths = [str(folder / name) for name in ("x.dtfc", "x.dtfa")]
+    for picture in open_files({path: read_image_file(path, TABLE.image_shape, max_images=2) for path in paths}):
+        bitstream.decode_steps(TABLE.step_models(), picture.body)
+        bitstream.decode_residual(TABLE.residual_law, picture.body, TABLE.image_shape)
 
 
 def _seal_compressed(content: bytes) -> bytes:
-    size = bitstream.HEADER_BYTES
-    fields, body = content[: size - 8], content[size:]
-    fields += zlib.crc32(body).to_bytes(4, "big")
-    return fields + zlib.crc32(fields).to_bytes(4, "big") + body
+    if content[:1] != b"\xdf" or len(content) < bitstream.HEADER_BYTES:
+        return content
+    stream, body = int.from_bytes(content[2:4]), content[bitstream.HEADER_BYTES :]
+    return bitstream.pack(TABLE.digest, content[1] % 32, stream, body)
 
 
 READERS = {
