@@ -43,7 +43,7 @@ class Scorer:
     """
 
     def __init__(self, extractor: FeatureExtractor, metrics: list[str], real: Images | Statistics, cache: str):
-        self.description = {"metrics": metrics, "reference": extractor.describe(real)}
+        self.description: dict[str, Any] = {"metrics": metrics, "reference": extractor.describe(real)}
         self._extractor = extractor
         self._metrics = metrics
         self._real = real.gaussian if isinstance(real, Statistics) else reference_features(extractor, real, cache)

@@ -104,7 +104,7 @@ def frechet_standard_error(real: np.ndarray | Gaussian, generated: np.ndarray) -
     # The trace of (C_1 C_2)^(1/2) is that of the root of A_1 C_2 A_1^T, the covariance of features times A_1^T.
     rotated = centered @ root.T
     if len(rotated) < rotated.shape[1]:
-        rotated = np.linalg.qr(rotated.T, mode="r").T  # in a basis of their span
+        rotated = np.transpose(np.linalg.qr(rotated.T, mode="r"))  # in a basis of their span
     product, squares = rotated.T @ rotated, np.square(centered).sum()
     distances = []
     for rows in np.array_split(np.arange(len(centered)), min(len(centered), _JACKKNIFE_BLOCKS)):
