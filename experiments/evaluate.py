@@ -2,11 +2,12 @@
 
   python -m experiments.evaluate --workdir=runs/cifar10 --num_samples=50000 --batch_size=500
   python -m experiments.evaluate --workdir=runs/cifar10 --samples=samples.npz --inception=inception.pb
+  python -m experiments.evaluate --workdir=runs/cifar10 --reference=fid_stats_cifar10.npz --inception=inception.pth
   python -m experiments.evaluate --workdir=runs/cifar10 --follow --num_samples=10000
   python -m experiments.evaluate --workdir=runs/cifar10 --sampler=ddim --sampler_steps=50
 
 Samples come from the EMA weights of a checkpoint, or from a file. Their Inception features are compared with those of
-the real images, which are computed once and kept. Digits use a small classifier instead of Inception, and
+the real images, which are computed once and kept, or with published statistics of them. Digits use a small classifier instead of Inception, and
 --features=pixels needs no network. Scores are named after their features: only those of Inception are called fid.
 --follow scores one checkpoint after the other while another process trains. Each score of a checkpoint is a line of
 evaluations.jsonl and a scalar in TensorBoard, and checkpoints/best/ keeps the best checkpoint.
@@ -44,7 +45,7 @@ _flags.define_path(
     "inception", INCEPTION_TFHUB, "TF-Hub handle, SavedModel, frozen graph, or pytorch-fid's .pth or .safetensors."
 )
 flags.DEFINE_enum(
-    "resize", None, RESIZES, "How images are resized for Inception. Default: pytorch_fid for its weights, else tf1."
+    "inception_resize", None, RESIZES, "The resize for Inception. Default: pytorch_fid for its weights, else tf1."
 )  # fmt: skip
 flags.DEFINE_string("best_by", None, "The score that chooses the best checkpoint. Default: the first of --metrics.")
 flags.DEFINE_boolean("follow", False, "Score each checkpoint as training writes it, until the last.")
@@ -87,9 +88,9 @@ _ERROR = "_standard_error"
 def _make_scorer(run: MeasuredRun, num_samples: int) -> tuple[Scorer, str]:
     """What compares samples with real images, and the score that chooses the best checkpoint."""
     features = FLAGS.features or ("digits" if run.preset.dataset == "digits" else "inception")
-    if FLAGS.resize and features != "inception":
-        raise InputError(f"--resize goes with Inception, and the features are --features={features}")
-    network = run.feature_network(features, FLAGS.resize)
+    if FLAGS.inception_resize and features != "inception":
+        raise InputError(f"--inception_resize goes with Inception, and the features are --features={features}")
+    network = run.feature_network(features, FLAGS.inception_resize)
     real: Images | Statistics
     if FLAGS.reference in ("train", "test"):
         real = run.split_images(FLAGS.reference, at_most=FLAGS.num_reference)
