@@ -7,10 +7,10 @@
   python -m experiments.evaluate --workdir=runs/cifar10 --sampler=ddim --sampler_steps=50
 
 Samples come from the EMA weights of a checkpoint, or from a file. Their Inception features are compared with those of
-the real images, which are computed once and kept, or with published statistics of them. Digits use a small classifier instead of Inception, and
---features=pixels needs no network. Scores are named after their features: only those of Inception are called fid.
---follow scores one checkpoint after the other while another process trains. Each score of a checkpoint is a line of
-evaluations.jsonl and a scalar in TensorBoard, and checkpoints/best/ keeps the best checkpoint.
+the real images, which are computed once and kept, or with published statistics. Digits use a small classifier instead
+of Inception, and --features=pixels needs no network. Scores are named after their features: only those of Inception are
+called fid. --follow scores one checkpoint after the other while another process trains. Each score of a checkpoint is a
+line of evaluations.jsonl and a scalar in TensorBoard, and checkpoints/best/ keeps the best checkpoint.
 
 The same command resumes an interrupted evaluation.
 """
