@@ -11,6 +11,7 @@ import tensorflow as tf
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
 from diffusion_tf.evaluation.metrics import Gaussian
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import first_line
 from diffusion_tf.storage.npz_files import describe_arrays, digest_arrays, read_npz
 
@@ -72,9 +73,9 @@ def read_statistics(path: str) -> Statistics | None:
 
 def _refuse_pickle(path: str) -> None:
     try:
-        with tf.io.gfile.GFile(os.path.expanduser(path), "rb") as file:
+        with gfile.open_binary(os.path.expanduser(path), "rb") as file:
             is_pickle = file.read(1) == b"\x80"
-    except (tf.errors.OpError, OSError) as error:
+    except gfile.file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
     if is_pickle:
         raise DamagedFileError(
