@@ -70,9 +70,10 @@ def scores(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def reference_name(evaluation: dict[str, Any]) -> str:
-    """The real images of an evaluation, such as "50,000 of cifar10, train"."""
+    """The real images of an evaluation, such as "50,000 of cifar10, train", or the file of their statistics."""
     reference = evaluation["reference"]
-    return f"{reference['num_images']:,} of {reference.get('images') or reference.get('file', '?')}"
+    images = reference.get("images") or reference.get("file", "?")
+    return f"{reference['num_images']:,} of {images}" if "num_images" in reference else f"statistics of {images}"
 
 
 def read_run(workdir: Workdir) -> RunRecord:

@@ -48,9 +48,12 @@ class Metrics(TypedDict):
 
 
 class Reference(TypedDict):
-    """The real images of an evaluation: a data set has `images`, its name, and a file `file`."""
+    """The real images of an evaluation: a data set has `images`, its name, and a file `file`.
 
-    num_images: Count
+    Published statistics are a file that does not say their number.
+    """
+
+    num_images: NotRequired[Count]
     images: NotRequired[str]
     file: NotRequired[str]
     split: NotRequired[str]

@@ -29,6 +29,7 @@ from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.evaluation.best_checkpoint import read_best
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
+from diffusion_tf.evaluation.reference_statistics import read_statistics
 from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, reference_features
 from diffusion_tf.interop import diffusers, diffusers_config, tf1, tf1_index
 from diffusion_tf.presets import get_preset
@@ -37,6 +38,7 @@ from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.npz_files import read_npz
+from diffusion_tf.storage.torch_files import read_torch
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.progress import Progress
 from diffusion_tf.unet import UNet
@@ -114,6 +116,10 @@ def _reference_files() -> dict[str, bytes]:
     features = _PIXELS.reshape(4, 4).astype(np.float32)
     description = np.array(json.dumps(_extractor().describe(_IMAGES)))
     return {"reference.npz": _npz(np.savez, features=features, description=description)}
+
+
+def _statistics_files() -> dict[str, bytes]:
+    return {"statistics.npz": _npz(np.savez, mu=np.arange(4.0), sigma=np.diag(np.arange(4.0)))}
 
 
 def _run_files() -> dict[str, bytes]:
@@ -217,6 +223,15 @@ def _crc(data: bytes) -> bytes:
     return masked_crc32c(data).to_bytes(4, "little")
 
 
+def _torch_files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in FIXTURES.glob("torch_small*.pth")}
+
+
+def _read_torch_files(folder: pathlib.Path) -> None:
+    for path in folder.iterdir():
+        read_torch(str(path))
+
+
 def _graph_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "graph.pb"
@@ -301,10 +316,12 @@ READERS = {
     "reference": Reader(
         _reference_files, lambda folder: reference_features(_extractor(), _IMAGES, str(folder / "reference.npz"))
     ),
+    "statistics": Reader(_statistics_files, lambda folder: read_statistics(str(folder / "statistics.npz"))),
     "run": Reader(_run_files, _read_run),
     "checkpoint": Reader(_checkpoint_files, _read_checkpoint),
     "diffusers": Reader(_diffusers_files, _read_diffusers),
     "tf1": Reader(_tf1_files, lambda folder: tf1.read_tf1(str(folder), _network()), _seal_index),
+    "torch": Reader(_torch_files, _read_torch_files),
     "graph": Reader(
         _graph_files, lambda folder: inception_network(str(folder / "graph.pb"), tf.distribute.get_strategy())
     ),
