@@ -4,6 +4,7 @@ Programs without TensorFlow read and write runs on disk with these functions. Ea
 `tf.io.gfile`, and raises one of `file_errors()`.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -91,8 +92,12 @@ def remove(path: str) -> None:
 
 
 def rmtree(path: str) -> None:
-    """Removes a folder and all that it holds."""
+    """Removes a folder and all that it holds; one that another process fills meanwhile stays."""
     if is_local(path):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
     else:
         _remote().rmtree(path)
