@@ -10,6 +10,8 @@ import shutil
 import sys
 from typing import Any
 
+from diffusion_tf.errors import InputError
+
 
 def is_local(path: str) -> bool:
     """Whether `path` is in this machine's file system rather than in an object store."""
@@ -17,8 +19,10 @@ def is_local(path: str) -> bool:
 
 
 def _remote() -> Any:
-    import tensorflow as tf
-
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise InputError("paths in an object store need TensorFlow: name a local path") from error
     return tf.io.gfile
 
 
