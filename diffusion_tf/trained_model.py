@@ -52,15 +52,17 @@ class TrainedModel:
         self.weights = weights or [v.value for v in model.trainable_variables]
 
     @classmethod
-    def from_checkpoint(cls, preset: Preset, strategy: tf.distribute.Strategy, path: str) -> "TrainedModel":
-        """The network with the EMA weights of the checkpoint at `path`, frozen.
+    def from_checkpoint(
+        cls, preset: Preset, strategy: tf.distribute.Strategy, path: str, *, group: str = "ema"
+    ) -> "TrainedModel":
+        """The network with the EMA weights of the checkpoint at `path`, or those of the group `params`, frozen.
 
         Raises:
           InputError: the file is damaged, or holds another network.
         """
         with strategy.scope():
             model = UNet.from_preset(preset, weights="frozen")
-        load_ema(model, path)
+        load_weights(model, path, group)
         model.freeze()
         trained = cls(preset, strategy, model)
         trained.name = path
@@ -132,14 +134,20 @@ def guided(network: Callable[..., tf.Tensor], labels: tf.Tensor, guidance: float
 
 
 def load_ema(model: UNet, path: str) -> None:
-    """Loads the EMA weights of the checkpoint at `path` into `model`.
+    """Loads the EMA weights of the checkpoint at `path` into `model`; errors are those of `load_weights`."""
+    load_weights(model, path, "ema")
+
+
+def load_weights(model: UNet, path: str, group: str) -> None:
+    """Loads the weights `ema` or `params` of the checkpoint at `path` into `model`.
 
     Raises:
       InputError: the file is damaged, or holds another network.
       RuntimeError: the network is frozen.
     """
-    variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
+    prefix = f"{group}/"
+    variables = {f"{prefix}{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
     # A checkpoint holds four such groups of variables, and the step.
     size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
-    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
+    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith(prefix)}
     assign_arrays(variables, arrays, path)

@@ -102,6 +102,8 @@ def run_without_tensorflow(folder, *args):
         ["sample", "--workdir=w", "--out=s.npz", "--encode=s.npz"],
         ["sample", "--workdir=w", "--out=s", "--inpaint=x.png"],
         ["neighbors", "--workdir=w", "--num_samples=9"],
+        ["doctor", "--workdir=w", "--num_images=1"],
+        ["doctor", "--workdir=w", "--out=doctor.md"],
         ["evaluate", "--workdir=w", "--features=vgg"],
         ["evaluate", "--workdir=w", "--eval_every=5"],
         ["likelihood", "--workdir=w", "--strategy=multi_worker"],

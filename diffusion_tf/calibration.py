@@ -1,0 +1,90 @@
+"""How large the predicted noise is beside the true noise, by timestep."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import ArrayLike
+
+from diffusion_tf.conditioning import NO_LABEL, labels_of_images
+from diffusion_tf.diffusion_utils import images_to_x, mean_flat
+from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.rng import CounterRng
+from diffusion_tf.trained_model import TrainedModel
+
+
+class Calibration(NamedTuple):
+    """Moments of the true noise eps and the predicted noise eps_hat at K timesteps, each a mean over all dimensions.
+
+    Attributes:
+      timesteps: int [K].
+      cross: E[eps eps_hat], float64 [K].
+      power: E[eps_hat^2], float64 [K].
+      loss: E[(eps - eps_hat)^2], float64 [K]; for a network that predicts eps, L_simple at these timesteps.
+    """
+
+    timesteps: np.ndarray
+    cross: np.ndarray
+    power: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def scale(self) -> np.ndarray:
+        """The factor c of eps_hat with the least squared error, E[eps eps_hat] / E[eps_hat^2], float64 [K].
+
+        It is 1 for the optimal network. Above 1, the network predicts too little noise.
+        """
+        return self.cross / self.power
+
+
+def measure_calibration(
+    trained: TrainedModel,
+    images: np.ndarray,
+    *,
+    timesteps: Sequence[int],
+    seed: int,
+    batch_size: int,
+    labels: ArrayLike = NO_LABEL,
+) -> Calibration:
+    """Compares predicted and true noise on x_t ~ q(x_t | x_0), with a progress bar.
+
+    One network evaluation for each image and timestep. The noise of an image depends on the seed, t and its index.
+
+    Args:
+      trained: the network, its weights, and where to run.
+      images: uint8 [N, H, W, C].
+      timesteps: the timesteps to measure, in [0, T).
+      seed: int in [0, 2^32).
+      batch_size: images of one call, over all replicas.
+      labels: the label of each image, int or int [N]; -1 is none.
+
+    Raises:
+      ConfigError: the batch size is not divisible by the replicas.
+      NotFiniteError: a prediction is not finite.
+    """
+    diffusion, of_images = trained.diffusion, labels_of_images(labels, len(images))
+    abar = diffusion.schedule.alphas_cumprod
+    signal_to_noise = np.sqrt(abar / (1.0 - abar))
+
+    def moments(first: tf.Tensor, images: tf.Tensor, labels: tf.Tensor, t: tf.Tensor) -> list[tf.Tensor]:
+        x_start = images_to_x(images)
+        eps = CounterRng(seed, t[0], first).normal("calibration", images.shape)
+        x_t = diffusion.q_sample(x_start, t, eps)
+        p = diffusion.p_mean_variance(trained.denoise_fn(labels), x_t, t, clip_denoised=False)
+        # Whatever the network predicts: sqrt(abar) x_start + sqrt(1 - abar) eps = sqrt(abar) pred_xstart + ... eps_hat.
+        error = tf.reshape(tf.gather(tf.constant(signal_to_noise, tf.float32), t), [-1, 1, 1, 1])
+        error *= p.pred_xstart - x_start
+        eps_hat = eps - error
+        return [mean_flat(values) for values in (eps * eps_hat, eps_hat**2, error**2)]
+
+    call = trained.over_replicas(moments, batch_size)
+    means = np.zeros((3, len(timesteps)))
+    for i, t in enumerate(progress_bar(timesteps, unit="timestep", desc="calibration")):
+        for first in range(0, len(images), batch_size):
+            batch = slice(first, first + batch_size)
+            ts = np.full(len(images[batch]), t, np.int32)
+            values = np.stack(call(first, images[batch], of_images[batch], ts))
+            trained.check_finite(values.T, "noise predicted of images", first=first, t=t)
+            means[:, i] += values.astype(np.float64).sum(axis=1) / len(images)
+    return Calibration(np.asarray(timesteps), *means)
