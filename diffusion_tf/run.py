@@ -74,7 +74,7 @@ class Run:
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str, int | None, float], Sampler] = {}
+        self._samplers: dict[tuple[int, str | None, int | None, float], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -98,7 +98,7 @@ class Run:
         num_samples: int,
         *,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (),
@@ -112,8 +112,9 @@ class Run:
         Args:
           num_samples: N.
           seed: in [0, 2^32).
-          sampler: `ancestral` (Algorithm 2), `ddim` or `dpm_solver++`.
-          steps: network evaluations per sample, in [1, T]; default: T, 50 and 20 for these samplers.
+          sampler: `ancestral` (Algorithm 2), `ddim`, `dpm_solver++`, `sde_dpm_solver++` or `heun`; default: `ancestral`
+            for all T steps, `sde_dpm_solver++` for fewer.
+          steps: network evaluations per sample, in [1, T]; default: T, 50, 20, 20 and 35 for these samplers.
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
           guidance: w in (1 + w) f(x, label) - w f(x), 0 or more, for a run with classes.
@@ -144,7 +145,7 @@ class Run:
         *,
         strength: float = 0.6,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -189,7 +190,7 @@ class Run:
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -205,7 +206,7 @@ class Run:
           resamplings: how often each stretch of steps is taken; more fit better what is painted to what is known.
           jump_length: steps in a stretch.
           seed: of the noise, in [0, 2^32); picture i has noise of its own.
-          sampler: `ancestral` or `ddim`.
+          sampler: `ancestral`, the default, or `ddim`.
           steps: of the sampler, in [1, T]; default: 100, or 50 for `ddim`.
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the pictures take in turn, as for `sample`; default: none.

@@ -2,7 +2,7 @@
 
   python -m experiments.sample --workdir=runs/digits --num_samples=100 --seed=1 --out=samples.npz --png=grid.png
   python -m experiments.sample --workdir=runs/digits --num_samples=50000 --out=samples
-  python -m experiments.sample --workdir=runs/digits --sampler=dpm_solver++ --sampler_steps=20 --out=samples.npz
+  python -m experiments.sample --workdir=runs/digits --sampler_steps=20 --out=samples.npz
   python -m experiments.sample --workdir=runs/digits --inpaint=digit.png --mask=mask.png --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --start_from=digit.png --strength=0.6 --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --sampler=ddim --sampler_steps=200 --encode=a.npz --out=b.npz
@@ -164,7 +164,7 @@ def _encode(trained: TrainedModel, steps: int, condition: Condition) -> dict[str
         trained,
         images,
         steps=steps,
-        spacing=FLAGS.sampler_spacing or "trailing",
+        spacing=FLAGS.sampler_spacing,
         batch_size=FLAGS.batch_size,
         labels=NO_LABEL if FLAGS.label is None else condition.of_images(0, len(images)),
         guidance=condition.guidance,

@@ -1,5 +1,7 @@
 """Tables of the samplers against diffusers' schedulers, and their order of convergence on known data."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -25,13 +27,14 @@ GOLDEN = golden.load("schedulers")
 SCHEDULE = golden.linear_diffusion("eps", "fixedsmall", 1000).schedule
 
 
-def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip_denoised=False):
+def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip_sample="none"):
     """Steps of a table: a single one eagerly, several as a graph."""
+    table = dataclasses.replace(table, clip_sample=clip_sample)
     stop = len(table.timesteps) if stop is None else stop
 
     def steps(x):
         last, noise_fn = tf.zeros_like(x), lambda t: noise
-        return table_steps(diffusion, denoise_fn, noise_fn, table, x, last, start, stop, clip_denoised=clip_denoised)[0]
+        return table_steps(diffusion, denoise_fn, noise_fn, table, x, last, start, stop)[0]
 
     return (steps if stop == start + 1 else tf.function(steps))(tf.constant(x, tf.float32)).numpy()
 
@@ -86,7 +89,7 @@ def test_steps_of_ddim_match_diffusers(key):
     table = ddim_table(diffusion.schedule, timesteps(diffusion.schedule, int(steps), spacing), float(eta[3:]))
     ours = run(
         diffusion, lambda x_t, t: tf.constant(GOLDEN["model_output"]), table, GOLDEN["sample"],
-        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_denoised=True,
+        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_sample="static",
     )  # fmt: skip
     np.testing.assert_allclose(ours, GOLDEN[key], atol=2e-5)
 
@@ -100,7 +103,7 @@ def test_steps_of_ancestral_sampling_match_diffusers(steps, var_type):
     ours = run(
         diffusion, lambda x_t, t: tf.constant(GOLDEN["model_output"]),
         ancestral_table(diffusion.schedule, ts, var_type), GOLDEN["sample"],
-        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_denoised=True,
+        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_sample="static",
     )  # fmt: skip
     name = var_type.replace("fixed", "fixed_")
     np.testing.assert_allclose(ours, GOLDEN[f"ddpm_{name}_{steps}steps_t{ts[i]}_prev"], atol=3e-4)

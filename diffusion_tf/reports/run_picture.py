@@ -111,7 +111,7 @@ def _by_sampling(
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in evaluations:
         if main_scores(line).keys() >= set(names):
-            label = f"{sampling_name(line, record.config['dataset'])}, {line['num_samples']:,} samples"
+            label = f"{sampling_name(line)}, {line['num_samples']:,} samples"
             groups.setdefault(label, []).append(line)
     return groups
 

@@ -68,6 +68,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    clip_sample: NotRequired[str]
+    use_clipped_model_output: NotRequired[bool]
     labels: NotRequired[str]  # of a conditional run, like guidance
     guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
