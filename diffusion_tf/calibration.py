@@ -1,5 +1,6 @@
-"""How large the predicted noise is beside the true noise, by timestep."""
+"""How large the predicted noise is beside the true noise, by timestep; and samples that make up for the difference."""
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from diffusion_tf.conditioning import NO_LABEL, labels_of_images
 from diffusion_tf.diffusion_utils import images_to_x, mean_flat
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.trained_model import TrainedModel
@@ -36,6 +38,22 @@ class Calibration(NamedTuple):
         It is 1 for the optimal network. Above 1, the network predicts too little noise.
         """
         return self.cross / self.power
+
+
+def calibrated(trained: TrainedModel, calibration: Calibration) -> TrainedModel:
+    """The same model with its predicted noise multiplied by `calibration.scale`, interpolated over t.
+
+    Raises:
+      ConfigError: the network does not predict eps.
+    """
+    if trained.preset.model_mean_type != "eps":
+        raise ConfigError("calibrate", f" scales eps, and this run predicts {trained.preset.model_mean_type}")
+    order = np.argsort(calibration.timesteps)
+    scaled = copy.copy(trained)
+    scaled.eps_scale = np.interp(
+        np.arange(trained.diffusion.num_timesteps), calibration.timesteps[order], calibration.scale[order]
+    )
+    return scaled
 
 
 def measure_calibration(

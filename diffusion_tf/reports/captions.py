@@ -12,8 +12,9 @@ def sampler_name(sampling: Mapping[str, Any]) -> str:
     """
     name, spacing = sampling["sampler"], sampling.get("sampler_spacing")
     clip = f"clip_sample {sampling['clip_sample']}" if "clip_sample" in sampling else ""
-    clipped = sampling.get("use_clipped_model_output", True) and sampling.get("clip_sample") != "none"
-    eps = ("eps of the clipped x_0" if clipped else "eps as predicted") if clipped == (name == "ddim") else ""
+    clipped, is_clipped = sampling.get("use_clipped_model_output", True), sampling.get("clip_sample") != "none"
+    eps = "eps of the clipped x_0" if clipped else "eps as predicted"
+    eps = eps if is_clipped and clipped == (name == "ddim") else ""
     eta = f"eta {sampling['ddim_eta']:g}" if sampling.get("ddim_eta") else ""
     labels, guidance = sampling.get("labels", "all"), sampling.get("guidance")
     label = {"all": "", "none": "no label"}.get(labels, f"label {labels}")

@@ -46,7 +46,7 @@ class RunRecord:
     reconstructions: str | None
 
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
-        """Whether the samples of an evaluation are as the paper's: ancestral sampling in all T steps, no guidance, clipped."""
+        """Whether the samples of an evaluation are as the paper's: all T ancestral steps, clipped, unguided."""
         steps = evaluation["sampler"], evaluation["sampler_steps"]
         changed = evaluation.get("guidance") or "clip_sample" in evaluation
         return steps == ("ancestral", self.config["num_timesteps"]) and not changed
