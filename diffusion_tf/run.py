@@ -10,6 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 from absl import logging
 
+from diffusion_tf.calibration import calibrated, run_calibration
 from diffusion_tf.compression.codec import Codec
 from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
 from diffusion_tf.compression.tables import TableStore
@@ -74,7 +75,7 @@ class Run:
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str | None, int | None, float], Sampler] = {}
+        self._samplers: dict[tuple[int, str | None, int | None, float, bool], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -103,6 +104,7 @@ class Run:
         batch_size: int | None = None,
         labels: Sequence[int] = (),
         guidance: float = 0.0,
+        calibrate: bool = False,
     ) -> np.ndarray:
         """Draws samples; shows progress. Costs `steps` network evaluations per sample, and twice that with guidance.
 
@@ -118,23 +120,26 @@ class Run:
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
           guidance: w in (1 + w) f(x, label) - w f(x), 0 or more, for a run with classes.
+          calibrate: multiply the predicted noise at each t by the factor that has the least squared error on training
+            images, measured once and kept in `calibration` of the run's folder.
 
         Returns:
           uint8 [N, H, W, C].
 
         Raises:
-          ConfigError: an argument is out of range.
+          ConfigError: an argument is out of range, or there are no training images to calibrate on.
           NotFiniteError: a sample is not finite, since the network overflows.
         """
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
         seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
         condition = Condition(tuple(labels), guidance).resolve(self.preset)
-        compiled = batch_size, sampler, steps, guidance
+        compiled = batch_size, sampler, steps, guidance, calibrate
         if compiled not in self._samplers:
             settings = SamplerSettings(sampler, steps)
+            trained = self._calibrated() if calibrate else self._trained
             self._samplers[compiled] = Sampler(
-                self._trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
+                trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
             )
         self._samplers[compiled].seed, self._samplers[compiled].condition = seed, condition
         return self._samplers[compiled].draw(num_samples)
@@ -360,6 +365,13 @@ class Run:
             raise ConfigError("files", "is empty")
         named = {f"files[{i}]": data for i, data in enumerate(files)}
         return np.stack(list(decode_images(self._tables(table_images), named)))
+
+    def _calibrated(self) -> TrainedModel:
+        folder = os.path.join(self.path, "calibration")
+        open_train = lambda: open_source(self.preset, "train", self._data)
+        return calibrated(
+            self._trained, run_calibration(folder, self._trained, self._weights_digest, self.step, open_train)
+        )
 
     def _tables(self, table_images: np.ndarray | None) -> TableStore:
         def open_train() -> ImageSource:

@@ -14,8 +14,8 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import table_steps
 from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.solvers import (
-    SPACINGS,
     SAMPLERS,
+    SPACINGS,
     SamplerSettings,
     ancestral_table,
     ddim_inversion_table,

@@ -15,13 +15,14 @@ def sampler_name(sampling: Mapping[str, Any]) -> str:
     clipped, is_clipped = sampling.get("use_clipped_model_output", True), sampling.get("clip_sample") != "none"
     eps = "eps of the clipped x_0" if clipped else "eps as predicted"
     eps = eps if is_clipped and clipped == (name == "ddim") else ""
+    calibrated = "calibrated" if sampling.get("calibrated") else ""
     eta = f"eta {sampling['ddim_eta']:g}" if sampling.get("ddim_eta") else ""
     labels, guidance = sampling.get("labels", "all"), sampling.get("guidance")
     label = {"all": "", "none": "no label"}.get(labels, f"label {labels}")
     guided = f"guidance {guidance:g}" if guidance else ""
     if spacing == "trailing":
         spacing = None
-    return ", ".join(filter(None, (name, eta, spacing, clip, eps, label, guided)))
+    return ", ".join(filter(None, (name, eta, spacing, clip, eps, calibrated, label, guided)))
 
 
 def sampling_name(sampling: Mapping[str, Any]) -> str:

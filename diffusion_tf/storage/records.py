@@ -81,6 +81,18 @@ class BestEvaluation(Evaluation):
     best_by: str
 
 
+class Calibration(TypedDict):
+    """`calibration/step_STEP.json`: moments of true and predicted noise at some timesteps."""
+
+    checkpoint: str
+    precision: str
+    num_images: Count
+    timesteps: list[Count]
+    cross: list[float]
+    power: list[float]
+    loss: list[float]
+
+
 class SampleFolder(TypedDict):
     """`samples.json` in a folder of samples; what they depend on are further keys."""
 
