@@ -18,6 +18,7 @@ The first line is that of the pictures themselves. They are those of --npz, else
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -120,10 +121,8 @@ def read_pictures(args: argparse.Namespace, workdir: Workdir) -> np.ndarray:
     return np.asarray(ImageReader(source)(0, min(_MAX_REAL, source.num_examples)))
 
 
-def models(args: argparse.Namespace, workdir: Workdir, pictures: np.ndarray) -> tuple[dict[bool, TrainedModel], str]:
-    """The run's newest checkpoint, as it is (False) and calibrated on the first pictures (True), and its digest."""
-    _, path = checkpoints.find(workdir.checkpoints, None)
-    trained = TrainedModel.from_checkpoint(workdir.read_preset(), make_strategy("auto"), path)
+def calibrated_on(trained: TrainedModel, pictures: np.ndarray, args: argparse.Namespace) -> TrainedModel:
+    """The model, calibrated on the first pictures."""
     last = trained.diffusion.num_timesteps - 1
     calibration = measure_calibration(
         trained,
@@ -132,7 +131,7 @@ def models(args: argparse.Namespace, workdir: Workdir, pictures: np.ndarray) -> 
         seed=args.seed,
         batch_size=args.batch_size,
     )
-    return {False: trained, True: calibrated(trained, calibration)}, checkpoints.load_digest(path)
+    return calibrated(trained, calibration)
 
 
 def add_line(path: pathlib.Path, line: dict[str, Any]) -> None:
@@ -157,8 +156,10 @@ def main() -> None:
 
     workdir = Workdir(args.workdir)
     pictures = read_pictures(args, workdir)
-    by_calibration, digest = models(args, workdir, pictures)
-    subject = {"checkpoint": digest, "num_samples": args.num_samples, "seed": args.seed}
+    _, path = checkpoints.find(workdir.checkpoints, None)
+    trained = TrainedModel.from_checkpoint(workdir.read_preset(), make_strategy("auto"), path)
+    scaled = functools.cache(lambda: calibrated_on(trained, pictures, args))  # measured if a candidate needs it
+    subject = {"checkpoint": checkpoints.load_digest(path), "num_samples": args.num_samples, "seed": args.seed}
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     done = {(line["candidate"], line["steps"]) for line in lines if line.items() >= subject.items()}
     if ("pictures", 0) not in done:
@@ -169,8 +170,8 @@ def main() -> None:
             if (name, steps) in done or not re.search(args.only, name):
                 continue
             settings = SamplerSettings(**fields, steps=steps)
-            trained = by_calibration["calibrated" in name]
-            sampler = Sampler(trained, batch_size=args.batch_size, seed=args.seed, settings=settings)
+            model = scaled() if "calibrated" in name else trained
+            sampler = Sampler(model, batch_size=args.batch_size, seed=args.seed, settings=settings)
             batches = ResumableBatches(
                 f"{args.out}.parts", {"candidate": name, "steps": steps, **subject},
                 num_examples=args.num_samples, batch_size=args.batch_size,
