@@ -29,6 +29,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "keras==3.15.*",
         "matplotlib>=3.10,<4",  # pictures of curves
+        "ml_dtypes>=0.4",  # bfloat16 in NumPy
         "msgspec>=0.19,<1",  # types of the values in JSON files
         "numpy>=2,<3",
         "pillow>=11,<14",  # PNG grids
@@ -43,6 +44,8 @@ setup(
         "cpu": ["tensorflow==2.20.*", *EVALUATION],
         "gpu": ["tensorflow[and-cuda]==2.20.*", *EVALUATION],
         # tensorflow-tpu also admits newer versions of libtpu, which lack functions that it calls.
+        # For train_exported on a GPU, without TensorFlow.
+        "jax_gpu": ["jax[cuda12]>=0.7,<0.11"],
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
         "lsun": ["lmdb>=1.6,<4"],  # LSUN's own format
         # The compiler for TPUs, on any machine but a TPU VM. Exact versions: JAX has no public function for this.

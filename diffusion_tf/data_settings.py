@@ -8,6 +8,7 @@ from diffusion_tf.errors import ConfigError
 RESIZE_MODES = ("crop", "pad", "stretch", "none")
 PICTURES_SHAPE = (64, 64, 3)  # the default (H, W, C) of a run on pictures of different sizes
 SOURCES = ("images", "npz", "tfds", "tfrecord")  # the settings that name images
+IN_MEMORY = ("images", "npz", "resize", "held_out")  # the settings of images that are read into memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,16 @@ FLAGS = flags.FLAGS
 _arguments: list[str] = []  # those that are not flags
 
 
-def parse_flags(module: str, check: Callable[..., object], commands: Sequence[str] = ()) -> None:
+def parse_flags(
+    module: str, check: Callable[..., object], commands: Sequence[str] = (), argument: str | None = None
+) -> None:
     """Parses the flags, prints --help, and ends the program with one line if a flag is wrong.
 
     Args:
       module: `__name__` of the program; nothing happens unless it is the main module.
       check: raises InputError for mistakes in flags that can be seen without TensorFlow; called as `main` is.
       commands: if given, the first argument must be one of them, and is passed to `check` and `main`.
+      argument: if given, what the first argument is, which is passed on too.
     """
     if module != "__main__":
         return
@@ -42,7 +45,7 @@ def parse_flags(module: str, check: Callable[..., object], commands: Sequence[st
     except SystemExit:
         sys.exit(0)  # absl exits with 1 after --help, and nothing else exits here
     with _one_line_errors():
-        _arguments[:] = _check_arguments(rest, commands)
+        _arguments[:] = _check_arguments(rest, commands, argument)
         check(*_arguments)
 
 
@@ -57,7 +60,8 @@ def run(main: Callable[..., None]) -> None:
     def guarded_main(_: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # TFDS logs every dataset that it opens
-            sys.modules["tensorflow"].get_logger().setLevel("ERROR")  # its warnings are advice for programmers
+            if tf := sys.modules.get("tensorflow"):
+                tf.get_logger().setLevel("ERROR")  # its warnings are advice for programmers
         with _one_line_errors():
             main(*_arguments)
 
@@ -93,7 +97,9 @@ def _quiet_cpp_logging() -> None:
 
     Nothing in Python sets the level of Abseil, so this calls a function of TensorFlow 2.20; elsewhere it does nothing.
     """
-    path = os.path.join(os.path.dirname(sys.modules["tensorflow"].__file__ or ""), "libtensorflow_cc.so.2")
+    if not (tf := sys.modules.get("tensorflow")):
+        return
+    path = os.path.join(os.path.dirname(tf.__file__ or ""), "libtensorflow_cc.so.2")
     with contextlib.suppress(OSError, AttributeError, ValueError):
         set_level = ctypes.CDLL(path)._ZN4absl12lts_2025012714SetMinLogLevelENS0_18LogSeverityAtLeastE
         set_level(int(os.environ["TF_CPP_MIN_LOG_LEVEL"]))
@@ -104,11 +110,13 @@ def command_lines(text: str) -> str:
     return text if __package__ == "experiments" else text.replace("python -m experiments.", "diffusion-tf ")
 
 
-def _check_arguments(arguments: list[str], commands: Sequence[str]) -> list[str]:
-    """The command, if there are commands; raises InputError for anything else that is not a flag."""
+def _check_arguments(arguments: list[str], commands: Sequence[str], argument: str | None) -> list[str]:
+    """The first argument, if there must be one; raises InputError for anything else that is not a flag."""
     if commands and (not arguments or arguments[0] not in commands):
         raise InputError(f"the first argument must be one of: {', '.join(commands)}")
-    expected = 1 if commands else 0
+    if argument and not arguments:
+        raise InputError(f"the first argument must be {argument}")
+    expected = 1 if commands or argument else 0
     if len(arguments) > expected:
         raise InputError(f"unknown argument {arguments[expected]}: flags start with --")
     return arguments

@@ -11,7 +11,13 @@ SMALL = {"image_size": 16, "ch": 32, "channels": 3}
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("cifar10", 35_746_307), ("celebahq256", 113_673_219), ("lsun_bedroom_large", 255_677_955)]
+    ("name", "parameters"),
+    [
+        ("cifar10", 35_746_307),
+        ("cifar10_small", 8_952_067),
+        ("celebahq256", 113_673_219),
+        ("lsun_bedroom_large", 255_677_955),
+    ],
 )
 def test_the_papers_networks_have_their_number_of_parameters(name, parameters):
     assert network_size(PRESETS[name]).parameters == parameters

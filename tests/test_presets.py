@@ -12,7 +12,8 @@ from diffusion_tf.presets import PRESETS, get_preset, resized
 
 def test_recipes_are_those_of_appendix_b():
     assert set(PRESETS) == {
-        "digits", "cifar10", "celebahq256", "lsun_church", "lsun_bedroom", "lsun_bedroom_large", "lsun_cat",
+        "digits", "cifar10", "cifar10_small", "celebahq256", "lsun_church", "lsun_bedroom", "lsun_bedroom_large",
+        "lsun_cat",
     }  # fmt: skip
     cifar10 = PRESETS["cifar10"]
     assert (cifar10.learning_rate, cifar10.batch_size, cifar10.dropout) == (2e-4, 128, 0.1)

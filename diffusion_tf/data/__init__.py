@@ -3,28 +3,29 @@
 The order of the training images is a function of the seed and the step: each epoch is shuffled with its own seed while
 the records are still encoded, and a resumed run skips to its place. Flips belong to the training step. Measurements
 read the images of a split in the order of their records.
+
+TensorFlow is imported when a source is opened: `data/in_memory.py` and `data/order.py` work without it.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from diffusion_tf.data.arrays import npz_source
 from diffusion_tf.data.digits import digits_source
 from diffusion_tf.data.fitting import ChooseShape, Fitting
-from diffusion_tf.data.image_cache import cached_source
 from diffusion_tf.data.picture_folder import find_split
-from diffusion_tf.data.source import ImageSource
-from diffusion_tf.data.tfds import TFDS_NAMES, any_tfds_source, tfds_source
-from diffusion_tf.data.tfrecords import first_shape, tfrecord_source
 from diffusion_tf.data_settings import PICTURES_SHAPE, PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import OWN_IMAGES, Preset
+
+if TYPE_CHECKING:
+    from diffusion_tf.data.source import ImageSource
 
 
 def open_source(
     preset: Preset,
     split: str = "train",
     data: DataSettings = PRESETS_OWN,
-) -> ImageSource:
+) -> "ImageSource":
     """Opens the images of a run.
 
     Args:
@@ -36,6 +37,8 @@ def open_source(
     Raises:
       InputError: the data is missing, damaged or of another shape; the message names the setting and the file.
     """
+    from diffusion_tf.data.tfds import TFDS_NAMES, tfds_source
+
     if data.names_images:
         return open_images(data, split, lambda _: preset.image_shape)
     if preset.dataset == "digits":
@@ -51,7 +54,7 @@ def open_source(
     )
 
 
-def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> ImageSource:
+def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> "ImageSource":
     """Opens the images that a setting names; prints a line about pictures and their cache.
 
     Args:
@@ -62,6 +65,11 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> Im
     Raises:
       InputError: as `open_source`.
     """
+    from diffusion_tf.data.arrays import npz_source
+    from diffusion_tf.data.image_cache import cached_source
+    from diffusion_tf.data.tfds import any_tfds_source
+    from diffusion_tf.data.tfrecords import first_shape, tfrecord_source
+
     if data.tfrecord:
         return tfrecord_source(data.tfrecord, choose_shape(first_shape(data.tfrecord)), data.skip_bad_records)
     if data.npz:
@@ -78,7 +86,7 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> Im
     )
 
 
-def conditional_preset(preset: Preset, source: ImageSource) -> Preset:
+def conditional_preset(preset: Preset, source: "ImageSource") -> Preset:
     """`preset` with the classes of the images.
 
     Raises:

@@ -6,13 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from diffusion_tf.data.fitting import ChooseShape, Fitting
-from diffusion_tf.data.partition import hold_out, index_classes
+from diffusion_tf.data.fitting import ChooseShape
+from diffusion_tf.data.in_memory import class_indices, npz_images
 from diffusion_tf.data.source import ImageSource, shuffled
-from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.storage.npz_files import MAX_ARRAY_BYTES, describe_arrays, read_npz
-
-_KEYS = ("images", "samples")  # of the images in an .npz file
+from diffusion_tf.errors import ConfigError
+from diffusion_tf.storage.npz_files import MAX_ARRAY_BYTES
 
 
 def array_source(
@@ -31,42 +29,13 @@ def array_source(
     check_images(images)
     if labels is None:
         return _source(images, name, None, ())
-    return _source(images, name, *_classes(np.asarray(labels), len(images)))
+    return _source(images, name, *class_indices(np.asarray(labels), len(images)))
 
 
 def npz_source(path: str, split: str, held_out: float, resize: str, choose_shape: ChooseShape) -> ImageSource:
-    """Opens a split of an .npz file of uint8 `images` or `samples` [N, H, W, C], and maybe `labels` [N], int or str.
-
-    Args:
-      path: the file.
-      split: train or test.
-      held_out: the fraction of the images that is the test split.
-      resize: how images of another size get that of the run.
-      choose_shape: maps the images' (H, W, C) to that of the run.
-
-    Raises:
-      InputError: the file cannot be read, or does not hold such arrays.
-    """
-    arrays = read_npz(path)
-    images = next((arrays[key] for key in _KEYS if key in arrays), np.empty(0))
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-        there = describe_arrays(arrays)
-        raise ConfigError("npz", f"={path} must hold images or samples, uint8 [N, H, W, C]; there are: {there}")
-    labels: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-    try:
-        held = np.array(hold_out([str(index) for index in range(len(images))], held_out))
-        if "labels" in arrays:
-            labels, classes = _classes(arrays["labels"], len(images))
-    except InputError as error:
-        raise ConfigError("npz", f"={path}: {error}") from error
-    chosen = held if split == "test" else ~held
-    if not chosen.any():
-        raise ConfigError("held_out", f"={held_out:g} leaves {path} without a test split: `split=train` is all of it")
-    fitting = Fitting(choose_shape(images.shape[1:]), resize)
-    return _source(
-        fitting.fit_array(images[chosen]), f"{path}, {split}", None if labels is None else labels[chosen], classes
-    )
+    """Opens a split of an .npz file; arguments and errors as for `npz_images`."""
+    found = npz_images(path, split, held_out, resize, choose_shape)
+    return _source(found.images, found.name, found.labels, found.classes)
 
 
 def materialize(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray | None]:
@@ -140,17 +109,3 @@ def _source(images: np.ndarray, name: str, labels: np.ndarray | None, classes: t
         label=None if indices is None else lambda index: tf.gather(indices, index),
         classes=classes,
     )
-
-
-def _classes(labels: np.ndarray, num_images: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The index of the class of each image, int32 [N], and the names of the classes.
-
-    Raises:
-      ConfigError: there are not as many labels as images, or they are neither numbers nor texts.
-    """
-    if labels.shape != (num_images,) or labels.dtype.kind not in "iuU":
-        raise ConfigError(
-            "labels", f"must be int or str [{num_images}], one for each image, not {labels.dtype} {list(labels.shape)}"
-        )
-    indices, classes = index_classes(labels.tolist())
-    return np.array(indices, np.int32), classes

@@ -1,9 +1,11 @@
 """scikit-learn's handwritten digits, which need no download."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from diffusion_tf.data.arrays import array_source
-from diffusion_tf.data.source import ImageSource, check_shape
+if TYPE_CHECKING:
+    from diffusion_tf.data.source import ImageSource
 
 _TEST_EVERY = 10  # every tenth digit is in the test split, so that both splits have digits of every writer
 
@@ -28,12 +30,15 @@ def load_digit_labels(split: str = "all") -> np.ndarray:
     return labels[_in_split(len(labels), split)]
 
 
-def digits_source(split: str, image_shape: tuple[int, int, int]) -> ImageSource:
+def digits_source(split: str, image_shape: tuple[int, int, int]) -> "ImageSource":
     """Returns a split of the digits as a source, with their labels.
 
     Raises:
       InputError: `image_shape` is not (8, 8, 1).
     """
+    from diffusion_tf.data.arrays import array_source  # imports TensorFlow
+    from diffusion_tf.data.source import check_shape
+
     images = load_digits(split)
     check_shape("`dataset=digits`", images.shape[1:], image_shape)
     return array_source(images, f"scikit-learn digits, {split}", load_digit_labels(split))

@@ -20,7 +20,7 @@ from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line, is_local, list_folder
 
-TFDS_NAMES = {"cifar10": "cifar10", "celebahq256": "celeb_a_hq/256"}
+TFDS_NAMES = {"cifar10": "cifar10", "cifar10_small": "cifar10", "celebahq256": "celeb_a_hq/256"}
 
 
 def tfds_source(name: str, split: str, data_dir: str | None, image_shape: tuple[int, int, int]) -> ImageSource:

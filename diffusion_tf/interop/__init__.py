@@ -4,4 +4,5 @@ The names here need no TensorFlow: flags are checked before it is imported.
 """
 
 FORMATS = ("tf1", "diffusers")  # of weights to import
-PROGRAMS = ("train_step", "sample_step", "sampler", "denoiser")  # to export
+PROGRAMS = ("train_step", "train_loop", "sample_step", "sampler", "denoiser")  # to export
+STEPS_PER_CALL = 50  # of train_loop: starting it once then costs a GPU little beside the steps

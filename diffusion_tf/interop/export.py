@@ -12,6 +12,7 @@ import safetensors.numpy
 import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
+from diffusion_tf.interop import STEPS_PER_CALL
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import p_sample_loop, sample_noise
@@ -58,19 +59,23 @@ class Program:
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
 
 
-def build(what: str, preset: Preset, model: UNet | None = None) -> Program:
+def build(what: str, preset: Preset, model: UNet | None = None, steps_per_call: int = STEPS_PER_CALL) -> Program:
     """Returns one of PROGRAMS for one replica, which computes `preset.batch_size` images.
 
     Args:
       what: the program.
       preset: the recipe.
       model: its network, whose weights do not matter here; default: a new one.
+      steps_per_call: the most steps that train_loop takes in a call.
 
     Raises:
       InputError: the preset's network cannot be built.
     """
+    model = model or UNet.from_preset(preset)
+    if what == "train_loop":
+        return _train_loop(preset, model, steps_per_call)
     builders = {"train_step": _train_step, "sample_step": _sample_step, "sampler": _sampler, "denoiser": _denoiser}
-    return builders[what](preset, model or UNet.from_preset(preset))
+    return builders[what](preset, model)
 
 
 def _weights(model: UNet, dtypes: Sequence[str], group: str = "params", initial: str | None = None) -> list[Array]:
@@ -88,9 +93,9 @@ def _weights(model: UNet, dtypes: Sequence[str], group: str = "params", initial:
     ]
 
 
-def _labels(preset: Preset) -> list[Array]:
+def _labels(preset: Preset, leading: tuple[int, ...] = ()) -> list[Array]:
     """Returns the argument `labels`, the label of each image or -1, if the preset has classes."""
-    return [Array("labels", (preset.batch_size,), "int32")] if preset.num_classes else []
+    return [Array("labels", (*leading, preset.batch_size), "int32")] if preset.num_classes else []
 
 
 def _denoise_fn(model: UNet, params: Sequence[tf.Tensor], labels: Sequence[tf.Tensor]) -> DenoiseFn:
@@ -99,32 +104,81 @@ def _denoise_fn(model: UNet, params: Sequence[tf.Tensor], labels: Sequence[tf.Te
     return lambda x_t, t: network(x_t, t, *labels)
 
 
-def _train_step(preset: Preset, model: UNet) -> Program:
-    """Returns `training.step.train_step`: (state, images, labels if any) to (next state, loss, gradient norm)."""
+def _state(model: UNet) -> list[Array]:
+    """Returns the arguments that hold the state of training, in the order of `StateTensors`."""
     float32 = ["float32"] * len(model.weight_names)
-    state = [
+    return [
         *_weights(model, float32),
         *_weights(model, float32, "ema"),
         *_weights(model, float32, "adam_m", "zeros"),
         *_weights(model, float32, "adam_v", "zeros"),
         Array("step", (), "int32", "zeros"),
     ]
-    count = len(float32)
+
+
+def _fed_back(arrays: Sequence[Array]) -> list[Array]:
+    """Returns the results that become these arguments in the next call."""
+    return [dataclasses.replace(array, initial=None, feeds=array.name) for array in arrays]
+
+
+def _step(preset: Preset, model: UNet, state: Sequence[tf.Tensor], examples: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the tensors of `_state` after a step on images and, with classes, labels; its loss and gradient norm."""
+    *weights, step = state
+    count = len(model.weight_names)
+    params, ema, adam_m, adam_v = (list(weights[i : i + count]) for i in range(0, 4 * count, count))
+    before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
+    rng = CounterRng(preset.seed, before.step, tf.constant(0, tf.int64))
+    images, *labels = examples
+    after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x, *labels)
+    return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
+
+
+def _train_step(preset: Preset, model: UNet) -> Program:
+    """Returns `training.step.train_step`: (state, images, labels if any) to (next state, loss, gradient norm)."""
+    state = _state(model)
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        *groups, step, images = tensors[: 4 * count + 2]
-        params, ema, adam_m, adam_v = (list(groups[i : i + count]) for i in range(0, 4 * count, count))
-        before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
-        rng = CounterRng(preset.seed, before.step, tf.constant(0, tf.int64))
-        after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x, *tensors[4 * count + 2 :])
-        return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
+        return _step(preset, model, tensors[: len(state)], tensors[len(state) :])
 
     images = Array("images", (preset.batch_size, *preset.image_shape), "uint8")
-    results = [dataclasses.replace(array, initial=None, feeds=array.name) for array in state]
     return Program(
         function,
         [*state, images, *_labels(preset)],
-        [*results, Array("loss", (), "float32"), Array("grad_norm", (), "float32")],
+        [*_fed_back(state), Array("loss", (), "float32"), Array("grad_norm", (), "float32")],
+    )
+
+
+def _train_loop(preset: Preset, model: UNet, steps_per_call: int) -> Program:
+    """Returns a loop of training steps: (state, num_steps, images, labels if any) to the state after `num_steps` steps.
+
+    Step i of a call takes images[i]. Further results are the loss and gradient norm of each step, [steps_per_call] with
+    zeros from `num_steps` on, and the global norm of the weights after the last one.
+    """
+    state, count = _state(model), len(model.weight_names)
+
+    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        num_steps, *examples = tensors[len(state) :]
+        zeros = tf.zeros([steps_per_call])
+
+        def step(i: tf.Tensor, before: list, losses: tf.Tensor, norms: tf.Tensor) -> tuple:
+            *after, loss, norm = _step(preset, model, before, [array[i] for array in examples])
+            is_now = tf.range(steps_per_call) == i
+            return i + 1, after, tf.where(is_now, loss, losses), tf.where(is_now, norm, norms)
+
+        _, after, losses, norms = tf.while_loop(
+            lambda i, *_: i < num_steps,
+            step,
+            (tf.constant(0), list(tensors[: len(state)]), zeros, zeros),
+            maximum_iterations=steps_per_call,
+        )
+        return [*after, losses, norms, tf.linalg.global_norm(after[:count])]
+
+    images = Array("images", (steps_per_call, preset.batch_size, *preset.image_shape), "uint8")
+    of_steps = [Array(name, (steps_per_call,), "float32") for name in ("loss", "grad_norm")]
+    return Program(
+        function,
+        [*state, Array("num_steps", (), "int32"), images, *_labels(preset, (steps_per_call,))],
+        [*_fed_back(state), *of_steps, Array("param_norm", (), "float32")],
     )
 
 
@@ -175,7 +229,15 @@ def _denoiser(preset: Preset, model: UNet) -> Program:
     return Program(function, arguments, [Array("model_output", (*shape[:3], out_channels), "float32")])
 
 
-def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
+def write(
+    folder: str,
+    what: str,
+    preset: Preset,
+    model: UNet,
+    *,
+    steps_per_call: int = STEPS_PER_CALL,
+    init_from: dict[str, str] | None = None,
+) -> list[str]:
     """Writes `WHAT.stablehlo.mlir`, `weights.safetensors`, `saved_model/` (for WITH_SAVED_MODEL) and `manifest.json`.
 
     Args:
@@ -183,6 +245,8 @@ def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
       what: one of PROGRAMS.
       preset: the recipe.
       model: the network, with the weights to write.
+      steps_per_call: as for `build`.
+      init_from: `path` and `sha256` of the checkpoint that holds the weights; None: they are initial ones.
 
     Returns:
       The paths, the manifest last.
@@ -190,7 +254,7 @@ def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
     Raises:
       InputError: a file cannot be written.
     """
-    program = build(what, preset, model)
+    program = build(what, preset, model, steps_per_call)
     weights = {f"params/{n}": v.numpy() for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
     names = (f"{what}.stablehlo.mlir", "weights.safetensors", "saved_model", "manifest.json")
     program_path, weights_path, saved_model_path, manifest_path = (os.path.join(folder, name) for name in names)
@@ -201,7 +265,7 @@ def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
     if what in WITH_SAVED_MODEL:
         _write_saved_model(saved_model_path, program, model, any_batch=what == "denoiser")
         paths.append(saved_model_path)
-    manifest = {
+    manifest: dict[str, Any] = {
         "what": what,
         "program": os.path.basename(program_path),
         "weights": os.path.basename(weights_path),
@@ -209,6 +273,8 @@ def write(folder: str, what: str, preset: Preset, model: UNet) -> list[str]:
         "arguments": [_describe(array) for array in program.arguments],
         "results": [_describe(array) for array in program.results],
     }
+    if what == "train_loop":
+        manifest |= {"steps_per_call": steps_per_call, "init_from": init_from}
     write_json(manifest_path, manifest)
     return [*paths, manifest_path]
 

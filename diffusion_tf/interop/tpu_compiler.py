@@ -237,39 +237,14 @@ def _worker() -> None:
 
 
 def _compile(request: dict[str, Any]) -> Any:
-    # No public function of JAX compiles StableHLO text for a topology, so requirements.lock pins JAX's version.
-    from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
     from jax.experimental import topologies
-    from jaxlib.mlir import ir
+
+    from diffusion_tf.interop import stablehlo
 
     config = {"chip_config_name": request["chip_config"]} if request["chip_config"] else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=request["libtpu_name"], **config)
-    device: Any = topology.devices[0]
-    # TensorFlow writes this operation under its old name.
-    text = request["text"].replace("mhlo.copy", "stablehlo.optimization_barrier")
-    with mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        share_memory(module, {int(argument): result for argument, result in request["in_place"].items()}, ir)
-        return device.client.compile(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
-
-
-def share_memory(module: Any, in_place: dict[int, int], ir: Any) -> None:
-    """Lets results of `main` take the memory of arguments, as the variables of a training step do.
-
-    Args:
-      module: the MLIR module, which is changed.
-      in_place: index of an argument to the index of the result that takes its memory.
-      ir: the module jaxlib.mlir.ir.
-    """
-    (main,) = (op for op in module.body.operations if ir.StringAttr(op.attributes["sym_name"]).value == "main")
-    int32 = ir.IntegerType.get_signless(32)
-    main.attributes["arg_attrs"] = ir.ArrayAttr.get(
-        [
-            ir.DictAttr.get({"tf.aliasing_output": ir.IntegerAttr.get(int32, in_place[i])} if i in in_place else {})
-            for i in range(len(main.arguments))
-        ]
-    )
+    in_place = {int(argument): result for argument, result in request["in_place"].items()}
+    return stablehlo.compile_for(topology.devices[0], request["text"], in_place, load=False)
 
 
 def _describe(executable: Any) -> dict[str, Any]:

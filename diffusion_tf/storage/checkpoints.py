@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 import numpy as np
 import safetensors.numpy
-import tensorflow as tf
 from absl import logging
 
 from diffusion_tf import __version__
@@ -24,18 +22,31 @@ from diffusion_tf.storage.npz_files import digest_arrays
 from diffusion_tf.storage.safetensors_header import ArraySpec, Header, read_arrays, read_header
 
 FORMAT = 2
-PACKAGES = {
-    "diffusion_tf": __version__,
-    "keras": keras.__version__,
-    "numpy": np.__version__,
-    "tensorflow": tf.__version__,
-}
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 _UNFINISHED = re.compile(r"step_\d{8,}\.safetensors\..*tmp")
 _ADVICE = "remove it, or name another"
 
 
-def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any] | None = None) -> str:
+def packages() -> dict[str, str]:
+    """Returns the versions of the packages that compute the steps of training under TensorFlow, by name."""
+    import keras
+    import tensorflow as tf
+
+    return {
+        "diffusion_tf": __version__,
+        "keras": keras.__version__,
+        "numpy": np.__version__,
+        "tensorflow": tf.__version__,
+    }
+
+
+def save(
+    folder: str,
+    step: int,
+    arrays: Mapping[str, np.ndarray],
+    manifest: Mapping[str, Any] | None = None,
+    written_by: Mapping[str, str] | None = None,
+) -> str:
     """Writes the checkpoint of `step` and returns its path.
 
     Args:
@@ -43,6 +54,7 @@ def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Map
       step: training steps taken.
       arrays: the arrays by name.
       manifest: further entries of the manifest, as JSON values.
+      written_by: the versions of the packages that computed the arrays; default: `packages()`.
 
     Raises:
       InputError: the file cannot be written.
@@ -52,7 +64,8 @@ def save(folder: str, step: int, arrays: Mapping[str, np.ndarray], manifest: Map
         if not np.isfinite(array).all():
             raise DivergedError(f"the checkpoint of step {step} was not written: {name} is not finite")
     size = sum(array.nbytes for array in arrays.values())
-    manifest = {**(manifest or {}), "format": FORMAT, "step": step, "num_bytes": size, "packages": PACKAGES}
+    versions = dict(written_by or packages())
+    manifest = {**(manifest or {}), "format": FORMAT, "step": step, "num_bytes": size, "packages": versions}
     manifest["sha256"] = _digest(arrays, manifest)
     path = checkpoint_path(folder, step)
     # One metadata entry: the library writes several in random order, and equal checkpoints must be equal files.
@@ -249,8 +262,8 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
             )
 
 
-def assign_arrays(variables: Mapping[str, tf.Variable], arrays: Arrays, path: str) -> None:
-    """Assigns arrays from the file at `path` to variables by name; floating-point arrays must be float32.
+def assign_arrays(variables: Mapping[str, Any], arrays: Arrays, path: str) -> None:
+    """Assigns arrays from the file at `path` to tf.Variables by name; floating-point arrays must be float32.
 
     Raises:
       InputError: the arrays are not those of the variables; no variable has changed.
@@ -262,4 +275,4 @@ def assign_arrays(variables: Mapping[str, tf.Variable], arrays: Arrays, path: st
     }
     check_specs(found, wanted, path)
     for name, variable in variables.items():
-        variable.assign(tf.cast(arrays[name], variable.dtype))
+        variable.assign(arrays[name].astype(variable.dtype.as_numpy_dtype))

@@ -11,13 +11,13 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.errors import InputError, quoted
+from diffusion_tf.storage import gfile
+from diffusion_tf.storage.gfile import file_errors, is_local
 
 Arrays = dict[str, np.ndarray]  # by name, as a checkpoint or an .npz file holds them
 MAX_BYTES = 2**30  # the default limit of a file that is read at once
@@ -34,7 +34,7 @@ def write_file(path: str, data: bytes) -> None:
     Raises:
       InputError: the file cannot be written; an existing file stays as it was.
     """
-    with replacing(path) as temporary, _create(temporary) as file:
+    with replacing(path) as temporary, gfile.open_binary(temporary, "xb") as file:
         file.write(data)
 
 
@@ -45,7 +45,7 @@ def copy_file(source: str, path: str) -> None:
       InputError: the source cannot be read, or the copy cannot be written.
     """
     with replacing(path) as temporary:
-        tf.io.gfile.copy(source, temporary)
+        gfile.copy(source, temporary)
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def writing(path: str) -> Iterator[None]:
     """
     try:
         yield
-    except (tf.errors.OpError, OSError) as error:
+    except file_errors() as error:
         raise InputError(f"cannot write {path} ({write_reason(error)})") from error
 
 
@@ -85,14 +85,14 @@ def replacing(path: str) -> Iterator[str]:
     path = os.path.expanduser(path).rstrip("/")
     folder, temporary = os.path.dirname(path) or ".", _temporary(path)
     with writing(path):
-        tf.io.gfile.makedirs(folder)
+        gfile.makedirs(folder)
         _remove_abandoned(folder)
         try:
             yield temporary
             sync(temporary)
-            tf.io.gfile.rename(temporary, path, overwrite=True)
+            gfile.rename(temporary, path)
         except BaseException:
-            with contextlib.suppress(tf.errors.OpError, OSError):
+            with contextlib.suppress(*file_errors()):
                 remove(temporary)
             raise
         sync(folder)
@@ -100,16 +100,16 @@ def replacing(path: str) -> Iterator[str]:
 
 def list_folder(path: str) -> list[str]:
     """Returns the names in a folder; none if there is no such folder."""
-    return tf.io.gfile.listdir(path) if tf.io.gfile.isdir(path) else []
+    return gfile.listdir(path) if gfile.isdir(path) else []
 
 
 def remove(path: str) -> None:
     """Removes a file or a folder; what another process removes or adds at the same time is no error."""
-    with contextlib.suppress(tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
-        if tf.io.gfile.isdir(path) and not os.path.islink(path):
-            tf.io.gfile.rmtree(path)
+    with contextlib.suppress(*gfile.missing_errors()):
+        if gfile.isdir(path) and not os.path.islink(path):
+            gfile.rmtree(path)
         else:
-            tf.io.gfile.remove(path)
+            gfile.remove(path)
 
 
 def _temporary(path: str) -> str:
@@ -126,7 +126,7 @@ def _remove_abandoned(folder: str) -> None:
     for name in os.listdir(folder):
         match = pattern.fullmatch(name)
         if match and name != _temporary(match[1]) and not _is_other_process(int(match[2])):
-            with contextlib.suppress(tf.errors.OpError, OSError):  # it may be another user's
+            with contextlib.suppress(*file_errors()):  # it may be another user's
                 remove(os.path.join(folder, name))
 
 
@@ -139,16 +139,6 @@ def _is_other_process(number: int) -> bool:
     except PermissionError:
         pass
     return number != os.getpid()
-
-
-def _create(path: str) -> Any:
-    """Opens a new file to write bytes; a link at a local `path` is an error."""
-    return open(path, "xb") if is_local(path) else tf.io.gfile.GFile(path, "wb")
-
-
-def is_local(path: str) -> bool:
-    """Whether `path` is in this machine's file system rather than in an object store."""
-    return "://" not in path
 
 
 def sync(path: str) -> None:
@@ -177,11 +167,11 @@ def warn_once(message: str) -> None:
 def check_writable(path: str) -> None:
     """Raises InputError if a file at `path` cannot be written; an existing file does not change."""
     path = os.path.expanduser(path)
-    if tf.io.gfile.isdir(path):
+    if gfile.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder")
     with writing(path):
-        tf.io.gfile.makedirs(os.path.dirname(path) or ".")
-        with _create(_temporary(path)) as file:
+        gfile.makedirs(os.path.dirname(path) or ".")
+        with gfile.open_binary(_temporary(path), "xb") as file:
             file.write(b"")
         remove(_temporary(path))
 
@@ -194,7 +184,7 @@ def new_folder(path: str) -> Iterator[str]:
       InputError: `path` exists and is not an empty folder, or cannot be written.
     """
     path = os.path.expanduser(path).rstrip("/")
-    if tf.io.gfile.exists(path) and (not tf.io.gfile.isdir(path) or tf.io.gfile.listdir(path)):
+    if gfile.exists(path) and (not gfile.isdir(path) or gfile.listdir(path)):
         raise InputError(f"{path} already exists: name a new folder")
     with replacing(path) as temporary:
         yield temporary
@@ -207,11 +197,12 @@ def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
       InputError: the file cannot be read, or is larger than `max_bytes`.
     """
     try:
-        with tf.io.gfile.GFile(os.path.expanduser(path), "rb") as file:
-            if file.size() > max_bytes:
-                raise InputError(f"{path} holds {file.size():,} bytes, and may hold {max_bytes:,} at most")
+        there = os.path.expanduser(path)
+        if (num_bytes := gfile.size(there)) > max_bytes:
+            raise InputError(f"{path} holds {num_bytes:,} bytes, and may hold {max_bytes:,} at most")
+        with gfile.open_binary(there, "rb") as file:
             return file.read()
-    except (tf.errors.OpError, OSError) as error:
+    except file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
 
 
@@ -227,8 +218,8 @@ def append_line(path: str, line: str) -> None:
         if is_local(path):
             _append_local(path, f"{line}\n".encode())
         else:
-            with tf.io.gfile.GFile(path, "a") as file:
-                file.write(line + "\n")
+            with gfile.open_binary(path, "ab") as file:
+                file.write(f"{line}\n".encode())
 
 
 def _append_local(path: str, data: bytes) -> None:

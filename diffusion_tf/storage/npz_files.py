@@ -6,13 +6,12 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from diffusion_tf.errors import DamagedFileError, InputError
-from diffusion_tf.storage.files import Arrays, first_line, is_local, listed, write_file
+from diffusion_tf.storage import gfile
+from diffusion_tf.storage.files import Arrays, first_line, listed, write_file
 
 MAX_ARRAY_BYTES = 2**34  # the arrays of an .npz file: 50,000 images of 256x256 take 10 GB
 # A compressed .npz file of more than _SMALL_BYTES of arrays may unpack to this many times its size. Pictures reach 20;
@@ -38,10 +37,9 @@ def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
     """
     path = os.path.expanduser(path)
     try:
-        num_bytes = tf.io.gfile.stat(path).length
-        # zipfile expects the errors of Python's own files.
-        file: Any = open(path, "rb") if is_local(path) else tf.io.gfile.GFile(path, "rb")  # noqa: SIM115 (closed below)
-    except (tf.errors.OpError, OSError) as error:
+        num_bytes = gfile.size(path)
+        file = gfile.open_binary(path, "rb")
+    except gfile.file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
     try:
         with file, zipfile.ZipFile(file) as archive:

@@ -9,11 +9,12 @@ import json
 import math
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401 (gives NumPy the name bfloat16)
 import numpy as np
 import safetensors
-import tensorflow as tf
 
 from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import Arrays, first_line, read_file
 
 MAX_HEADER_BYTES = 2**24  # a network of a thousand variables needs 2**19
@@ -33,7 +34,7 @@ class ArraySpec(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Bytes of the array."""
-        return math.prod(self.shape) * tf.as_dtype(self.dtype).size
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ def read_header(path: str, kind: str = "safetensors file") -> Header:
       DamagedFileError: the file is not a safetensors file, or its size is not what its header states.
     """
     try:
-        with tf.io.gfile.GFile(path, "rb") as file:
-            file_bytes = file.size()
+        file_bytes = gfile.size(path)
+        with gfile.open_binary(path, "rb") as file:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
             if not header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
@@ -80,7 +81,7 @@ def read_header(path: str, kind: str = "safetensors file") -> Header:
         stated_bytes = 8 + header_bytes + header.array_bytes
         if stated_bytes != file_bytes:
             raise ValueError(f"it has {file_bytes:,} bytes, and its header states {stated_bytes:,}")
-    except (tf.errors.OpError, OSError) as error:
+    except gfile.file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
     except ValueError as error:
         raise DamagedFileError(f"{path} is not a {kind}, or is damaged ({first_line(error)})") from error
@@ -108,7 +109,7 @@ def read_arrays(path: str, header: Header, kind: str = "safetensors file") -> Ar
 
 
 def _array(spec: ArraySpec, data: bytes) -> np.ndarray:
-    return np.frombuffer(data, tf.as_dtype(spec.dtype).as_numpy_dtype).reshape(spec.shape)
+    return np.frombuffer(data, np.dtype(spec.dtype)).reshape(spec.shape)
 
 
 def _parse(text: bytes) -> tuple[dict[str, ArraySpec], dict[str, Any]]:

@@ -8,11 +8,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import tensorflow as tf
-
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import CHANGEABLE, Preset
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import (
     UNSUPPORTED,
     append_line,
@@ -102,7 +101,7 @@ class Workdir:
 
     def _refuse_file(self) -> None:
         """Raises ConfigError if the path is that of a file."""
-        if tf.io.gfile.exists(self.path) and not tf.io.gfile.isdir(self.path):
+        if gfile.exists(self.path) and not gfile.isdir(self.path):
             raise ConfigError("workdir", f"={self.path} is not a folder")
 
     def _take(self, file: io.FileIO) -> None:
@@ -214,7 +213,7 @@ class Workdir:
 
     def holds_run(self) -> bool:
         """Whether the folder holds a run."""
-        return tf.io.gfile.exists(self._config)
+        return gfile.exists(self._config)
 
     def earlier_recipes(self) -> list[Preset]:
         """Returns the configurations of this run before each recorded change of its recipe, the newest first."""
@@ -257,14 +256,14 @@ class Workdir:
 
     def rewind_metrics(self, step: int) -> None:
         """Removes the metrics after `step`, which a run that resumes from there writes again."""
-        if not tf.io.gfile.exists(self._metrics):
+        if not gfile.exists(self._metrics):
             return
         kept = [line for line, metrics in _parse_lines(self._metrics, Metrics) if metrics["step"] <= step]
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
         """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint."""
-        if tf.io.gfile.exists(self._metrics):
+        if gfile.exists(self._metrics):
             with writing(self._metrics):
                 sync(self._metrics)
 
@@ -304,7 +303,7 @@ class Workdir:
 
 def _read_lines(path: str, schema: type) -> list[dict[str, Any]]:
     """Returns the objects in a file of JSON lines; none if there is no file."""
-    return [value for _, value in _parse_lines(path, schema)] if tf.io.gfile.exists(path) else []
+    return [value for _, value in _parse_lines(path, schema)] if gfile.exists(path) else []
 
 
 def _parse_lines(path: str, schema: type) -> Iterator[tuple[bytes, dict[str, Any]]]:

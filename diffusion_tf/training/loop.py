@@ -24,7 +24,7 @@ from diffusion_tf.trained_model import TrainedModel
 from diffusion_tf.training.checkpoint_writer import CheckpointWriter
 from diffusion_tf.training.optimizer import warmed_up_learning_rate
 from diffusion_tf.training.preemption import PreemptionNotice
-from diffusion_tf.training.progress import Progress
+from diffusion_tf.training.progress import Progress, restore_run
 from diffusion_tf.training.reporter import MetricsCallback, Reporter
 from diffusion_tf.training.state import InitialWeights
 from diffusion_tf.training.trainer import Trainer
@@ -271,16 +271,7 @@ def _next_call_steps(call_steps: int, seconds: float, max_seconds: float) -> int
 
 def _restore(trainer: Trainer, workdir: Workdir) -> Progress | None:
     """Restores the newest sound checkpoint, and returns its progress; None if there is no checkpoint."""
-    path = checkpoints.restore_newest(workdir.checkpoints, trainer.state.restore)
-    if path is None:
-        return None
-    manifest = checkpoints.load_manifest(path)
-    if manifest.get("packages", checkpoints.PACKAGES) != checkpoints.PACKAGES:
-        logging.warning("%s was written by %s: the run goes on, not bit for bit", path, manifest["packages"])
-    recipes = [preset.recipe_sha256() for preset in (trainer.preset, *workdir.earlier_recipes())]
-    if manifest.get("config_sha256", recipes[0]) not in recipes:
-        logging.warning("%s has another recipe than config.json, or comes from another version", path)
-    return Progress.of_checkpoint(path)
+    return restore_run(workdir, trainer.preset, trainer.state.restore, checkpoints.packages())
 
 
 def _grid_drawer(trainer: Trainer) -> Callable[[], np.ndarray]:

@@ -5,27 +5,21 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_tf.data.order import order_seed
 from diffusion_tf.data.source import ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import cpu_backend, per_replica_batch_size, replica_function
 from diffusion_tf.training.optimizer import assign_adam_step, is_finite_step
+from diffusion_tf.training.progress import SUMS
 from diffusion_tf.training.state import TrainState
 from diffusion_tf.training.step import MICROBATCH_BYTES, LossAndGradients, loss_and_gradients, reduced_gradients
 
-_NEXT_ORDER = 0x9E3779B9  # far from the seeds that people choose
-
 
 def zero_sums() -> dict[str, tf.Tensor]:
-    """The sums of `Trainer.run_steps` before the first step: float32 scalars.
-
-    `loss` and `grad_norm` are sums over the `finite_steps`. `skipped_steps` counts the others; `skipped_in_row` counts
-    those since the last finite step, and `most_in_row` is its largest value. `param_norm` is the weights' global norm
-    after the last step.
-    """
-    names = "loss", "grad_norm", "finite_steps", "skipped_steps", "skipped_in_row", "most_in_row", "param_norm"
-    return {name: tf.constant(0.0) for name in names}
+    """The sums of `Trainer.run_steps` before the first step: float32 scalars by the names SUMS."""
+    return {name: tf.constant(0.0) for name in SUMS}
 
 
 class Trainer:
@@ -122,7 +116,7 @@ class Trainer:
                 source,
                 batch_size=self.preset.batch_size,
                 per_replica=self.per_replica,
-                seed=(self.preset.seed + data_order * _NEXT_ORDER) % 2**32,
+                seed=order_seed(self.preset.seed, data_order),
                 start_step=int(self.state.step.numpy()),
                 worker=context.input_pipeline_id,
                 workers=context.num_input_pipelines,

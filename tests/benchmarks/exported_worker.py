@@ -5,18 +5,14 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # diffusers_worker.py shares the GPU
 
 import jax
 import numpy as np
 import timing
-from jax._src.interpreters import mlir
-from jax._src.lib import xla_client
-from jaxlib.mlir import ir
 
-from diffusion_tf.interop.tpu_compiler import share_memory
+from diffusion_tf.interop.stablehlo import compile_for
 
 
 def main() -> None:
@@ -36,17 +32,17 @@ def main() -> None:
 
 
 def make_call(manifest: dict, text: str, device: jax.Device, steps: int) -> Callable[[], None]:
-    """A function that runs the program `steps` times, each time on the results of the last.
+    """A function that takes `steps` steps, each call of the program on the results of the last.
 
     Args:
       manifest: the export's manifest.json.
       text: its StableHLO program.
       device: where to run it.
-      steps: how often.
+      steps: how many; a multiple of those that the program takes in a call.
     """
     names = [argument["name"] for argument in manifest["arguments"]]
     feeds = {names.index(r["feeds"]): i for i, r in enumerate(manifest["results"]) if "feeds" in r}
-    executable = _compile(text, feeds, device)
+    executable = compile_for(device, text, feeds)
     random = np.random.default_rng(0)
     # The values do not matter, except that a GPU takes less time for zeros.
     first = [np.asarray(_initial(random, manifest, argument)) for argument in manifest["arguments"]]
@@ -57,7 +53,7 @@ def make_call(manifest: dict, text: str, device: jax.Device, steps: int) -> Call
         for i, array in enumerate(first):
             if not is_weight[i]:
                 arguments[i] = jax.device_put(array, device)
-        for _ in range(steps):
+        for _ in range(steps // manifest.get("steps_per_call", 1)):
             results = executable.execute(arguments)
             for argument, result in feeds.items():
                 arguments[argument] = results[result]
@@ -72,16 +68,11 @@ def _initial(random: np.random.Generator, manifest: dict, argument: dict) -> np.
         return random.integers(256, size=shape).astype(dtype)
     if argument.get("initial") == "zeros" or name == "first_image":
         return np.zeros(shape, dtype)
+    if name == "num_steps":
+        return np.asarray(manifest["steps_per_call"], dtype)
     if name == "t":
         return np.full(shape, manifest["preset"]["num_timesteps"] - 1, dtype)
     return (random.standard_normal(shape, np.float32) * (0.02 if "initial" in argument else 1)).astype(dtype)
-
-
-def _compile(text: str, in_place: dict[int, int], device: jax.Device) -> Any:
-    with mlir.make_ir_context():
-        module = ir.Module.parse(text)
-        share_memory(module, in_place, ir)
-        return device.client.compile_and_load(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
 
 
 if __name__ == "__main__":

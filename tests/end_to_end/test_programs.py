@@ -65,6 +65,8 @@ def run_process(program, *args):
         ("import_checkpoint", ["--workdir=w", "--source=a", "--format=diffusers"], "cannot read a/config.json"),
         ("compress", ["--workdir=w"], "the first argument must be one of: encode, decode"),
         ("compress", ["decode", "more", "--workdir=w"], "unknown argument more: flags start with --"),
+        ("train_exported", ["x", "y", "--workdir=w"], "unknown argument y: flags start with --"),
+        ("train_exported", ["tests", "--workdir=w"], "cannot read tests/manifest.json"),
     ],
 )
 def test_bad_input_gets_one_line(program, args, message):
@@ -108,6 +110,8 @@ def run_without_tensorflow(folder, *args):
         ["import", "--workdir=w"],
         ["export", "--what=sampler", "--out=o", "--batch_size=3"],
         ["figures", "--workdir=w", "--figure=all"],
+        ["train_exported", "--workdir=w"],
+        ["train_exported", "x", "--npz=a", "--images=b", "--workdir=w"],
     ],
 )
 def test_a_mistake_in_a_flag_is_found_before_tensorflow_is_imported(tmp_path, args):

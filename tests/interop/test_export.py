@@ -15,6 +15,7 @@ from support.forked_programs import run_fork
 
 from diffusion_tf.data import open_source
 from diffusion_tf.interop import export
+from diffusion_tf.interop.stablehlo import compile_for
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler, sample_noise
@@ -37,17 +38,11 @@ class Exported:
 
     def __init__(self, folder):
         import jax
-        from jax._src.interpreters import mlir
-        from jax._src.lib import xla_client
-        from jaxlib.mlir import ir
 
         self.manifest = json.loads((folder / "manifest.json").read_text())
         weights = safetensors.numpy.load_file(folder / self.manifest["weights"])
         device = jax.devices("cpu")[0]
-        with mlir.make_ir_context():
-            module = ir.Module.parse((folder / self.manifest["program"]).read_text())
-            devices, options = xla_client.DeviceList((device,)), xla_client.CompileOptions()
-            self.executable = device.client.compile_and_load(module, devices, options)
+        self.executable = compile_for(device, (folder / self.manifest["program"]).read_text(), {})
         self.put = lambda array: jax.device_put(array, device)
         self.arrays = {}
         for argument in self.manifest["arguments"]:
@@ -76,6 +71,7 @@ def random_model(preset):
     return model
 
 
+@pytest.mark.slow  # test_exported_training.py compares the same step within a loop
 def test_ten_exported_steps_equal_the_training_loop(tmp_path):
     trainer = Trainer(PRESET, make_strategy("one_device"))
     export.write(str(tmp_path), "train_step", PRESET, trainer.state.model)
@@ -94,6 +90,28 @@ def test_ten_exported_steps_equal_the_training_loop(tmp_path):
     # Where the gradient is zero, as for biases before normalisation, Adam turns rounding errors into full steps.
     assert np.mean(off < 1e-5) > 0.99
     assert results["step"] == 10
+
+
+@pytest.mark.slow
+def test_a_call_of_the_loop_is_that_many_steps(tmp_path):
+    model = UNet.from_preset(PRESET)
+    export.write(str(tmp_path / "step"), "train_step", PRESET, model)
+    export.write(str(tmp_path / "loop"), "train_loop", PRESET, model, steps_per_call=4)
+    step, loop = Exported(tmp_path / "step"), Exported(tmp_path / "loop")
+    images = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 8, 1))
+    for _ in range(2):
+        found = loop(num_steps=3, images=images)
+        for i in range(3):
+            expected = step(images=images[i])
+            np.testing.assert_allclose(found["loss"][i], expected["loss"], rtol=1e-5)
+            np.testing.assert_allclose(found["grad_norm"][i], expected["grad_norm"], rtol=1e-5)
+    assert found["step"] == expected["step"] == 6 and found["loss"][3] == 0
+    off = np.concatenate([np.abs(found[name] - array).ravel() for name, array in expected.items() if "/" in name])
+    # Where the gradient is zero, as for biases before normalisation, Adam turns rounding errors into full steps.
+    assert np.mean(off < 1e-6) > 0.99
+    params = [array for name, array in found.items() if name.startswith("params/")]
+    norm = np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in params))
+    np.testing.assert_allclose(found["param_norm"], norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -173,6 +191,7 @@ def test_the_program_exports_the_ema_weights_of_a_run(tmp_path):
         (["--what=sampler", "--out=x", "--batch_size=4"], "--batch_size is for all replicas"),
         (["--what=sampler", "--out=x", "--workdir=w", "--dataset=cifar10"], "--dataset does not go with --workdir"),
         (["--what=sampler", "--out=x", "--checkpoint=4"], "--checkpoint goes with --workdir"),
+        (["--what=sampler", "--out=x", "--steps_per_call=4"], "--steps_per_call goes with --what=train_loop"),
         (["--what=sampler", "--out=/proc/x"], "cannot write /proc/x/manifest.json"),
     ],
 )
@@ -185,7 +204,11 @@ def test_bad_flags_give_one_line(args, message):
 
 @pytest.mark.parametrize(
     "what",
-    ["denoiser", "sample_step", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampler", "train_step"))],
+    [
+        "denoiser",
+        "sample_step",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampler", "train_step", "train_loop")),
+    ],
 )
 def test_programs_of_a_network_with_classes_take_labels(what):
     """Against the same program of the network without classes that holds the row of one label."""
@@ -201,14 +224,15 @@ def test_programs_of_a_network_with_classes_take_labels(what):
     data = {
         "x_t": random.standard_normal((8, 8, 8, 1)), "t": np.arange(8) % 6 if what == "denoiser" else 5,
         "images": random.randint(0, 256, (8, 8, 8, 1)), "first_image": 7, "labels": np.full(8, 2), "step": 0,
+        "num_steps": 1,
     }  # fmt: skip
 
     def results(preset, model):
-        program = export.build(what, preset, model)
+        program = export.build(what, preset, model, steps_per_call=1)
         weights = {f"params/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
         zeros = {a.name: tf.zeros(a.shape) for a in program.arguments if a.name.startswith("adam_")}
         values = {**data, **weights, **zeros, **{k.replace("params", "ema"): v for k, v in weights.items()}}
-        arguments = [tf.cast(values[array.name], array.dtype) for array in program.arguments]
+        arguments = [tf.reshape(tf.cast(values[array.name], array.dtype), array.shape) for array in program.arguments]
         outputs = tf.function(program.function, autograph=False)(*arguments)
         found = dict(zip([array.name for array in program.results], outputs, strict=True))
         return {name: value for name, value in found.items() if name in ("samples", "model_output", "x_t", "loss")}
