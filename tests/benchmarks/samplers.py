@@ -113,12 +113,14 @@ def scores(images: np.ndarray, real: np.ndarray) -> dict[str, float | list[float
 
 
 def read_pictures(args: argparse.Namespace, workdir: Workdir) -> np.ndarray:
-    """The pictures to compare with, uint8 [N, H, W, C]."""
+    """The pictures to compare with, uint8 [N, H, W, C], in random order, as a file may be sorted by class."""
     if args.npz:
         with np.load(args.npz) as arrays:
-            return arrays["images"]
-    source = open_source(workdir.read_preset(), "train", workdir.read_data())
-    return np.asarray(ImageReader(source)(0, min(_MAX_REAL, source.num_examples)))
+            pictures = arrays["images"]
+    else:
+        source = open_source(workdir.read_preset(), "train", workdir.read_data())
+        pictures = np.asarray(ImageReader(source)(0, source.num_examples))
+    return np.random.RandomState(0).permutation(pictures)
 
 
 def calibrated_on(trained: TrainedModel, pictures: np.ndarray, args: argparse.Namespace) -> TrainedModel:
