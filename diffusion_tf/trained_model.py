@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
 
@@ -28,7 +29,10 @@ class TrainedModel:
 
     Attributes:
       name: what errors call the weights, such as the path of a checkpoint.
+      eps_scale: factors [T] by which the predicted noise is multiplied, or None.
     """
+
+    eps_scale: np.ndarray | None = None
 
     name = "these weights"
 
@@ -100,9 +104,9 @@ class TrainedModel:
         def denoise(*arrays: tf.Tensor) -> tf.Tensor:
             return map_microbatches(lambda _, *arrays: network(*arrays), arrays, max_size=max_size)
 
-        if labels is None or not self.preset.num_classes:
-            return denoise
-        return guided(denoise, labels, guidance, self.preset.channels)
+        with_labels = labels is not None and self.preset.num_classes
+        denoise_fn = guided(denoise, labels, guidance, self.preset.channels) if with_labels else denoise
+        return denoise_fn if self.eps_scale is None else scaled(denoise_fn, self.eps_scale, self.preset.channels)
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
         """`runtime.replicas.over_replicas` of a function that calls the network."""
@@ -129,6 +133,23 @@ def guided(network: Callable[..., tf.Tensor], labels: tf.Tensor, guidance: float
         conditional, unconditional = tf.split(network(*both), 2)
         mean = (1.0 + guidance) * conditional[..., :channels] - guidance * unconditional[..., :channels]
         return tf.concat([mean, conditional[..., channels:]], axis=-1)
+
+    return denoise
+
+
+def scaled(network: DenoiseFn, eps_scale: np.ndarray, channels: int) -> DenoiseFn:
+    """The network with its predicted noise multiplied by a factor that depends on t.
+
+    Args:
+      network: predicts eps, and maybe variances in further channels.
+      eps_scale: the factors [T].
+      channels: C.
+    """
+
+    def denoise(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        output = network(x_t, t)
+        factor = tf.reshape(tf.gather(tf.constant(eps_scale, output.dtype), t), [-1, 1, 1, 1])
+        return tf.concat([factor * output[..., :channels], output[..., channels:]], axis=-1)
 
     return denoise
 

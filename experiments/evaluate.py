@@ -4,7 +4,7 @@
   python -m experiments.evaluate --workdir=runs/cifar10 --samples=samples.npz --inception=inception.pb
   python -m experiments.evaluate --workdir=runs/cifar10 --reference=fid_stats_cifar10.npz --inception=inception.pth
   python -m experiments.evaluate --workdir=runs/cifar10 --follow --num_samples=10000
-  python -m experiments.evaluate --workdir=runs/cifar10 --sampler=ddim --sampler_steps=50
+  python -m experiments.evaluate --workdir=runs/cifar10 --sampler_steps=50
 
 Samples come from the EMA weights of a checkpoint, or from a file. Their Inception features are compared with those of
 the real images, which are computed once and kept, or with published statistics. Digits use a small classifier instead

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from support import gaussian_data, golden
 
-from diffusion_tf.calibration import measure_calibration
+from diffusion_tf.calibration import Calibration, calibrated, measure_calibration, run_calibration
+from diffusion_tf.data.arrays import array_source
 from diffusion_tf.diffusion_utils import GaussianDiffusion
-from diffusion_tf.errors import NotFiniteError
+from diffusion_tf.errors import ConfigError, InputError, NotFiniteError
 from diffusion_tf.runtime.strategies import make_strategy
 
 TIMESTEPS = (7, 3, 0)
@@ -41,6 +42,33 @@ def test_the_scale_undoes_a_network_that_predicts_too_little_noise():
         trained = golden.known_model(lambda x_t, t, share=share: share * x_t, strategy)
         calibrations.append(measure_calibration(trained, images, timesteps=TIMESTEPS, seed=3, batch_size=4))
     np.testing.assert_allclose(calibrations[1].scale, 2.0 * calibrations[0].scale, rtol=1e-4)
+
+
+def test_a_calibrated_model_predicts_the_scaled_noise():
+    trained = golden.tiny_model(make_strategy("one_device"))
+    moments = np.array([[0.9, 0.6, 0.5], [0.3, 0.5, 0.25]])
+    scaled = calibrated(trained, Calibration(np.array([7, 5, 1]), *moments, np.zeros(3)))
+    x_t, t = np.random.RandomState(0).standard_normal((3, 8, 8, 1)).astype(np.float32), np.array([0, 2, 7], np.int32)
+    expected = trained.denoise_fn()(x_t, t) * np.array([2.0, 1.8, 3.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(scaled.denoise_fn()(x_t, t), expected, rtol=1e-4, atol=1e-5)
+    assert trained.eps_scale is None
+    trained.preset = dataclasses.replace(golden.TINY, model_mean_type="xstart")
+    with pytest.raises(ConfigError, match="calibrate scales eps, and this run predicts xstart"):
+        calibrated(trained, Calibration(np.array([7]), *moments[:, :1], np.zeros(1)))
+
+
+def test_the_calibration_of_a_run_is_measured_once_for_its_weights(tmp_path):
+    trained, opened = golden.tiny_model(make_strategy("one_device")), []
+
+    def open_train():
+        opened.append(1)
+        return array_source(np.random.RandomState(0).randint(0, 256, (5, 8, 8, 1), np.uint8))
+
+    first, again = (run_calibration(str(tmp_path), trained, "abc", 7, open_train) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert len(opened) == 1 and first.timesteps.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(InputError, match="step_00000007.json was made for other weights"):
+        run_calibration(str(tmp_path), trained, "other", 7, open_train)
 
 
 def test_a_network_that_overflows_is_named():

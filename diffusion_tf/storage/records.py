@@ -71,6 +71,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    clip_sample: NotRequired[str]
+    use_clipped_model_output: NotRequired[bool]
     labels: NotRequired[str]  # of a conditional run, like guidance
     guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
@@ -80,6 +82,18 @@ class BestEvaluation(Evaluation):
     """`checkpoints/best/evaluation.json`: the evaluation of the best checkpoint, and the score that chose it."""
 
     best_by: str
+
+
+class Calibration(TypedDict):
+    """`calibration/step_STEP.json`: moments of true and predicted noise at some timesteps."""
+
+    checkpoint: str
+    precision: str
+    num_images: Count
+    timesteps: list[Count]
+    cross: list[float]
+    power: list[float]
+    loss: list[float]
 
 
 class SampleFolder(TypedDict):
