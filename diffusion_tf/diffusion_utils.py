@@ -21,6 +21,7 @@ from diffusion_tf.schedules import NoiseSchedule, get_beta_schedule
 
 DenoiseFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
+_DYNAMIC_PERCENTILE = 0.995  # of Imagen's thresholds; diffusers' default too
 _NAMED = 3  # examples that an error names
 _LOGIT_SLOPE, _LOGIT_CUBIC = 2.0 * math.sqrt(2.0 / math.pi), 0.044715  # of the approximate normal CDF
 _MIN_LOG_LIKELIHOOD = math.log(1e-12)
@@ -242,6 +243,22 @@ class GaussianDiffusion:
         coef1, coef2 = self.schedule.posterior_mean_coef1, self.schedule.posterior_mean_coef2
         return self._extract(1.0 / coef1, t, x_t) * xprev - self._extract(coef2 / coef1, t, x_t) * x_t
 
+    def clip_xstart(self, pred_xstart: tf.Tensor, *, dynamic: bool = False) -> tf.Tensor:
+        """Limits a predicted x_0 [B, H, W, C] to [-1, 1].
+
+        Args:
+          pred_xstart: the prediction.
+          dynamic: dynamic thresholding (Saharia et al. 2022, Section 2.3): clip each image to [-s, s] and divide it by
+            s, the 99.5th percentile of its absolute values, where that exceeds 1.
+        """
+        clipped = tf.clip_by_value(pred_xstart, -1.0, 1.0)
+        if dynamic:
+            values = tf.reshape(tf.abs(pred_xstart), [pred_xstart.shape[0], -1])
+            above = 1 + round((values.shape[1] - 1) * (1.0 - _DYNAMIC_PERCENTILE))
+            limit = tf.reshape(tf.maximum(tf.math.top_k(values, above).values[:, -1], 1.0), [-1, 1, 1, 1])
+            clipped = tf.clip_by_value(pred_xstart / limit, -1.0, 1.0)
+        return tf.where(tf.math.is_finite(pred_xstart), clipped, np.nan) if self._shows_overflow else clipped
+
     def _fixed_variance(self, x_t: tf.Tensor, t: tf.Tensor) -> list[tf.Tensor]:
         """Variance and log-variance [B, H, W, C] of p(x_{t-1} | x_t) if it is not learned (Section 3.2)."""
         schedule = self.schedule
@@ -276,8 +293,7 @@ class GaussianDiffusion:
         else:
             pred_xstart = model_output
         if clip_denoised:
-            clipped = tf.clip_by_value(pred_xstart, -1.0, 1.0)
-            pred_xstart = tf.where(tf.math.is_finite(pred_xstart), clipped, np.nan) if self._shows_overflow else clipped
+            pred_xstart = self.clip_xstart(pred_xstart)
 
         if self.model_mean_type == "xprev":
             mean = model_output  # the network predicts the mean itself, so clipping x_0 has no effect on it

@@ -13,7 +13,7 @@ from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import per_replica_batch_size
-from diffusion_tf.samplers import CALLS
+from diffusion_tf.samplers import CALLS, table_step
 from diffusion_tf.solvers import (
     JUMP_LENGTH,
     RESAMPLINGS,
@@ -61,7 +61,7 @@ def repaint_steps(
       painted: bool [B, H, W, 1]: which pixels are not known.
       start: the first evaluation.
       stop: the end, at most the table's length.
-      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
+      clip_denoised: clip the predicted x_0 of Algorithm 2 to [-1, 1] in every step; a sampler has its own way.
 
     Returns:
       float32 [B, H, W, C]; after the last evaluation it is x_0, with the known pixels as in `x_start`.
@@ -72,13 +72,10 @@ def repaint_steps(
 
     def step(i: tf.Tensor, x_t: tf.Tensor, noise: tf.Tensor) -> tf.Tensor:
         """Step i of the sampler."""
-        ts = np.arange(diffusion.num_timesteps)[::-1] if sampler is None else sampler.timesteps
-        t = tf.fill([x_t.shape[0]], tf.gather(tf.constant(ts, tf.int32), i))
-        if sampler is None:
-            return diffusion.p_sample(denoise_fn, x_t, t, noise, clip_denoised=clip_denoised)[0]
-        pred_xstart = diffusion.p_mean_variance(denoise_fn, x_t, t, clip_denoised=clip_denoised).pred_xstart
-        a, b, _, s = tf.unstack(tf.gather(tf.constant(sampler.coefficients, tf.float32), i))
-        return a * x_t + b * pred_xstart + s * noise
+        if sampler is not None:
+            return table_step(diffusion, denoise_fn, sampler, i, x_t, tf.zeros_like(x_t), lambda _: noise)[0]
+        t = tf.fill([x_t.shape[0]], diffusion.num_timesteps - 1 - i)
+        return diffusion.p_sample(denoise_fn, x_t, t, noise, clip_denoised=clip_denoised)[0]
 
     def body(i: tf.Tensor, x_t: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         left = num_evaluations - 1 - i
@@ -134,7 +131,8 @@ class Inpainter:
         sampler = sampler_table(settings, trained.preset, diffusion)
         if sampler is not None and sampler.coefficients[:, 2].any():
             raise ConfigError(
-                "sampler", "=dpm_solver++ uses the step before, and a jump has none: inpaint with ancestral or ddim"
+                "sampler",
+                f"={settings.name} uses the step before, and a jump has none: inpaint with ancestral or ddim",
             )
         self._timesteps = np.arange(diffusion.num_timesteps)[::-1] if sampler is None else sampler.timesteps
         self._table = repaint_table(

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import tensorflow as tf
 from absl import logging
 
+from diffusion_tf.calibration import calibrated, run_calibration
+from diffusion_tf.compression.archive import pack_archive
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import Targets, decode_images, encode_images
+from diffusion_tf.compression.image_files import Targets, decode_images, encode_images, open_files
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.conditioning import NO_LABEL, Condition, labels_of_images
 from diffusion_tf.data import conditional_preset, open_images, open_source
@@ -75,7 +77,7 @@ class Run:
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str, int | None, float], Sampler] = {}
+        self._samplers: dict[tuple[int, str | None, int | None, float, bool], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -99,11 +101,12 @@ class Run:
         num_samples: int,
         *,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (),
         guidance: float = 0.0,
+        calibrate: bool = False,
     ) -> np.ndarray:
         """Draws samples; shows progress. Costs `steps` network evaluations per sample, and twice that with guidance.
 
@@ -113,28 +116,32 @@ class Run:
         Args:
           num_samples: N.
           seed: in [0, 2^32).
-          sampler: `ancestral` (Algorithm 2), `ddim` or `dpm_solver++`.
-          steps: network evaluations per sample, in [1, T]; default: T, 50 and 20 for these samplers.
+          sampler: `ancestral` (Algorithm 2), `ddim`, `dpm_solver++`, `sde_dpm_solver++` or `heun`; default: `ancestral`
+            for all T steps, `sde_dpm_solver++` for fewer.
+          steps: network evaluations per sample, in [1, T]; default: T, 50, 20, 20 and 35 for these samplers.
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
           guidance: w in (1 + w) f(x, label) - w f(x), 0 or more, for a run with classes.
+          calibrate: multiply the predicted noise at each t by the factor that has the least squared error on training
+            images, measured once and kept in `calibration` of the run's folder.
 
         Returns:
           uint8 [N, H, W, C].
 
         Raises:
-          ConfigError: an argument is out of range.
+          ConfigError: an argument is out of range, or there are no training images to calibrate on.
           NotFiniteError: a sample is not finite, since the network overflows.
         """
         if num_samples < 1:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
         seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
         condition = Condition(tuple(labels), guidance).resolve(self.preset)
-        compiled = batch_size, sampler, steps, guidance
+        compiled = batch_size, sampler, steps, guidance, calibrate
         if compiled not in self._samplers:
             settings = SamplerSettings(sampler, steps)
+            trained = self._calibrated() if calibrate else self._trained
             self._samplers[compiled] = Sampler(
-                self._trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
+                trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
             )
         self._samplers[compiled].seed, self._samplers[compiled].condition = seed, condition
         return self._samplers[compiled].draw(num_samples)
@@ -145,7 +152,7 @@ class Run:
         *,
         strength: float = 0.6,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -190,7 +197,7 @@ class Run:
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
         seed: int = 0,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -206,7 +213,7 @@ class Run:
           resamplings: how often each stretch of steps is taken; more fit better what is painted to what is known.
           jump_length: steps in a stretch.
           seed: of the noise, in [0, 2^32); picture i has noise of its own.
-          sampler: `ancestral` or `ddim`.
+          sampler: `ancestral`, the default, or `ddim`.
           steps: of the sampler, in [1, T]; default: 100, or 50 for `ddim`.
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the pictures take in turn, as for `sample`; default: none.
@@ -312,6 +319,7 @@ class Run:
         target_rmse: float | None = None,
         target_bits_per_dim: float | None = None,
         lossless: bool = False,
+        archive: bool = False,
         chunk_bits: int = 24,
         table_images: np.ndarray | None = None,
     ) -> list[bytes]:
@@ -322,15 +330,17 @@ class Run:
 
         Args:
           images: uint8 [N, H, W, C].
-          seed: image i uses the stream seed + i of random numbers.
+          seed: image i uses the stream (seed + i) mod 2^16 of random numbers.
           target_rmse: stop at the first step with at most this RMSE on [0, 255]; default: encode all steps.
           target_bits_per_dim: stop at the last step of at most this size, with the header.
           lossless: add the difference between the image and the last prediction.
-          chunk_bits: the largest KL that one index stands for, in [4, 24]. Time grows with 2^chunk_bits.
+          archive: put all images into one file, in which they share the header; each still decodes by itself.
+          chunk_bits: the largest KL that one index stands for, in [4, 24]. With more, files are smaller, and encoding
+            takes longer.
           table_images: uint8 [M, H, W, C], training images to make the table from; default: the preset's own.
 
         Returns:
-          The contents of N .dtfc files.
+          The contents of N .dtfc files, or of one .dtfa archive.
 
         Raises:
           ConfigError: an argument does not fit the run, or the table needs `table_images`.
@@ -341,13 +351,14 @@ class Run:
         targets.check(images[0].size)
         tables = self._tables(table_images)
         codec = Codec(self._trained, tables.get(chunk_bits))
-        return [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+        files = [image.data for image in encode_images(codec, images, seed=_check_seed(seed), targets=targets)]
+        return [pack_archive(files, codec.table.digest)] if archive else files
 
     def decode(self, files: Sequence[bytes], *, table_images: np.ndarray | None = None) -> np.ndarray:
         """Decompresses files (Algorithm 4), whole or cut off beyond their headers; shows progress.
 
         Args:
-          files: the contents of N .dtfc files of this run.
+          files: the contents of .dtfc files and .dtfa archives of this run, with N images.
           table_images: as for `encode`, where the run's folder has no table yet.
 
         Returns:
@@ -359,7 +370,14 @@ class Run:
         if not files:
             raise ConfigError("files", "is empty")
         named = {f"files[{i}]": data for i, data in enumerate(files)}
-        return np.stack(list(decode_images(self._tables(table_images), named)))
+        return np.stack(list(decode_images(self._tables(table_images), open_files(named))))
+
+    def _calibrated(self) -> TrainedModel:
+        folder = os.path.join(self.path, "calibration")
+        open_train = lambda: open_source(self.preset, "train", self._data)
+        return calibrated(
+            self._trained, run_calibration(folder, self._trained, self._weights_digest, self.step, open_train)
+        )
 
     def _tables(self, table_images: np.ndarray | None) -> TableStore:
         def open_train() -> ImageSource:

@@ -1,5 +1,6 @@
 """Sampling loops, each compiled as one loop over timesteps, and the classes that run them for images by their index."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -90,6 +91,41 @@ def reverse_steps(
     return x_t
 
 
+def table_step(
+    diffusion: GaussianDiffusion,
+    denoise_fn: DenoiseFn,
+    table: SamplerTable,
+    i: tf.Tensor,
+    x_t: tf.Tensor,
+    last_xstart: tf.Tensor,
+    noise_fn: NoiseFn,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Step i of a table by one network evaluation: the next x and pred_xstart, each float32 [B, H, W, C].
+
+    Args:
+      diffusion: the process.
+      denoise_fn: the network.
+      table: timesteps and coefficients of the steps.
+      i: index of the step, an int32 scalar.
+      x_t: float32 [B, H, W, C].
+      last_xstart: pred_xstart of step i - 1.
+      noise_fn: as in `table_steps`; a deterministic table does not call it.
+    """
+    t = tf.gather(tf.constant(table.timesteps, tf.int32), i)
+    a, b, c, d, s = tf.unstack(tf.gather(tf.constant(table.coefficients, tf.float32), i))
+    static = table.clip_sample == "static"
+    unclipped = diffusion.p_mean_variance(denoise_fn, x_t, tf.fill([x_t.shape[0]], t), clip_denoised=False).pred_xstart
+    pred_xstart = unclipped
+    if table.clip_sample != "none":
+        pred_xstart = diffusion.clip_xstart(unclipped, dynamic=not static)
+    x_t = a * x_t + b * pred_xstart + c * last_xstart
+    if table.coefficients[:, 3].any():
+        x_t += d * unclipped
+    if table.coefficients[:, 4].any():
+        x_t += s * noise_fn(t)
+    return x_t, pred_xstart
+
+
 def table_steps(
     diffusion: GaussianDiffusion,
     denoise_fn: DenoiseFn,
@@ -99,8 +135,6 @@ def table_steps(
     pred_xstart: tf.Tensor,
     start: tf.Tensor | int,
     stop: tf.Tensor | int,
-    *,
-    clip_denoised: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Steps start, ..., stop - 1 of a table, as a graph loop of stop - start network evaluations.
 
@@ -113,24 +147,14 @@ def table_steps(
       pred_xstart: the x_0 predicted in step start - 1, float32 [B, H, W, C]; zeros if start = 0.
       start: the first step, an index into the table.
       stop: the end, at most the table's length.
-      clip_denoised: clip the predicted x_0 to [-1, 1] in every step.
 
     Returns:
       x_t and pred_xstart after the last step, each float32 [B, H, W, C]. After all steps of the table, x_t is x_0; the
       last step does not clip it.
     """
-    table_timesteps = tf.constant(table.timesteps, tf.int32)
-    coefficients = tf.constant(table.coefficients, tf.float32)
 
-    def body(i: tf.Tensor, x_t: tf.Tensor, last_xstart: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        t = tf.gather(table_timesteps, i)
-        ts = tf.fill([x_t.shape[0]], t)
-        pred_xstart = diffusion.p_mean_variance(denoise_fn, x_t, ts, clip_denoised=clip_denoised).pred_xstart
-        a, b, c, s = tf.unstack(tf.gather(coefficients, i))
-        x_t = a * x_t + b * pred_xstart + c * last_xstart
-        if table.coefficients[:, 3].any():
-            x_t += s * noise_fn(t)
-        return i + 1, x_t, pred_xstart
+    def body(i: tf.Tensor, x_t: tf.Tensor, last_xstart: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return i + 1, *table_step(diffusion, denoise_fn, table, i, x_t, last_xstart, noise_fn)
 
     _, x_t, pred_xstart = tf.while_loop(lambda i, *_: i < stop, body, (tf.convert_to_tensor(start), x_t, pred_xstart))
     return x_t, pred_xstart
@@ -154,7 +178,7 @@ class Sampler:
       trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
-      settings: which sampler, in how many steps; default: ancestral sampling over all steps (Algorithm 2).
+      settings: which sampler, in how many steps; default: Algorithm 2 over all steps.
       condition: the labels of the images, and the guidance, which doubles the cost; default: every class in turn.
 
     Attributes:
@@ -427,14 +451,15 @@ def ddim_inversion(
     """
     diffusion = trained.diffusion
     ts = timesteps(diffusion.schedule, steps, spacing)
-    tables = ddim_inversion_table(diffusion.schedule, ts), ddim_table(diffusion.schedule, ts, 0.0)
+    tables = [
+        dataclasses.replace(table, clip_sample="none")
+        for table in (ddim_inversion_table(diffusion.schedule, ts), ddim_table(diffusion.schedule, ts, 0.0))
+    ]
 
     def both_ways(_: tf.Tensor, x: tf.Tensor, labels: tf.Tensor) -> list[tf.Tensor]:
         denoise_fn, results = trained.denoise_fn(labels, guidance), []
         for table in tables:
-            x, _ = table_steps(
-                diffusion, denoise_fn, tf.zeros_like, table, x, tf.zeros_like(x), 0, steps, clip_denoised=False
-            )
+            x, _ = table_steps(diffusion, denoise_fn, tf.zeros_like, table, x, tf.zeros_like(x), 0, steps)
             results.append(x)
         return results
 

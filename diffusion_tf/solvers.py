@@ -2,9 +2,9 @@
 
 Every sampler here is linear in what it knows. A step from timestep t to the next, less noisy one is
 
-    x <- a x + b pred_xstart + c (pred_xstart of the previous step) + s noise,
+    x <- a x + b pred_xstart + c (pred_xstart of the previous step) + d (pred_xstart before it is clipped) + s noise,
 
-where the network predicts pred_xstart from (x, t), clipped to [-1, 1]. The last step ends at x_0 (alphas_cumprod = 1).
+where the network predicts pred_xstart from (x, t). The last step ends at x_0 (alphas_cumprod = 1).
 `samplers.table_steps` runs any such table. To add a sampler, write the function that makes its table, and add that to
 _SOLVERS.
 """
@@ -23,8 +23,8 @@ from diffusion_tf.schedules import NoiseSchedule, posterior
 if TYPE_CHECKING:
     from diffusion_tf.diffusion_utils import GaussianDiffusion
 
-SPACINGS = ("trailing", "leading", "linspace", "logsnr", "early_end")
-_EARLY_END = 0.08  # as a fraction of T
+SPACINGS = ("trailing", "leading", "linspace", "logsnr")
+CLIPS = ("static", "dynamic", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +33,17 @@ class SamplerTable:
 
     Attributes:
       timesteps: int [N], descending: the network is evaluated at timesteps[i] in step i.
-      coefficients: float64 [N, 4]: a, b, c and s of each step.
+      coefficients: float64 [N, 5]: a, b, c, d and s of each step.
+      clip_sample: how pred_xstart is clipped, one of CLIPS.
     """
 
     timesteps: np.ndarray
     coefficients: np.ndarray
+    clip_sample: str = "static"
 
 
 def _table(ts: np.ndarray, a: ArrayLike, b: ArrayLike, c: ArrayLike, s: ArrayLike) -> SamplerTable:
-    return SamplerTable(ts, np.stack(np.broadcast_arrays(a, b, c, s), axis=1).astype(np.float64))
+    return SamplerTable(ts, np.stack(np.broadcast_arrays(a, b, c, 0.0, s), axis=1).astype(np.float64))
 
 
 def _levels(schedule: NoiseSchedule, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +73,8 @@ def ancestral_table(schedule: NoiseSchedule, ts: np.ndarray, model_var_type: str
     if model_var_type == "learned":
         raise ConfigError(
             "sampler_steps",
-            f"={len(ts)}: the network learned the variance of single steps only; take all steps, or use `sampler=ddim`"
-            " or dpm_solver++",
+            f"={len(ts)}: the network learned the variance of single steps only; take all steps with"
+            " `clip_sample=static`, or use another `sampler`",
         )
     abar, abar_prev = _levels(schedule, ts)
     betas = 1.0 - abar / abar_prev
@@ -84,9 +86,8 @@ def ancestral_table(schedule: NoiseSchedule, ts: np.ndarray, model_var_type: str
 def ddim_table(schedule: NoiseSchedule, ts: np.ndarray, eta: float) -> SamplerTable:
     """DDIM (Song, Meng & Ermon 2021, Eqs. 12 and 16). Its order is 1 for eta = 0.
 
-    Differs from diffusers' default if pred_xstart is clipped: eps follows from the clipped pred_xstart, as with their
-    `use_clipped_model_output`. A step ends at the next timestep of `ts`; in diffusers it ends at t - T // N, which
-    differs if N does not divide T.
+    eps follows from the clipped pred_xstart, unless `with_predicted_eps` changes that. A step ends at the next timestep
+    of `ts`; in diffusers it ends at t - T // N, which differs if N does not divide T.
     """
     abar, abar_prev = _levels(schedule, ts)
     sigma = eta * np.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
@@ -111,28 +112,72 @@ def ddim_inversion_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTabl
     return _table(evaluated, scale + per_eps, -per_eps * np.sqrt(abar), 0.0, 0.0)
 
 
-def dpm_solver_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
-    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2). Its order is 2; the first and the last step have order 1.
+def with_predicted_eps(schedule: NoiseSchedule, table: SamplerTable) -> SamplerTable:
+    """The same sampler with eps as the network predicts it, not as it follows from the clipped pred_xstart.
+
+    diffusers calls these `use_clipped_model_output=False` and True. A step that is linear in x and pred_xstart moves x
+    along eps = (x - sqrt(abar) pred_xstart) / sqrt(1 - abar).
+    """
+    a, b, c, _, s = table.coefficients.T
+    signal = a * np.sqrt(schedule.alphas_cumprod[table.timesteps])
+    return dataclasses.replace(table, coefficients=np.stack([a, b + signal, c, -signal, s], axis=1))
+
+
+def dpm_solver_table(schedule: NoiseSchedule, ts: np.ndarray, *, sde: bool = False) -> SamplerTable:
+    """DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2), of order 2; the first and the last step have order 1.
 
     It uses the exact levels of the discrete schedule. The last step ends at x_0, as with diffusers'
     `final_sigmas_type="zero"`.
+
+    Args:
+      schedule: of the process.
+      ts: the timesteps, int [N], descending.
+      sde: solve the reverse SDE (their SDE-DPM-Solver++ 2M, Appendix D.3), which replaces noise at every step. Of order
+        1, it is ancestral sampling with the posterior's variance.
     """
     abar, abar_prev = _levels(schedule, ts)
-    lambdas, ends = _half_log_snr(abar), _half_log_snr(abar_prev)
-    h = ends - lambdas
-    gain = -np.sqrt(abar_prev) * np.expm1(-h)
+    h = _half_log_snr(abar_prev) - _half_log_snr(abar)
+    kept = np.exp(-h) if sde else np.ones(len(ts))  # the share of the old noise in the new
+    gain = np.sqrt(abar_prev) * (1.0 - kept * np.exp(-h))
     extrapolation = np.zeros(len(ts))  # 1 / (2 r), where r is the previous step's h over this step's h
     extrapolation[1:-1] = h[1:-1] / (2.0 * h[:-2])
     return _table(
-        ts, np.sqrt((1.0 - abar_prev) / (1.0 - abar)), gain * (1.0 + extrapolation), -gain * extrapolation, 0.0
+        ts,
+        kept * np.sqrt((1.0 - abar_prev) / (1.0 - abar)),
+        gain * (1.0 + extrapolation),
+        -gain * extrapolation,
+        np.sqrt((1.0 - abar_prev) * (1.0 - kept**2)),
     )
 
 
+def heun_table(schedule: NoiseSchedule, ts: np.ndarray) -> SamplerTable:
+    """EDM's deterministic sampler (Karras et al. 2022, Algorithm 1): Heun's method, of order 2, on the levels `ts`.
+
+    Two evaluations a step, except one in the last: 2 len(ts) - 1 in all. In y = x / sqrt(abar), with the noise level
+    sigma, dy / dsigma is (y - pred_xstart) / sigma. The second evaluation of a step corrects the Euler step that the
+    first one made, which is linear, so the step's beginning follows from its end.
+    """
+    begin, end = _levels(schedule, ts)
+    sigma, sigma_end = np.sqrt(1.0 / begin - 1.0), np.sqrt(1.0 / end - 1.0)
+    ratio = sigma_end / sigma
+    euler = np.stack([np.sqrt(end / begin) * ratio, np.sqrt(end) * (1.0 - ratio), np.zeros(len(ts))], axis=1)
+    # y + half ((y - first) / sigma + (y' - second) / sigma_end), where y' = ratio y + (1 - ratio) first.
+    sigma, sigma_end, ratio, scale = sigma[:-1], sigma_end[:-1], ratio[:-1], np.sqrt(end[:-1])
+    half = 0.5 * (sigma_end - sigma)
+    per_y = 1.0 + half / sigma
+    per_first = -half / sigma - per_y * (1.0 - ratio) / ratio
+    heun = np.stack([per_y / ratio + half / sigma_end, -scale * half / sigma_end, scale * per_first], axis=1)
+    rows = np.empty((2 * len(ts) - 1, 3))
+    rows[::2], rows[1::2] = euler, heun
+    return _table(ts.repeat(2)[1:], rows[:, 0], rows[:, 1], rows[:, 2], 0.0)
+
+
 class _Solver(NamedTuple):
-    """How to make a sampler's table, and in how many steps by default (None: all T)."""
+    """How to make a sampler's table, in how many steps by default (None: all T), and the evaluations of each."""
 
     table: Callable[["GaussianDiffusion", np.ndarray, float], SamplerTable]  # of (diffusion, timesteps, eta)
     default_steps: int | None
+    evaluations: int = 1
 
 
 _SOLVERS = {
@@ -141,6 +186,8 @@ _SOLVERS = {
     ),
     "ddim": _Solver(lambda diffusion, ts, eta: ddim_table(diffusion.schedule, ts, eta), 50),
     "dpm_solver++": _Solver(lambda diffusion, ts, _: dpm_solver_table(diffusion.schedule, ts), 20),
+    "sde_dpm_solver++": _Solver(lambda diffusion, ts, _: dpm_solver_table(diffusion.schedule, ts, sde=True), 20),
+    "heun": _Solver(lambda diffusion, ts, _: heun_table(diffusion.schedule, ts), 35, evaluations=2),
 }
 SAMPLERS = tuple(_SOLVERS)
 
@@ -153,20 +200,26 @@ class SamplerSettings:
     """Which sampler, and in how many steps.
 
     Attributes:
-      name: one of SAMPLERS.
-      steps: network evaluations for each sample, in [1, T]; default: T for `ancestral`, 50 for `ddim`, 20 for
-        `dpm_solver++`.
+      name: one of SAMPLERS; default: `ancestral` for all T steps, `sde_dpm_solver++` for fewer.
+      steps: network evaluations for each sample, in [1, T]; `heun` takes an odd number, one less than an even one.
+        Default: T for `ancestral`, 50 for `ddim`, 20 for `dpm_solver++` and `sde_dpm_solver++`, 35 for `heun`.
       eta: noise of DDIM, in [0, 1]: 0 adds none, 1 adds as much as the posterior q(x_{t-1} | x_t, x_0) has.
-      spacing: one of SPACINGS, see `timesteps`; default: `default_spacing`.
+      spacing: one of SPACINGS, see `timesteps`.
       strength: take only this share of the steps, the last ones, in (0, 1]; below 1 they start from given images
         (SDEdit, Meng et al. 2021).
+      clip_sample: how the predicted x_0 is limited in every step: `static` clips it to [-1, 1], `dynamic` is
+        `GaussianDiffusion.clip_xstart`'s thresholding of each image, and `none` leaves it.
+      use_clipped_model_output: whether eps follows from the clipped x_0, as in diffusers; False: as predicted. `heun`
+        can only do the former. Default: False for `ddim`, True for the others.
     """
 
-    name: str = "ancestral"
+    name: str | None = None
     steps: int | None = None
     eta: float = 0.0
-    spacing: str | None = None
+    spacing: str = "trailing"
     strength: float = 1.0
+    clip_sample: str = "static"
+    use_clipped_model_output: bool | None = None
 
     def resolve(self, preset: Preset) -> "SamplerSettings":
         """These settings with every default filled in for `preset`.
@@ -174,23 +227,31 @@ class SamplerSettings:
         Raises:
           ConfigError: a value is out of range, or does not fit the sampler.
         """
-        if self.name not in SAMPLERS:
-            raise ConfigError("sampler", f"={self.name}: choose one of {', '.join(SAMPLERS)}")
         num_timesteps = preset.num_timesteps
-        steps = self.steps or min(_SOLVERS[self.name].default_steps or num_timesteps, num_timesteps)
+        name = self.name or ("ancestral" if self.steps in (None, num_timesteps) else "sde_dpm_solver++")
+        if name not in SAMPLERS:
+            raise ConfigError("sampler", f"={name}: choose one of {', '.join(SAMPLERS)}")
+        steps = self.steps or min(_SOLVERS[name].default_steps or num_timesteps, num_timesteps)
         if not 1 <= steps <= num_timesteps:
             raise ConfigError("sampler_steps", f"={steps} must be from 1 to the run's {num_timesteps} steps")
+        if self.clip_sample not in CLIPS:
+            raise ConfigError("clip_sample", f"={self.clip_sample}: choose one of {', '.join(CLIPS)}")
         if not 0 <= self.eta <= 1:
             raise ConfigError("ddim_eta", f"={self.eta} must be in [0, 1]")
-        if self.eta and self.name != "ddim":
-            raise ConfigError("ddim_eta", f"={self.eta} goes with `sampler=ddim`, not {self.name}")
+        if self.eta and name != "ddim":
+            raise ConfigError("ddim_eta", f"={self.eta} goes with `sampler=ddim`, not {name}")
         if not 0 < self.strength <= 1:
             raise ConfigError("strength", f"={self.strength} must be in (0, 1]")
-        spacing = self.spacing or default_spacing(self.name, preset.dataset)
-        return dataclasses.replace(self, steps=steps, spacing=spacing)
+        if self.use_clipped_model_output is False and name in ("ancestral", "heun"):
+            raise ConfigError("use_clipped_model_output", f"=False does not go with `sampler={name}`")
+        clipped = name != "ddim" if self.use_clipped_model_output is None else self.use_clipped_model_output
+        return dataclasses.replace(self, name=name, steps=steps, use_clipped_model_output=clipped)
 
     def describe(self, preset: Preset) -> dict[str, Any]:
-        """The settings that its samples depend on, in a form that JSON can hold."""
+        """The settings that its samples depend on, in a form that JSON can hold.
+
+        What older versions did not record is there only where it differs from what they did.
+        """
         resolved = self.resolve(preset)
         description: dict[str, Any] = {"sampler": resolved.name, "sampler_steps": resolved.steps}
         if resolved.name == "ddim":
@@ -199,21 +260,15 @@ class SamplerSettings:
             description["sampler_spacing"] = resolved.spacing
         if resolved.strength < 1:
             description["strength"] = resolved.strength
+        if resolved.clip_sample != "static":
+            description["clip_sample"] = resolved.clip_sample
+        if not resolved.use_clipped_model_output and resolved.clip_sample != "none":
+            description["use_clipped_model_output"] = False
         return description
 
     def last_steps(self, steps: int) -> int:
         """How many of the last steps `strength` takes, at least one."""
         return max(1, round(self.strength * steps))
-
-
-def default_spacing(name: str, dataset: str) -> str:
-    """The spacing that gives a sampler the best samples of a dataset.
-
-    On the digits of the demo, DDIM in 50 steps and DPM-Solver++ in 20 have precisions of 0.70 and 0.74 with `trailing`
-    and of 0.81 and 0.80 with `early_end`; ancestral sampling in 1000 steps has 0.86. Recalls are 0.83 or more. No
-    other dataset was measured. On large images the long last step of `early_end` might blur.
-    """
-    return "early_end" if dataset == "digits" and name != "ancestral" else "trailing"
 
 
 def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: "GaussianDiffusion") -> SamplerTable | None:
@@ -223,11 +278,16 @@ def sampler_table(settings: SamplerSettings, preset: Preset, diffusion: "Gaussia
       ConfigError: a setting is out of range, or ancestral sampling would skip steps of a learned variance.
     """
     resolved = settings.resolve(preset)
-    if resolved.name == "ancestral" and resolved.steps == diffusion.num_timesteps:
+    assert resolved.name and resolved.steps
+    if (resolved.name, resolved.steps, resolved.clip_sample) == ("ancestral", diffusion.num_timesteps, "static"):
         return None
-    assert resolved.steps and resolved.spacing
-    ts = timesteps(diffusion.schedule, resolved.steps, resolved.spacing)[-resolved.last_steps(resolved.steps) :]
-    return _SOLVERS[resolved.name].table(diffusion, ts, resolved.eta)
+    solver = _SOLVERS[resolved.name]
+    steps = -(-resolved.steps // solver.evaluations)
+    ts = timesteps(diffusion.schedule, steps, resolved.spacing)[-resolved.last_steps(steps) :]
+    table = solver.table(diffusion, ts, resolved.eta)
+    if not resolved.use_clipped_model_output:
+        table = with_predicted_eps(diffusion.schedule, table)
+    return dataclasses.replace(table, clip_sample=resolved.clip_sample)
 
 
 # --- Inpainting ------------------------------------------------------------------------------------------------
@@ -254,10 +314,12 @@ class RepaintTable:
 
 
 def repaint_settings(settings: SamplerSettings, preset: Preset) -> SamplerSettings:
-    """The sampler of RePaint: ancestral sampling takes 100 steps unless `settings` give another number.
+    """The sampler of RePaint: by default ancestral sampling, which takes 100 steps unless `settings` say otherwise.
 
     A learned variance, which is that of single steps, takes all T.
     """
+    if settings.name is None:
+        settings = dataclasses.replace(settings, name="ancestral")
     if settings.name != "ancestral" or settings.steps or preset.model_var_type == "learned":
         return settings
     return dataclasses.replace(settings, steps=min(_REPAINT_STEPS, preset.num_timesteps))
@@ -304,7 +366,6 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
     `logsnr`: evenly spaced in log(alphas_cumprod / (1 - alphas_cumprod)) from T - 1 to 0. Differs from the DPM-Solver
       paper, which has continuous time: a network knows whole timesteps only, so this takes the nearest ones, and
       neighbours where several would be the same.
-    `early_end`: evenly spaced from T - 1 to 0.08 T; the last step leads from there to x_0.
 
     Raises:
       ConfigError: the spacing is unknown, or `logsnr` is given a schedule whose alphas_cumprod ends at 0.
@@ -316,8 +377,6 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: str) -> np.ndarray:
         return np.arange(steps)[::-1] * (schedule.num_timesteps // steps)
     if spacing == "linspace":
         return _distinct(np.linspace(last, 0, steps + 1).round().astype(int)[:-1])
-    if spacing == "early_end":
-        return _distinct(np.linspace(last, int(_EARLY_END * schedule.num_timesteps), steps).round().astype(int))
     if spacing != "logsnr":
         raise ConfigError("sampler_spacing", f"={spacing}: choose one of {', '.join(SPACINGS)}")
     if schedule.alphas_cumprod[-1] == 0:

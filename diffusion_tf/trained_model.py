@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
 
@@ -28,7 +29,10 @@ class TrainedModel:
 
     Attributes:
       name: what errors call the weights, such as the path of a checkpoint.
+      eps_scale: factors [T] by which the predicted noise is multiplied, or None.
     """
+
+    eps_scale: np.ndarray | None = None
 
     name = "these weights"
 
@@ -52,15 +56,17 @@ class TrainedModel:
         self.weights = weights or [v.value for v in model.trainable_variables]
 
     @classmethod
-    def from_checkpoint(cls, preset: Preset, strategy: tf.distribute.Strategy, path: str) -> "TrainedModel":
-        """The network with the EMA weights of the checkpoint at `path`, frozen.
+    def from_checkpoint(
+        cls, preset: Preset, strategy: tf.distribute.Strategy, path: str, *, group: str = "ema"
+    ) -> "TrainedModel":
+        """The network with the EMA weights of the checkpoint at `path`, or those of the group `params`, frozen.
 
         Raises:
           InputError: the file is damaged, or holds another network.
         """
         with strategy.scope():
             model = UNet.from_preset(preset, weights="frozen")
-        load_ema(model, path)
+        load_weights(model, path, group)
         model.freeze()
         trained = cls(preset, strategy, model)
         trained.name = path
@@ -98,9 +104,9 @@ class TrainedModel:
         def denoise(*arrays: tf.Tensor) -> tf.Tensor:
             return map_microbatches(lambda _, *arrays: network(*arrays), arrays, max_size=max_size)
 
-        if labels is None or not self.preset.num_classes:
-            return denoise
-        return guided(denoise, labels, guidance, self.preset.channels)
+        with_labels = labels is not None and self.preset.num_classes
+        denoise_fn = guided(denoise, labels, guidance, self.preset.channels) if with_labels else denoise
+        return denoise_fn if self.eps_scale is None else scaled(denoise_fn, self.eps_scale, self.preset.channels)
 
     def over_replicas(self, function: Callable, batch_size: int) -> Callable:
         """`runtime.replicas.over_replicas` of a function that calls the network."""
@@ -131,15 +137,38 @@ def guided(network: Callable[..., tf.Tensor], labels: tf.Tensor, guidance: float
     return denoise
 
 
+def scaled(network: DenoiseFn, eps_scale: np.ndarray, channels: int) -> DenoiseFn:
+    """The network with its predicted noise multiplied by a factor that depends on t.
+
+    Args:
+      network: predicts eps, and maybe variances in further channels.
+      eps_scale: the factors [T].
+      channels: C.
+    """
+
+    def denoise(x_t: tf.Tensor, t: tf.Tensor) -> tf.Tensor:
+        output = network(x_t, t)
+        factor = tf.reshape(tf.gather(tf.constant(eps_scale, output.dtype), t), [-1, 1, 1, 1])
+        return tf.concat([factor * output[..., :channels], output[..., channels:]], axis=-1)
+
+    return denoise
+
+
 def load_ema(model: UNet, path: str) -> None:
-    """Loads the EMA weights of the checkpoint at `path` into `model`.
+    """Loads the EMA weights of the checkpoint at `path` into `model`; errors are those of `load_weights`."""
+    load_weights(model, path, "ema")
+
+
+def load_weights(model: UNet, path: str, group: str) -> None:
+    """Loads the weights `ema` or `params` of the checkpoint at `path` into `model`.
 
     Raises:
       InputError: the file is damaged, or holds another network.
       RuntimeError: the network is frozen.
     """
-    variables = {f"ema/{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
+    prefix = f"{group}/"
+    variables = {f"{prefix}{n}": v.value for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
     # A checkpoint holds four such groups of variables, and the step.
     size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
-    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith("ema/")}
+    arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith(prefix)}
     assign_arrays(variables, arrays, path)

@@ -59,7 +59,7 @@ def main() -> None:
     train_in_workdir(preset, strategy, source, workdir.path, command=FLAGS.flags_into_string(), data=data)
 
     step, checkpoint = checkpoints.find(workdir.checkpoints)
-    settings = SamplerSettings("dpm_solver++").resolve(preset)
+    settings = SamplerSettings("sde_dpm_solver++").resolve(preset)
     trained = TrainedModel.from_checkpoint(preset, strategy, checkpoint)
     samples, drawn = draw_samples(
         workdir, trained, step, settings, num_samples=FLAGS.num_samples, batch_size=_BATCH_SIZE

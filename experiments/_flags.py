@@ -13,7 +13,7 @@ from diffusion_tf.data_settings import IN_MEMORY, PRESETS_OWN, RESIZE_MODES, Dat
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, PRETRAINED, Preset, get_preset
 from diffusion_tf.runtime import STRATEGIES
-from diffusion_tf.solvers import SAMPLERS, SPACINGS, SamplerSettings
+from diffusion_tf.solvers import CLIPS, SAMPLERS, SPACINGS, SamplerSettings
 
 FLAGS = flags.FLAGS
 _data_flags: list[str] = []  # those of this program that are settings of `DataSettings`
@@ -148,22 +148,34 @@ def define_measurement_flags(
 
 
 def define_sampler_flags() -> None:
-    """Defines --sampler, --sampler_steps, --ddim_eta and --sampler_spacing."""
+    """Defines the flags that `sampler_from_flags` reads."""
     flags.DEFINE_enum(
         "sampler",
-        "ancestral",
+        None,
         SAMPLERS,
-        "ancestral is Algorithm 2. The others give similar samples in 10 to 50 steps.",
+        "ancestral is Algorithm 2. The others need 10 to 50 steps. Default: ancestral for all T steps, sde_dpm_solver++"
+        " for fewer.",
     )
     flags.DEFINE_integer(
         "sampler_steps",
         None,
-        "Network evaluations per sample. Default: all T steps; 50 for ddim, 20 for dpm_solver++.",
+        "Network evaluations per sample. Default: all T; 50 for ddim, 20 for dpm_solver++ and sde_dpm_solver++, 35 for"
+        " heun.",
         lower_bound=1,
     )
     flags.DEFINE_float("ddim_eta", 0.0, "Noise of ddim: 0 is none, 1 is the variance of the posterior.")
+    flags.DEFINE_enum("sampler_spacing", "trailing", SPACINGS, "How the timesteps are chosen.")
     flags.DEFINE_enum(
-        "sampler_spacing", None, SPACINGS, "How the timesteps are chosen. Default: depends on the sampler."
+        "clip_sample",
+        "static",
+        CLIPS,
+        "How the predicted x_0 is limited in every step: static clips it to [-1, 1], dynamic scales each picture by its"
+        " 99.5th percentile, none leaves it.",
+    )
+    flags.DEFINE_boolean(
+        "use_clipped_model_output",
+        None,
+        "Compute eps from the limited x_0; otherwise eps is as predicted. Default: the latter for ddim only.",
     )
 
 
@@ -287,7 +299,14 @@ def sampler_from_flags(preset: Preset) -> SamplerSettings:
 
 def unresolved_sampler_from_flags() -> SamplerSettings:
     """The sampler that `define_sampler_flags` asks for, without defaults."""
-    return SamplerSettings(FLAGS.sampler, FLAGS.sampler_steps, FLAGS.ddim_eta, FLAGS.sampler_spacing)
+    return SamplerSettings(
+        FLAGS.sampler,
+        FLAGS.sampler_steps,
+        FLAGS.ddim_eta,
+        FLAGS.sampler_spacing,
+        clip_sample=FLAGS.clip_sample,
+        use_clipped_model_output=FLAGS.use_clipped_model_output,
+    )
 
 
 def out_path(default: str, extension: str) -> str:

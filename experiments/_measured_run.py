@@ -104,14 +104,18 @@ class MeasuredRun:
         source = self.open_source(split)
         return source_images(source, self.preset.dataset, split, min(at_most, source.num_examples))
 
-    def feature_network(self, name: str) -> FeatureNetwork:
+    def feature_network(self, name: str, resize: str | None = None) -> FeatureNetwork:
         """The network whose features compare images: `inception` (--inception), `digits` or `pixels`.
+
+        Args:
+          name: the network.
+          resize: what `inception_network` takes.
 
         Raises:
           InputError: it cannot be loaded, or does not take images of this shape.
         """
         if name == "inception":
-            return inception_network(FLAGS.inception, self.strategy)
+            return inception_network(FLAGS.inception, self.strategy, resize)
         if name == "digits" and self.preset.image_shape != DIGITS_SHAPE:
             raise InputError(f"--features=digits takes 8x8 digits, not images {self.preset.image_shape}")
         return digits_network() if name == "digits" else pixels_network(self.preset.image_shape)

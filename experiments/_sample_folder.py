@@ -55,6 +55,11 @@ class SampleFolder:
         for name in {**self._description, **there}:
             old, new = there.get(name), self._description.get(name)
             if name not in Record.__annotations__ and old != new:
+                if old is None or new is None:
+                    raise InputError(
+                        f"--out={self.path} holds samples drawn {'without' if old is None else 'with'} {name}"
+                        f"={new if old is None else old}: give the flags that it began with, or name another folder"
+                    )
                 raise InputError(f"--out={self.path} holds samples of {name} {old}, not {new}: name another folder")
         if num_samples < there["num_samples"]:
             raise InputError(

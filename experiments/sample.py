@@ -3,7 +3,7 @@
   python -m experiments.sample --workdir=runs/digits --num_samples=100 --seed=1 --out=samples.npz --png=grid.png
   python -m experiments.sample --pretrained=cifar10_small --png=grid.png
   python -m experiments.sample --workdir=runs/digits --num_samples=50000 --out=samples
-  python -m experiments.sample --workdir=runs/digits --sampler=dpm_solver++ --sampler_steps=20 --out=samples.npz
+  python -m experiments.sample --workdir=runs/digits --sampler_steps=20 --out=samples.npz
   python -m experiments.sample --workdir=runs/digits --inpaint=digit.png --mask=mask.png --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --start_from=digit.png --strength=0.6 --num_samples=8 --out=new
   python -m experiments.sample --workdir=runs/digits --sampler=ddim --sampler_steps=200 --encode=a.npz --out=b.npz
@@ -42,6 +42,12 @@ _flags.define_run_flags()
 _flags.define_strategy_flags()
 _flags.define_precision_flag()
 _flags.define_sampler_flags()
+flags.DEFINE_boolean(
+    "calibrate",
+    False,
+    "Multiply the predicted noise by E[eps eps_hat] / E[eps_hat^2] at each t, which is measured once on the run's"
+    " training images and kept in its folder.",
+)
 _flags.define_condition_flags()
 flags.DEFINE_integer("checkpoint", None, "Step of the checkpoint. Default: the newest.")
 flags.DEFINE_integer(
@@ -76,6 +82,8 @@ def _check() -> None:
     _flags.check_extension("png", ".png")
     if FLAGS.encode and (FLAGS.sampler != "ddim" or FLAGS.ddim_eta):
         raise InputError("--encode needs --sampler=ddim without --ddim_eta: only that can run backwards")
+    if FLAGS.encode and (FLAGS.clip_sample != "static" or FLAGS.use_clipped_model_output is not None):
+        raise InputError("--encode never clips: leave out --clip_sample and --use_clipped_model_output")
     if len([name for name in ("encode", "inpaint", "start_from") if FLAGS[name].value]) > 1:
         raise InputError("give one of --encode, --inpaint and --start_from")
     if FLAGS.inpaint and not FLAGS.mask:
@@ -101,6 +109,7 @@ def _writes_folder() -> bool:
 _program.parse_flags(__name__, _check)
 
 from diffusion_tf import figures
+from diffusion_tf.calibration import calibrated, run_calibration
 from diffusion_tf.evaluation.scores import file_images
 from diffusion_tf.inpainting import Inpainter
 from diffusion_tf.reports import captions
@@ -134,11 +143,21 @@ def _sampling(
 ) -> dict[str, Any]:
     """What samples of a checkpoint depend on, as JSON values."""
     sampling = {"seed": FLAGS.seed, **settings.describe(run.preset), **condition.describe(run.preset)}
+    if FLAGS.calibrate:
+        sampling["calibrated"] = True
     if given:
         sampling |= given.describe()
     if FLAGS.inpaint:
         sampling |= {"resamplings": FLAGS.resamplings, "jump_length": FLAGS.jump_length}
     return sampling
+
+
+def _trained(run: MeasuredRun, step: int, checkpoint: str) -> TrainedModel:
+    trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
+    if not FLAGS.calibrate:
+        return trained
+    folder, digest = os.path.join(run.results.path, "calibration"), checkpoints.load_digest(checkpoint)
+    return calibrated(trained, run_calibration(folder, trained, digest, step, lambda: run.open_source("train")))
 
 
 def _draw_function(
@@ -168,7 +187,7 @@ def _encode(trained: TrainedModel, steps: int, condition: Condition) -> dict[str
         trained,
         images,
         steps=steps,
-        spacing=FLAGS.sampler_spacing or "trailing",
+        spacing=FLAGS.sampler_spacing,
         batch_size=FLAGS.batch_size,
         labels=NO_LABEL if FLAGS.label is None else condition.of_images(0, len(images)),
         guidance=condition.guidance,
@@ -217,7 +236,7 @@ def main() -> None:
         folder.check(num_samples, resume=FLAGS.resume)
     for path in filter(None, (None if folder else FLAGS.out, FLAGS.png)):
         check_writable(path)
-    trained = TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint)
+    trained = _trained(run, step, checkpoint)
     if FLAGS.encode:
         assert settings.steps
         arrays = _encode(trained, settings.steps, condition)

@@ -48,9 +48,7 @@ def main(folder: str) -> None:
         data = workdir.read_data()
     data = _flags.data_from_flags(data)
     images = load_images(preset, data)
-    print_line(
-        f"{images.name}: {len(images.images):,} images; compiling {loop.steps_per_call} steps of {preset.dataset}"
-    )
+    print_line(f"{images.name}: {len(images.images):,} images; compiling the program, which may take minutes")
     print_line(f"training on {loop.compile()}")
     train_in_workdir(loop, images, FLAGS.workdir, preset=preset, command=FLAGS.flags_into_string(), data=data)
 

@@ -156,6 +156,19 @@ def test_a_clip_does_not_hide_that_a_prediction_is_not_finite(jit_compile, outpu
         np.testing.assert_allclose(found[rows], clipped.numpy()[rows], rtol=1e-6, atol=1e-6)
 
 
+def test_dynamic_thresholding_scales_each_image_by_its_percentile():
+    """Section 2.3 of Imagen, in NumPy; 201 values, so that the percentile is one of them."""
+    x = np.random.RandomState(0).standard_normal((3, 67, 1, 3)).astype(np.float32) * np.reshape(
+        [3.0, 0.2, 1.0], [3, 1, 1, 1]
+    )
+    s = np.maximum(np.quantile(np.abs(x.reshape(3, -1)), 0.995, axis=1), 1.0).reshape(3, 1, 1, 1)
+    diffusion = GaussianDiffusion.from_preset(get_preset("digits"), shows_overflow=True)
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(diffusion.clip_xstart(x, dynamic=True), np.clip(x, -s, s) / s, rtol=1e-6)
+    x[1, 0] = np.inf
+    assert np.isnan(diffusion.clip_xstart(x, dynamic=True)[1, 0]).all()
+
+
 def test_decoder_likelihood_and_its_cdf_match_the_authors():
     x, means, log_scales = (GOLDEN[f"dgll/{name}"] for name in ("x", "means", "log_scales"))
     log_probs = diffusion_utils.discretized_gaussian_log_likelihood(

@@ -8,8 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ORDER = (
     "errors progress_bar figures ops presets conditioning recipes network_size budgets data_settings rng layers storage"
-    " schedules data diffusion_utils unet solvers runtime trained_model samplers inpainting likelihood compression"
-    " training evaluation reports interop pretrained run experiments"
+    " schedules data diffusion_utils unet solvers runtime trained_model calibration samplers inpainting likelihood"
+    " compression training evaluation reports interop pretrained run experiments"
 ).split()
 SOURCES = sorted(p.relative_to(ROOT) for room in ("diffusion_tf", "experiments") for p in ROOT.glob(f"{room}/**/*.py"))
 

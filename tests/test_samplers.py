@@ -119,7 +119,13 @@ def test_a_sample_depends_on_seed_and_index_only():
 
 @pytest.mark.parametrize(
     "settings",
-    [SamplerSettings("ancestral", 5), SamplerSettings("ddim", 4, eta=0.5), SamplerSettings("dpm_solver++", 6)],
+    [
+        SamplerSettings("ancestral", 5),
+        SamplerSettings("ddim", 4, eta=0.5),
+        SamplerSettings("dpm_solver++", 6),
+        SamplerSettings("sde_dpm_solver++", 4, clip_sample="dynamic"),
+        SamplerSettings("heun", 5),
+    ],
     ids=lambda settings: settings.name,
 )
 def test_every_sampler_draws_image_i_by_its_index(settings):
@@ -191,7 +197,9 @@ def test_ddim_inversion_leads_to_latents_and_back():
     assert samples.dtype == np.uint8 and latents.shape == images.shape
 
 
-@pytest.mark.parametrize(("name", "value"), [("ancestral", np.nan), ("ddim", np.inf), ("dpm_solver++", np.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("ancestral", np.nan), ("ddim", np.inf), ("dpm_solver++", np.nan), ("sde_dpm_solver++", np.inf)]
+)
 def test_a_sampler_says_which_samples_of_which_weights_overflow_and_when(name, value):
     trained = golden.overflowing_model(make_strategy("one_device"), value, below=8)
     trained.name = "run/step_5"

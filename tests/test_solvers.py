@@ -1,5 +1,8 @@
 """Tables of the samplers against diffusers' schedulers, and their order of convergence on known data."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,27 +14,32 @@ from diffusion_tf.presets import get_preset
 from diffusion_tf.samplers import table_steps
 from diffusion_tf.schedules import NoiseSchedule
 from diffusion_tf.solvers import (
+    SAMPLERS,
     SPACINGS,
     SamplerSettings,
     ancestral_table,
     ddim_inversion_table,
     ddim_table,
     dpm_solver_table,
+    heun_table,
+    repaint_settings,
     sampler_table,
     timesteps,
+    with_predicted_eps,
 )
 
 GOLDEN = golden.load("schedulers")
 SCHEDULE = golden.linear_diffusion("eps", "fixedsmall", 1000).schedule
 
 
-def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip_denoised=False):
+def run(diffusion, denoise_fn, table, x, *, start=0, stop=None, noise=None, clip_sample="none"):
     """Steps of a table: a single one eagerly, several as a graph."""
+    table = dataclasses.replace(table, clip_sample=clip_sample)
     stop = len(table.timesteps) if stop is None else stop
 
     def steps(x):
         last, noise_fn = tf.zeros_like(x), lambda t: noise
-        return table_steps(diffusion, denoise_fn, noise_fn, table, x, last, start, stop, clip_denoised=clip_denoised)[0]
+        return table_steps(diffusion, denoise_fn, noise_fn, table, x, last, start, stop)[0]
 
     return (steps if stop == start + 1 else tf.function(steps))(tf.constant(x, tf.float32)).numpy()
 
@@ -86,9 +94,35 @@ def test_steps_of_ddim_match_diffusers(key):
     table = ddim_table(diffusion.schedule, timesteps(diffusion.schedule, int(steps), spacing), float(eta[3:]))
     ours = run(
         diffusion, lambda x_t, t: tf.constant(GOLDEN["model_output"]), table, GOLDEN["sample"],
-        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_denoised=True,
+        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_sample="static",
     )  # fmt: skip
     np.testing.assert_allclose(ours, GOLDEN[key], atol=2e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("i", [0, 9])
+def test_ddim_keeps_eps_as_predicted_where_pred_xstart_is_clipped(i, eta):
+    """By Eq. 12 of DDIM, with the network's own eps."""
+    x, eps, noise = (GOLDEN[name].astype(np.float64) for name in ("sample", "model_output", "noise"))
+    ts = timesteps(SCHEDULE, 10, "trailing")
+    abar, abar_prev = SCHEDULE.alphas_cumprod[ts[i]], SCHEDULE.alphas_cumprod[ts[i + 1]] if i < 9 else 1.0
+    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))
+    pred_xstart = np.clip((x - np.sqrt(1 - abar) * eps) / np.sqrt(abar), -1, 1)
+    expected = np.sqrt(abar_prev) * pred_xstart + np.sqrt(1 - abar_prev - sigma**2) * eps + sigma * noise
+    ours = run(
+        golden.linear_diffusion("eps", "fixedsmall", 1000), lambda x_t, t: tf.constant(GOLDEN["model_output"]),
+        with_predicted_eps(SCHEDULE, ddim_table(SCHEDULE, ts, eta)), GOLDEN["sample"],
+        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_sample="static",
+    )  # fmt: skip
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-3 * (i == 0) + 1e-5)
+
+
+def test_predicted_eps_changes_nothing_without_a_clip():
+    diffusion, ts = golden.linear_diffusion("eps", "fixedsmall", 1000), timesteps(SCHEDULE, 6, "trailing")
+    x = np.random.RandomState(0).standard_normal((2, 4, 4, 1))
+    for table in (ddim_table(SCHEDULE, ts, 0.0), dpm_solver_table(SCHEDULE, ts)):
+        ours = [run(diffusion, lambda x_t, t: 0.9 * x_t, t, x) for t in (table, with_predicted_eps(SCHEDULE, table))]
+        np.testing.assert_allclose(ours[0], ours[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
@@ -100,7 +134,7 @@ def test_steps_of_ancestral_sampling_match_diffusers(steps, var_type):
     ours = run(
         diffusion, lambda x_t, t: tf.constant(GOLDEN["model_output"]),
         ancestral_table(diffusion.schedule, ts, var_type), GOLDEN["sample"],
-        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_denoised=True,
+        start=i, stop=i + 1, noise=GOLDEN["noise"], clip_sample="static",
     )  # fmt: skip
     name = var_type.replace("fixed", "fixed_")
     np.testing.assert_allclose(ours, GOLDEN[f"ddpm_{name}_{steps}steps_t{ts[i]}_prev"], atol=3e-4)
@@ -163,7 +197,9 @@ def mixture():
 
 
 @pytest.mark.parametrize(
-    ("make_table", "order"), [(lambda s, ts: ddim_table(s, ts, 0.0), 1), (dpm_solver_table, 2)], ids=["ddim", "dpm"]
+    ("make_table", "order"),
+    [(lambda s, ts: ddim_table(s, ts, 0.0), 1), (dpm_solver_table, 2), (heun_table, 2)],
+    ids=["ddim", "dpm", "heun"],
 )
 def test_samplers_converge_to_the_probability_flow_with_their_order(mixture, make_table, order):
     diffusion, x_T, expected = mixture
@@ -174,6 +210,69 @@ def test_samplers_converge_to_the_probability_flow_with_their_order(mixture, mak
         errors.append(np.sqrt(np.mean((x[:, 0, 0] - expected) ** 2)))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.12 * order, errors
+
+
+def test_heun_is_edms_algorithm_1(mixture):
+    """Against its loop over noise levels, in float64."""
+    diffusion, x_T, _ = mixture
+    ts = timesteps(diffusion.schedule, 9, "trailing")
+    sigmas = np.append(np.sqrt(1.0 / diffusion.schedule.alphas_cumprod[ts] - 1.0), 0.0)
+    y = x_T * np.sqrt(1.0 + sigmas[0] ** 2)
+
+    def slope(y, sigma):
+        return (y - gaussian_data.mixture_xstart(y, np.full(len(y), sigma))) / sigma
+
+    for sigma, end in itertools.pairwise(sigmas):
+        first = slope(y, sigma)
+        euler = y + (end - sigma) * first
+        y = y + (end - sigma) * (first + slope(euler, end)) / 2 if end else euler
+    table = heun_table(diffusion.schedule, ts)
+    np.testing.assert_array_equal(table.timesteps, [ts[0], *ts[1:].repeat(2)])
+    ours = run(diffusion, gaussian_data.mixture_denoise_fn(diffusion), table, x_T[:, None, None])
+    np.testing.assert_allclose(ours[:, 0, 0], y, atol=2e-3)
+
+
+def test_sde_dpm_solver_is_the_recursion_over_noise_levels():
+    """In y = x / sqrt(abar) with the noise level sigma, as k-diffusion writes it."""
+    ts = timesteps(SCHEDULE, 7, "trailing")
+    abar = np.append(SCHEDULE.alphas_cumprod[ts], 1.0)
+    sigmas = np.sqrt(1.0 / abar - 1.0)
+    rng = np.random.RandomState(0)
+    y, x_starts, noises = rng.standard_normal(3), rng.standard_normal((7, 3)), rng.standard_normal((7, 3))
+    x, table = np.sqrt(abar[0]) * y, dpm_solver_table(SCHEDULE, ts, sde=True)
+    for i in range(7):
+        a, b, c, d, s = table.coefficients[i]
+        x = a * x + b * x_starts[i] + c * x_starts[i - 1] + d + s * noises[i]
+        if i == 6:
+            y = x_starts[i]
+        else:
+            h = np.log(sigmas[i] / sigmas[i + 1])
+            y = sigmas[i + 1] / sigmas[i] * np.exp(-h) * y - np.expm1(-2 * h) * x_starts[i]
+            if i:
+                ratio = h / np.log(sigmas[i - 1] / sigmas[i])
+                y -= 0.5 * np.expm1(-2 * h) * ratio * (x_starts[i] - x_starts[i - 1])
+            y += sigmas[i + 1] * np.sqrt(-np.expm1(-2 * h)) * noises[i]
+        np.testing.assert_allclose(x, np.sqrt(abar[i + 1]) * y, rtol=1e-9, atol=1e-9)
+    small = ancestral_table(SCHEDULE, ts, "fixedsmall").coefficients
+    np.testing.assert_allclose(table.coefficients[[0, -1]], small[[0, -1]], rtol=1e-9, atol=1e-12)
+
+
+def test_the_variance_of_sde_dpm_solver_converges_with_order_2(mixture):
+    """For Gaussian data the samples are Gaussian, and their covariance with the last prediction follows a recursion."""
+    diffusion, _, _ = mixture
+    gains, _ = gaussian_data.optimal_denoiser(diffusion).output
+    steps, errors = [40, 80, 160, 320], []
+    for n in steps:
+        table = dpm_solver_table(diffusion.schedule, timesteps(diffusion.schedule, n, "logsnr"), sde=True)
+        covariance = np.diag([1.0, 0.0])
+        for t, (a, b, c, _, s) in zip(table.timesteps, table.coefficients, strict=True):
+            step = np.array([[a + b * gains[t], c], [gains[t], 0.0]])
+            covariance = step @ covariance @ step.T + np.diag([s**2, 0.0])
+        last = diffusion.schedule.alphas_cumprod[0]
+        expected = gaussian_data.STD**4 * last / (last * gaussian_data.STD**2 + 1 - last)  # of E[x_0 | x_1]
+        errors.append(abs(covariance[0, 0] - expected))
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert 1.7 < slope < 2.3, errors
 
 
 def test_inversion_and_sampling_converge_to_the_probability_flow(mixture):
@@ -203,7 +302,10 @@ def test_inversion_and_sampling_converge_to_the_probability_flow(mixture):
         (SamplerSettings("ddim", 51), "sampler_steps=51 must be from 1 to the run's 50 steps"),
         (SamplerSettings("ddim", 5, eta=1.5), r"ddim_eta=1.5 must be in \[0, 1\]"),
         (SamplerSettings("ancestral", 5, eta=0.5), "ddim_eta=0.5 goes with `sampler=ddim`, not ancestral"),
-        (SamplerSettings("ddim", 5, spacing="cosine"), "sampler_spacing=cosine: choose one of trailing"),
+        (SamplerSettings("ddim", 5, spacing="early_end"), "sampler_spacing=early_end: choose one of trailing"),
+        (SamplerSettings("ddim", 5, clip_sample="yes"), "clip_sample=yes: choose one of static, dynamic, none"),
+        (SamplerSettings("heun", 5, use_clipped_model_output=False), "use_clipped_model_output=False does not go with"),
+        (SamplerSettings(clip_sample="none"), "sampler_steps=50: the network learned the variance of single steps"),
         (SamplerSettings("ancestral", 5), "sampler_steps=5: the network learned the variance of single steps only"),
     ],
 )
@@ -216,15 +318,35 @@ def test_description_holds_what_samples_depend_on():
     preset = get_preset("cifar10")
     assert SamplerSettings().describe(preset) == {"sampler": "ancestral", "sampler_steps": 1000}
     assert SamplerSettings("ddim").describe(preset) == {
-        "sampler": "ddim", "sampler_steps": 50, "ddim_eta": 0.0, "sampler_spacing": "trailing"
+        "sampler": "ddim", "sampler_steps": 50, "ddim_eta": 0.0, "sampler_spacing": "trailing",
+        "use_clipped_model_output": False,
     }  # fmt: skip
     assert SamplerSettings("dpm_solver++", spacing="logsnr").describe(get_preset("cifar10", num_timesteps=8)) == {
         "sampler": "dpm_solver++", "sampler_steps": 8, "sampler_spacing": "logsnr"
     }  # fmt: skip
-    assert SamplerSettings("ddim").describe(get_preset("digits"))["sampler_spacing"] == "early_end"
+    # Versions that did not record these settings had these values.
+    assert "use_clipped_model_output" not in SamplerSettings("ddim", use_clipped_model_output=True).describe(preset)
+    assert SamplerSettings("dpm_solver++", 20, clip_sample="dynamic").describe(preset)["clip_sample"] == "dynamic"
     assert (
         sampler_table(
             SamplerSettings(), get_preset("cifar10", num_timesteps=50), golden.linear_diffusion("eps", "learned", 50)
         )
         is None
     )
+
+
+def test_fewer_steps_than_all_choose_another_sampler():
+    preset = get_preset("cifar10")
+    assert [SamplerSettings(steps=n).resolve(preset).name for n in (None, 1000, 50)] == [
+        "ancestral", "ancestral", "sde_dpm_solver++"
+    ]  # fmt: skip
+    assert repaint_settings(SamplerSettings(steps=50), preset).name == "ancestral"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 1000])
+def test_no_sampler_takes_more_evaluations_than_asked_for(name, steps):
+    diffusion = golden.linear_diffusion("eps", "fixedlarge", 1000)
+    table = sampler_table(SamplerSettings(name, steps, clip_sample="none"), get_preset("cifar10"), diffusion)
+    assert len(table.timesteps) == (steps - 1 + steps % 2 if name == "heun" else steps)
+    assert np.isfinite(table.coefficients).all()

@@ -14,40 +14,23 @@ have equal shares of mu. The weights of a segment's rows have a relative varianc
 far below 1: see `rows_for`.
 """
 
-import dataclasses
 import functools
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 _SEGMENTS = 3
-_BLOCK = 16  # normal numbers per step of the Philox counter, which yields four words of 64 bits
+_PER_WORD = 4  # normal numbers from a word of 64 bits
+_BLOCK = 4 * _PER_WORD  # normal numbers per step of the Philox counter, which yields four words
 _SIGNS, _PRIOR = 2**32 - 1, 2**32 - 2  # reserved numbers in place of a chunk's
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchLimits:
-    """Bounds on the time and memory of a search for the best candidate.
-
-    Attributes:
-      num_arrivals: candidates with sampled arrival times; later, T_k is taken as k, which is within 0.4%.
-      first_scanned: the first `first_scanned` R candidates are scanned in order.
-      max_scanned: at most twice this many candidates are scanned in order.
-      piece: candidates scanned at once.
-      max_pairs: pairs of rows that are listed; with more, only those with the largest sums.
-    """
-
-    num_arrivals: int = 1 << 16
-    first_scanned: int = 16
-    max_scanned: int = 1 << 30
-    piece: int = 1 << 15
-    max_pairs: int = 1 << 22
-
-
-_LIMITS = SearchLimits()
+_NUM_ARRIVALS = 1 << 16  # candidates with sampled arrival times; later, T_k is taken as k, which is within 0.4%
+_MAX_PAIRS = 1 << 22  # pairs of rows that are listed; with more, only those with the largest sums
+_GROUP = 32  # rows that are projected together
+_MAX_PRODUCT = 1 << 18  # multiplications in a matrix product
 
 
 def rows_for(chunk_bits: int) -> int:
@@ -55,7 +38,7 @@ def rows_for(chunk_bits: int) -> int:
 
     The largest chunks have weights with a relative variance of 0.4% (12 bits), 0.6% (16), 1% (20) or 6% (24). In
     simulations, a sample's projection on mu is short by 0.01 to 0.03 of its standard deviation up to 16 bits, by
-    0.06 +- 0.05 at 20 bits, and by 0.2 +- 0.06 for a full chunk of 24 bits.
+    0.06 +- 0.05 at 20 bits, and by 0.2 +- 0.06 for a full chunk of 24 bits. Searches take time proportional to R.
     """
     return 1 << (16 if chunk_bits <= 12 else 18 if chunk_bits <= 16 else 20)
 
@@ -67,45 +50,41 @@ class SharedRandomness:
 
     Args:
       stream: int in [0, 2^64).
+      stride: row r of a segment starts with number `stride` r of the segment's sequence.
     """
 
-    def __init__(self, stream: int):
-        self.stream = stream
+    def __init__(self, stream: int, stride: int = 1):
+        self.stream, self.stride = stream, stride
 
-    def blocks(self, step: int, chunk: int, segment: int, first: int, count: int) -> np.ndarray:
-        """Blocks first, first + 1, ... of a segment's normal numbers, float32 [count, 16]; row r starts with block r.
-
-        A row of more than 16 dimensions shares its later blocks with the rows after it, where they meet other shares
-        of mu. The weights of these rows are nearly independent, and the amount of numbers does not grow with mu.
+    def numbers(self, step: int, chunk: int, segment: int, first: int, count: int) -> np.ndarray:
+        """Numbers first, first + 1, ... of a segment's sequence of normal numbers, float32 [count].
 
         Args:
           step: the step of the reverse process.
           chunk: the chunk of the step.
           segment: the segment of the chunk, 0 to 2.
-          first: the first block.
-          count: the number of blocks.
+          first: the first number.
+          count: how many.
         """
-        words = self._words(step, chunk, first, segment, count * _BLOCK // 4)
-        return _quantiles().take(words.view("<u2"), mode="clip").reshape(count, _BLOCK)
+        block, skipped = divmod(first, _BLOCK)
+        words = self._words(step, chunk, block, segment, -(-(skipped + count) // _PER_WORD))
+        return _quantiles().take(words.view("<u2")[skipped : skipped + count], mode="clip")
 
     def row(self, step: int, chunk: int, segment: int, row: int, width: int) -> np.ndarray:
-        """One row of a segment.
+        """One row of a segment, float32 [width].
 
         Args:
           step: the step of the coarse reverse process.
           chunk: the chunk of the step.
           segment: the segment of the chunk.
-          row: the row of the segment, which is its first block.
+          row: the row of the segment.
           width: the number of dimensions.
-
-        Returns:
-          float32 [width].
         """
-        return self.blocks(step, chunk, segment, row, -(-width // _BLOCK)).reshape(-1)[:width]
+        return self.numbers(step, chunk, segment, self.stride * row, width)
 
     def prior_sample(self, shape: Sequence[int]) -> np.ndarray:
         """x_T ~ N(0, I), float32 of `shape`."""
-        return self.row(0, _PRIOR, 0, 0, math.prod(shape)).reshape(shape)
+        return self.numbers(0, _PRIOR, 0, 0, math.prod(shape)).reshape(shape)
 
     def rotate(self, step: int, x: np.ndarray) -> np.ndarray:
         """A random rotation of x [num_dims]: random signs, then the Hartley transform, which is its own inverse."""
@@ -181,7 +160,7 @@ def select(
 
 
 def search(
-    u: np.ndarray, v: np.ndarray, w: np.ndarray, arrivals: np.random.Generator, limits: SearchLimits = _LIMITS
+    u: np.ndarray, v: np.ndarray, w: np.ndarray, arrivals: np.random.Generator, max_pairs: int = _MAX_PAIRS
 ) -> int:
     """The candidate (a, b, c) with the largest u[a] + v[b] + w[c] - log T, as its index.
 
@@ -190,58 +169,42 @@ def search(
       v: log-weights of the second segment.
       w: log-weights of the third segment.
       arrivals: random numbers for the first arrival times T.
-      limits: bounds on time and memory.
+      max_pairs: bounds time and memory; with more pairs of rows that may win, some are left out.
     """
     num_rows = len(u)
-    times = np.arange(num_rows, dtype=np.float64)
-    times[: limits.num_arrivals] = np.cumsum(arrivals.standard_exponential(limits.num_arrivals))
-    score = u + v + w - np.log(times)
+    score = u + v + w - _log_places(num_rows)
+    arrived = np.cumsum(arrivals.standard_exponential(_NUM_ARRIVALS))[:num_rows]
+    score[: len(arrived)] = (u + v + w)[: len(arrived)] - np.log(arrived)
     index = int(np.argmax(score))
     best = float(score[index])
-    # Scan candidates in order until few pairs of rows are left that can win with some third row.
-    scanned, until = num_rows, limits.first_scanned * num_rows
-    while True:
-        index, best = _scan(u, v, w, range(scanned, until, limits.piece), index, best)
-        scanned, until = until, 2 * until
-        threshold = best + math.log(scanned)
-        if until > limits.max_scanned or _count_above(u, v, threshold - w.max()) <= limits.max_pairs:
-            break
-    # Of the rest, only candidates with a weight that makes up for their T can win. The first R^2 candidates contain
-    # each pair (a, b) once.
-    a, b = _pairs_above(u, v, threshold - w.max(), limits.max_pairs)
-    weight = u[a] + v[b] + w[_third_row(a, b, num_rows)]
-    above = weight > threshold
-    early = ((b[above] - a[above]) % num_rows) * num_rows + a[above]
-    late, late_weight = _triples_above(u, v, w, best + 2.0 * math.log(num_rows), limits.max_pairs)
-    for candidates, weights in ((early, weight[above]), (late, late_weight)):
-        score = np.where(candidates >= scanned, weights - np.log(np.maximum(candidates, 1)), -np.inf)
-        if len(score) and score.max() > best:
-            best, index = float(score.max()), int(candidates[np.argmax(score)])
-    return index
+    # Only candidates with a weight that makes up for their T can win. The first R^2 candidates contain each pair (a, b)
+    # once, with T near ((b - a) mod R) R + a.
+    highest_v, highest_w = v.max(), w.max()
+    maxima: list[np.ndarray] = []
+    for largest in itertools.islice(_sliding_maxima(v), num_rows.bit_length() - 1):
+        maxima.append(largest)
+        threshold = best + math.log(num_rows << (len(maxima) - 1))
+        if u.max() + highest_v + highest_w <= threshold:
+            return index
+        a, b = _pairs_in_band(u, maxima, threshold - highest_w, max_pairs)
+        weights = u[a] + v[b] + w[_third_row(a, b, num_rows)]
+        index, best = _better(((b - a) % num_rows) * num_rows + a, weights, index, best)
+    late, weights = _triples_above(u, v, w, best + 2.0 * math.log(num_rows), max_pairs)
+    beyond = late >= num_rows**2
+    return _better(late[beyond], weights[beyond], index, best)[0]
 
 
-def _scan(u: np.ndarray, v: np.ndarray, w: np.ndarray, pieces: range, index: int, best: float) -> tuple[int, float]:
-    """The best of consecutive candidates and the one given, with its score.
+@functools.cache
+def _log_places(num_rows: int) -> np.ndarray:
+    """Logarithms of the places k of the first R candidates, float32 [R]; 0 for the first."""
+    return np.log(np.maximum(np.arange(num_rows), 1)).astype(np.float32)
 
-    Args:
-      u: log-weights of the rows of the first segment.
-      v: log-weights of the second segment.
-      w: log-weights of the third segment.
-      pieces: the first index of each piece of candidates; its step is their size.
-      index: the best candidate so far.
-      best: its score.
-    """
-    size = pieces.step
-    v_wrapped, w_wrapped = np.concatenate([v, v[:size]]), np.concatenate([w, w[:size]])
-    weight = np.empty(size, np.float32)
-    for first in pieces:
-        a, b, c = _rows(first, len(u))
-        np.add(u[a : a + size], v_wrapped[b : b + size], out=weight)
-        np.add(weight, w_wrapped[c : c + size], out=weight)
-        if weight.max() - math.log(first) > best:
-            score = weight - np.log(np.arange(first, first + size))
-            if score.max() > best:
-                best, index = float(score.max()), first + int(np.argmax(score))
+
+def _better(candidates: np.ndarray, weights: np.ndarray, index: int, best: float) -> tuple[int, float]:
+    """The best of late candidates and the one given, with its score."""
+    score = weights - np.log(candidates)
+    if len(score) and score.max() > best:
+        return int(candidates[np.argmax(score)]), float(score.max())
     return index, best
 
 
@@ -285,7 +248,7 @@ def _multiplier(num_rows: int) -> int:
 def _project(
     shared: SharedRandomness, step: int, chunk: int, segment: int, mu: np.ndarray, num_rows: int
 ) -> np.ndarray:
-    """<mu, row> for every row of a segment, float32 [R]; computed in stretches of rows to bound the memory.
+    """<mu, row> for every row of a segment, float32 [R]; the rows overlap, so groups of them are matrix products.
 
     Args:
       shared: the random numbers of the candidates.
@@ -295,14 +258,58 @@ def _project(
       mu: the segment's share of mu, float32.
       num_rows: R.
     """
-    shares = np.pad(mu, (0, -len(mu) % _BLOCK)).reshape(-1, _BLOCK)
-    stretch = min(num_rows, max(1 << 10, (1 << 18) >> (len(shares) - 1).bit_length()))
-    projections = []
-    for first in range(0, num_rows, stretch):
-        blocks = shared.blocks(step, chunk, segment, first, stretch + len(shares) - 1)
-        products = shares @ blocks.T
-        projections.append(sum(products[i, i : i + stretch] for i in range(len(shares))))
-    return np.concatenate(projections)
+    width, stride = len(mu), shared.stride
+    numbers = shared.numbers(step, chunk, segment, 0, (num_rows - 1) * stride + width)
+    group = min(num_rows, _GROUP)
+    shifted = np.zeros(((group - 1) * stride + width, group), np.float32)  # mu, where row i of a group meets it
+    for row in range(group):
+        shifted[row * stride : row * stride + width, row] = mu
+    groups = np.lib.stride_tricks.sliding_window_view(numbers, len(shifted))[:: group * stride]
+    # A larger product would start threads, which get in the way of the other searches.
+    pieces = range(0, len(groups), max(1, _MAX_PRODUCT // shifted.size))
+    return np.concatenate([groups[i : i + pieces.step] @ shifted for i in pieces]).reshape(-1)
+
+
+def _sliding_maxima(v: np.ndarray) -> Iterator[np.ndarray]:
+    """The maxima of v[i : i + 2^k] for every i, cyclically, for k = 0, 1, ...; float32 [R]."""
+    for k in itertools.count():
+        yield v
+        v = _with_later(np.maximum, v, v, 1 << k)
+
+
+def _with_later(ufunc: np.ufunc, x: np.ndarray, y: np.ndarray, shift: int) -> np.ndarray:
+    """ufunc(x[i], y[i + shift]) for every i, cyclically; `np.roll` would need another pass over the memory."""
+    result = np.empty_like(x)
+    ufunc(x[:-shift], y[shift:], out=result[:-shift])
+    ufunc(x[-shift:], y[:shift], out=result[-shift:])
+    return result
+
+
+def _pairs_in_band(
+    u: np.ndarray, maxima: Sequence[np.ndarray], threshold: float, max_pairs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs (a, b) with u[a] + v[b] > threshold among those with 2^k <= b - a < 2^(k + 1), cyclically.
+
+    The rows b of a row a are halved as long as the largest v among them is large enough.
+
+    Args:
+      u: values of the first rows, float32 [R].
+      maxima: sliding maxima of v over 1, 2, 4, ..., 2^k rows.
+      threshold: what the sums exceed.
+      max_pairs: of more pairs, only those with the largest bounds are followed.
+    """
+    num_rows, width = len(u), 1 << (len(maxima) - 1)
+    a = np.flatnonzero(_with_later(np.add, u, maxima[-1], width) > threshold)
+    first = (a + width) % num_rows
+    for largest in maxima[-2::-1]:
+        width //= 2
+        a, first = np.tile(a, 2), np.concatenate([first, (first + width) % num_rows])
+        bounds = u[a] + largest[first]
+        kept = np.flatnonzero(bounds > threshold)
+        if len(kept) > max_pairs:
+            kept = np.argpartition(-bounds, max_pairs)[:max_pairs]
+        a, first = a[kept], first[kept]
+    return a, first
 
 
 def _triples_above(

@@ -6,22 +6,33 @@ A step from t to s has the KL divergence (SNR(s) - SNR(t)) |x_0 - pred_xstart|^2
 chunks of at most `chunk_bits` of KL, and each chunk is sent as one index (see channel.py).
 """
 
+import dataclasses
+import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from diffusion_tf.compression.bitstream import INDEX_LENGTHS
+from diffusion_tf.compression.bitstream import INDEX_LENGTHS, UNIT, predicted_chunks
 from diffusion_tf.compression.channel import sample_indices
 
 NEGLIGIBLE_BITS = 0.01  # a step with a smaller KL sends no chunk
 _MIN_DIMS_PER_CHUNK = 6  # two for each of the three segments of a candidate
-_MAX_OVERHEAD = 0.33  # the bits of a prefix of whole steps may exceed the KL of these steps by this share
+_MAX_OVERHEAD = 0.25  # the bits of a prefix of whole steps may exceed the KL of these steps by this share
 _TAIL_BITS = 1.5  # bits until the last step of a prefix is certain, whatever follows
 _PENALTY = 100.0  # of a bit beyond a limit, in bits
 _MU_STEP = 0.125  # spacing of the values of |mu| at which the distribution of indices is tabulated
 _SAMPLES = 1 << 14  # samples of each of these distributions
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLaws:
+    """The entropy models of the steps, as `StepModel` takes them, with the mean number of chunks of each step."""
+
+    chunk_means: tuple[int, ...]
+    chunk_laws: tuple[tuple[int, ...], ...]
+    index_laws: tuple[tuple[int, ...], ...]
 
 
 def num_chunks(bits: np.ndarray, chunk_bits: int, num_dims: int) -> np.ndarray:
@@ -65,19 +76,36 @@ class StepCosts:
         excess = np.maximum(0.0, bits - self._chunk_bits * max_chunks(self._num_dims)).mean(axis=1)
         return bits.mean(axis=1), send + _PENALTY * excess
 
-    def frequencies(self, i: int, j: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Frequencies of 0, 1, ... chunks in the step from i to j, and of 0, 1, ... bits of an index (`StepModel`)."""
-        bits = self._smoothed(self._contents(np.array([i]), j)[0])
-        chunks = num_chunks(bits, self._chunk_bits, self._num_dims)
-        counts = _histograms(chunks, np.ones_like(bits), 2 * chunks.max() + 3)[0]
-        lengths = self._lengths(bits, chunks)[0]
-        return _whole_numbers(2**14 * counts), _whole_numbers(2**16 * lengths)
+    def laws(self, path: Sequence[int]) -> "StepLaws":
+        """The entropy models of the steps between the places of `path`."""
+        chunk_means: list[int] = []
+        chunk_laws, index_laws = [], []
+        before: list[np.ndarray] = []  # number of chunks of each image in the steps so far
+        for i, j in itertools.pairwise(path):
+            bits, chunks = (contents[0] for contents in self._contents(np.array([i]), j))
+            chunk_means.append(round(UNIT * float(chunks.mean())))
+            earlier = [[int(counts[image]) for counts in before] for image in range(len(bits))]
+            predicted = np.array([predicted_chunks(chunk_means, counts) for counts in earlier])
+            before.append(chunks)
+            samples, sample_predicted = self._smoothed(bits, predicted)
+            sample_chunks = num_chunks(samples, self._chunk_bits, self._num_dims)
+            index_laws.append(_whole_numbers(2**16 * self._lengths(samples[None], sample_chunks[None])[0]))
+            difference = sample_chunks - sample_predicted
+            most = 2 * int(np.abs(difference).max()) + 3
+            counts = _histograms((difference + most)[None], np.ones((1, len(samples))), 2 * most + 1)[0]
+            chunk_laws.append(_whole_numbers(2**14 * counts))
+        return StepLaws(tuple(chunk_means), tuple(chunk_laws), tuple(index_laws))
 
-    def _smoothed(self, bits: np.ndarray) -> np.ndarray:
-        """A kernel density estimate of a step's KL [1, N] as [1, 32 N] samples: Gaussian, with Silverman's width."""
-        width = 1.06 * bits.std() * bits.size**-0.2 + 0.25 * bits.mean() / bits.size
+    def _smoothed(self, bits: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A kernel density estimate of a step's KL [N]: 32 samples of each image, and its predicted chunks, [32 N].
+
+        The kernel is Gaussian, with Silverman's width about the prediction.
+        """
+        spread = (bits - self._chunk_bits * predicted).std()
+        width = 1.06 * spread * bits.size**-0.2 + 0.25 * bits.mean() / bits.size
         quantiles = [statistics.NormalDist().inv_cdf((k + 0.5) / 32) for k in range(32)]
-        return np.maximum(0.0, bits + width * np.array(quantiles)[:, None]).reshape(1, -1)
+        samples = np.maximum(0.0, bits + width * np.array(quantiles)[:, None]).reshape(-1)
+        return samples, np.tile(predicted, len(quantiles))
 
     def _lengths(self, bits: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         """Distribution of the number of bits of index + 1 after the first in these steps, float64 [steps, 61]."""

@@ -59,7 +59,7 @@ class Codec:
     def encode(self, images: np.ndarray, streams: Sequence[int]) -> Encoded:
         """Encodes images uint8 [N, H, W, C] up to the last step, each with its own stream of random numbers."""
         x_start = images_to_x(images).numpy()
-        shared = [SharedRandomness(stream) for stream in streams]
+        shared = [self.table.shared_randomness(stream) for stream in streams]
         x_t = np.stack([random.prior_sample(x_start.shape[1:]) for random in shared])
         steps: list[Steps] = [[] for _ in images]
         kls, predictions = [], [self._predict(0, x_t)]
@@ -77,7 +77,7 @@ class Codec:
 
     def decode(self, steps: Sequence[Steps], streams: Sequence[int]) -> np.ndarray:
         """pred_xstart of images after the given steps, which may differ in number: float32 [N, H, W, C]."""
-        shared = [SharedRandomness(stream) for stream in streams]
+        shared = [self.table.shared_randomness(stream) for stream in streams]
         x_t = np.stack([random.prior_sample(self.table.image_shape) for random in shared])
         pred_xstart = self._predict(0, x_t)
         for step in range(max(map(len, steps))):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from diffusion_tf.compression import CHUNK_BITS, bitstream
-from diffusion_tf.compression.bitstream import HEADER_BYTES, Header
+from diffusion_tf.compression import CHUNK_BITS, archive, bitstream
+from diffusion_tf.compression.bitstream import HEADER_BYTES, MAX_BODY_BYTES, NUM_STREAMS, Header
 from diffusion_tf.compression.codec import Codec, Encoded
 from diffusion_tf.compression.tables import TableStore
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
@@ -19,6 +19,8 @@ from diffusion_tf.storage.files import read_file
 
 EXTENSION = ".dtfc"
 _MAX_BYTES_PER_DIM = 256  # of a file; about 150 steps with the largest number of chunks take 200
+
+_CHECKSUM_BYTES = 4  # of the image, before the residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def encode_images(
     Args:
       codec: the trained model and its table.
       images: uint8 [N, H, W, C].
-      seed: image i uses the stream seed + i of random numbers.
+      seed: image i uses the stream (seed + i) mod 2^16 of random numbers.
       targets: where to stop.
 
     Yields:
@@ -130,7 +132,7 @@ def encode_images(
     batch_size = codec.table.batch_size
     for first in progress_bar(range(0, len(images), batch_size), unit="batch", desc="encoding"):
         batch = images[first : first + batch_size]
-        streams = [(seed + first + i) % 2**32 for i in range(len(batch))]
+        streams = [(seed + first + i) % NUM_STREAMS for i in range(len(batch))]
         encoded = codec.encode(batch, streams)
         for i, image in enumerate(batch):
             yield _compressed_image(codec, encoded, i, image, streams[i], targets)
@@ -153,69 +155,119 @@ def _compressed_image(
     steps = steps[: -(-curve.bits[num_steps] // 8)]
     residual = b""
     if targets.lossless:
-        residual = zlib.crc32(image.tobytes()).to_bytes(4, "big")
+        residual = zlib.crc32(image.tobytes()).to_bytes(_CHECKSUM_BYTES, "big")
         residual += bitstream.encode_residual(table.residual_law, image - shown[-1])
-    body = steps + residual
-    header = Header(table.digest, table.chunk_bits, image.shape, stream, len(steps), len(body), zlib.crc32(body))
+    if len(steps) + len(residual) > MAX_BODY_BYTES:
+        raise InputError(f"an image takes {len(steps) + len(residual):,} bytes, but a file holds {MAX_BODY_BYTES:,}")
     mse = 0.0 if targets.lossless else float(curve.mse[num_steps])
-    return CompressedImage(bitstream.pack(header, body), num_steps, mse, curve, shown)
+    data = bitstream.pack(table.digest, table.chunk_bits, stream, steps + residual)
+    return CompressedImage(data, num_steps, mse, curve, shown)
 
 
-def read_image_file(path: str, image_shape: Sequence[int]) -> bytes:
+def read_image_file(path: str, image_shape: Sequence[int], max_images: int = 1) -> bytes:
     """The contents of a file, whole or cut off.
 
+    Args:
+      path: the file.
+      image_shape: (H, W, C).
+      max_images: the images that it may hold.
+
     Raises:
-      InputError: the file cannot be read, or is too large for an image of this shape.
+      InputError: the file cannot be read, or is too large for images of this shape.
     """
-    return read_file(path, HEADER_BYTES + _MAX_BYTES_PER_DIM * math.prod(image_shape))
+    return read_file(path, HEADER_BYTES + max_images * _MAX_BYTES_PER_DIM * math.prod(image_shape))
 
 
-def decode_images(tables: TableStore, files: Mapping[str, bytes]) -> Iterator[np.ndarray]:
-    """Decodes files, whole or cut off beyond their headers; checks all headers first; shows progress.
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image to decode.
+
+    Attributes:
+      name: of its file, which errors quote.
+      header: of its file or archive.
+      body: as much of the body as there is.
+    """
+
+    name: str
+    header: Header
+    body: bytes
+
+
+def open_files(files: Mapping[str, bytes]) -> list[Picture]:
+    """The images in files and archives, in order.
 
     Args:
-      tables: the tables of the checkpoint that encoded the files.
       files: the contents of each file by its name, which errors quote.
 
+    Raises:
+      InputError: a file is not a compressed image or an archive, or is damaged.
+    """
+    pictures = []
+    for name, data in files.items():
+        if data[:1] == bytes([archive.MAGIC]):
+            images = archive.unpack_archive(data, name)
+            pictures += [Picture(f"image {i} of {name}", *image) for i, image in enumerate(images)]
+        else:
+            pictures.append(Picture(name, *bitstream.unpack(data, name)))
+    return pictures
+
+
+def decode_images(tables: TableStore, pictures: Sequence[Picture], max_bits: int | None = None) -> Iterator[np.ndarray]:
+    """Decodes images, whole or cut off beyond their headers; checks all headers first; shows progress.
+
+    Args:
+      tables: the tables of the checkpoint that encoded the images.
+      pictures: what to decode.
+      max_bits: bits to read of each body. Default: all.
+
     Yields:
-      Each image, uint8 [H, W, C], in the order of `files`.
+      Each image, uint8 [H, W, C], in the order of `pictures`.
 
     Raises:
-      InputError: a file is not a compressed image, is damaged, or was made by another model or table; or a lossless
-        file does not decode to its image on this machine.
+      InputError: an image was made by another model or table, or its header is damaged; or a lossless image does not
+        decode to itself on this machine.
     """
-    parsed = [(name, *bitstream.unpack(data, name)) for name, data in files.items()]
-    codecs: dict[int, Codec] = {}
-    for name, header, _ in parsed:
+    codecs: dict[tuple[int, int], Codec] = {}
+    for picture in pictures:
+        header = picture.header
         if header.chunk_bits not in CHUNK_BITS:
-            raise InputError(f"{name} has chunks of {header.chunk_bits} bits, which no table has")
-        if header.chunk_bits not in codecs:
-            codecs[header.chunk_bits] = Codec(tables.trained, tables.get(header.chunk_bits))
-        table = codecs[header.chunk_bits].table
-        if header.digest != table.digest or header.image_shape != table.image_shape:
+            raise InputError(f"{picture.name} has chunks of {header.chunk_bits} bits, which no table has")
+        key = (header.chunk_bits, header.version)
+        if key not in codecs:
+            codecs[key] = Codec(tables.trained, tables.get(*key))
+        if not header.fits(codecs[key].table.digest):
             raise InputError(
-                f"{name} was made by another model, or another table, than {tables.path(table.chunk_bits)}"
+                f"{picture.name} was made by another model, or another table, than {tables.path(*key)},"
+                " or its header is damaged"
             )
-    with progress_bar(total=len(parsed), unit="image", desc="decoding") as bar:
-        for chunk_bits, group in itertools.groupby(parsed, key=lambda file: file[1].chunk_bits):
-            codec, rest = codecs[chunk_bits], list(group)
-            while rest:
-                batch, rest = rest[: codec.table.batch_size], rest[codec.table.batch_size :]
-                yield from _decode_batch(codec, batch)
+    with progress_bar(total=len(pictures), unit="image", desc="decoding") as bar:
+        for key, group in itertools.groupby(
+            pictures, lambda picture: (picture.header.chunk_bits, picture.header.version)
+        ):
+            same, batch_size = list(group), codecs[key].table.batch_size
+            for first in range(0, len(same), batch_size):
+                batch = same[first : first + batch_size]
+                yield from _decode_batch(codecs[key], batch, max_bits)
                 bar.update(len(batch))
 
 
-def _decode_batch(codec: Codec, files: Sequence[tuple[str, Header, bytes]]) -> np.ndarray:
-    """The images of (name, header, body), uint8 [N, H, W, C]."""
+def _decode_batch(codec: Codec, pictures: Sequence[Picture], max_bits: int | None) -> np.ndarray:
+    """The images, uint8 [N, H, W, C], from at most `max_bits` of each body."""
     models, residual_law = codec.table.step_models(), codec.table.residual_law
-    steps = [bitstream.decode_steps(models, body[: header.steps_size]) for _, header, body in files]
-    images = x_to_images(codec.decode(steps, [header.stream for _, header, _ in files])).numpy()
-    for image, (name, header, body) in zip(images, files, strict=True):
-        residual = body[header.steps_size :]
-        if len(body) == header.body_size and residual:
-            image += bitstream.decode_residual(residual_law, residual[4:], image.shape)
-            if zlib.crc32(image.tobytes()) != int.from_bytes(residual[:4], "big"):
+    sizes = [
+        8 * len(picture.body) if max_bits is None else min(max_bits, 8 * len(picture.body)) for picture in pictures
+    ]
+    steps = [bitstream.decode_steps(models, picture.body, size) for picture, size in zip(pictures, sizes, strict=True)]
+    images = x_to_images(codec.decode(steps, [picture.header.stream for picture in pictures])).numpy()
+    for i, picture in enumerate(pictures):
+        if sizes[i] < 8 * picture.header.body_size or len(steps[i]) < len(models):
+            continue
+        residual = picture.body[len(bitstream.encode_steps(models, steps[i])) :]
+        if len(residual) > _CHECKSUM_BYTES:
+            images[i] += bitstream.decode_residual(residual_law, residual[_CHECKSUM_BYTES:], images[i].shape)
+            if zlib.crc32(images[i].tobytes()) != int.from_bytes(residual[:_CHECKSUM_BYTES], "big"):
                 raise InputError(
-                    f"{name} does not decode losslessly here: this machine's predictions differ from the encoder's"
+                    f"{picture.name} does not decode losslessly here: this machine's predictions differ from the"
+                    " encoder's"
                 )
     return images

@@ -1,20 +1,17 @@
 """Rate and distortion of compressed images at each step, and of the same images in other formats."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffusion_tf import figures
 from diffusion_tf.compression.bitstream import HEADER_BYTES
 from diffusion_tf.compression.image_files import CompressedImage, RateDistortion
-from diffusion_tf.data.pictures import encode_picture
+from diffusion_tf.compression.other_formats import other_formats
 
-_QUALITIES = (1, 10, 30, 50, 75, 90, 100)  # of JPEG and WebP
 _SHOWN_IMAGES = 8
-_SHOWN_STEPS = 12
+_SHOWN_BYTES = (20, 30, 60, 120, 250, 500, 1000, 2000, 4000)
 
 
 class Measurement:
@@ -52,18 +49,35 @@ class Measurement:
     def record(self, images: np.ndarray) -> dict[str, Any]:
         """JSON values: means after each step, and other formats, for the images uint8 [N, H, W, C] in order."""
         rows = step_rows(self._curves, self._timesteps, images[0].size)
-        return {"header_bytes": HEADER_BYTES, "table": rows, "other_formats": other_formats(images)}
+        others = [{**row, **equal_rmse(rows, row["rmse"])} for row in other_formats(images)]
+        return {"header_bytes": HEADER_BYTES, "table": rows, "other_formats": others}
 
     def picture(self, images: np.ndarray, subject: str) -> bytes:
-        """A PNG of the first images, decoded from prefixes of growing size; `subject` names them in the caption."""
-        shown = np.unique(np.linspace(0, len(self._timesteps) - 1, _SHOWN_STEPS).round().astype(int))
-        file_bytes = np.mean([_file_bytes(curve) for curve in self._curves], axis=0)
+        """A PNG of the first images, decoded from the first bytes of their files; `subject` is for its caption."""
+        file_bytes = np.array([_file_bytes(curve) for curve in self._curves[:_SHOWN_IMAGES]])
+        limits = [limit for limit in _SHOWN_BYTES if file_bytes[:, 1].min() <= limit < file_bytes[:, -1].max()]
+        steps = [np.searchsorted(sizes, [*limits, np.inf], side="right") - 1 for sizes in file_bytes]
         return figures.labelled_grid(
-            [np.concatenate([steps[shown], images[i : i + 1]]) for i, steps in enumerate(self._shown)],
+            [np.concatenate([self._shown[i][step], images[i : i + 1]]) for i, step in enumerate(steps)],
             row_labels=[str(i) for i in range(len(self._shown))],
-            column_labels=[*(f"{file_bytes[step]:.0f} B" for step in shown), "image"],
-            caption=f"{subject}: decoded from a prefix of the file, by its mean size in bytes",
+            column_labels=[*(f"{limit} B" for limit in limits), f"{file_bytes[:, -1].mean():.0f} B", "image"],
+            caption=f"{subject}: decoded from the first bytes of a file, the last ones from whole files",
         )
+
+
+def equal_rmse(rows: Sequence[dict[str, float]], rmse: float) -> dict[str, float]:
+    """What our files take for this RMSE on [0, 255], interpolated between `step_rows`; empty if they do not reach it.
+
+    Keys are as in `other_formats`, after `our_`: with the header in whole bytes, and the steps alone.
+    """
+    distortions = [row["distortion_rmse"] for row in reversed(rows)]
+    if not distortions[0] <= rmse <= distortions[-1]:
+        return {}
+    columns = {"our_bits_per_dim": "file_bits_per_dim", "our_payload_bits_per_dim": "steps_bits_per_dim"}
+    return {
+        name: float(np.interp(rmse, distortions, [row[column] for row in reversed(rows)]))
+        for name, column in columns.items()
+    }
 
 
 def step_rows(curves: Sequence[RateDistortion], timesteps: Sequence[int], num_dims: int) -> list[dict[str, float]]:
@@ -80,24 +94,6 @@ def step_rows(curves: Sequence[RateDistortion], timesteps: Sequence[int], num_di
         }
         for step, t in enumerate(timesteps)
     ]
-
-
-def other_formats(images: np.ndarray) -> list[dict[str, Any]]:
-    """Bits/dim and RMSE on [0, 255] of images uint8 [N, H, W, C] as JPEG, WebP and PNG, one file each."""
-    settings = [(name, {"quality": quality}) for name in ("JPEG", "WEBP") for quality in _QUALITIES]
-    settings += [("WEBP", {"lossless": True, "quality": 100}), ("PNG", {"optimize": True})]
-    rows = []
-    for name, options in settings:
-        sizes, squares = [], []
-        for image in images:
-            data = encode_picture(image, name, **options)
-            sizes.append(len(data))
-            with Image.open(io.BytesIO(data)) as picture:
-                decoded = np.asarray(picture.convert("L" if image.shape[-1] == 1 else "RGB"), float)
-            squares.append(np.square(decoded.reshape(image.shape) - image).mean())
-        bits = 8 * float(np.mean(sizes)) / images[0].size
-        rows.append({"format": name, **options, "bits_per_dim": bits, "rmse": float(np.sqrt(np.mean(squares)))})
-    return rows
 
 
 def _file_bytes(curve: RateDistortion) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.compression import CHUNK_BITS
-from diffusion_tf.compression.bitstream import StepModel
-from diffusion_tf.compression.channel import rows_for
+from diffusion_tf.compression.bitstream import VERSION, StepModel
+from diffusion_tf.compression.channel import SharedRandomness, rows_for
 from diffusion_tf.compression.coarse_schedule import StepCosts, cheapest_path, max_chunks, num_chunks
 from diffusion_tf.data.source import ImageReader, ImageSource
 from diffusion_tf.diffusion_utils import images_to_x, x_to_images
@@ -28,7 +28,7 @@ from diffusion_tf.trained_model import TrainedModel
 _MAX_TABLE_BYTES = 1 << 26
 _MAX_FREQUENCIES = 1 << 17  # numbers in a frequency table
 _GRID = 150  # timesteps that a coarse schedule is chosen from
-_LARGE_DIMS = 1024  # for larger images, every third timestep of the grid is measured and the rest interpolated
+_LARGE_DIMS = 1024  # for larger images, every fourth timestep of the grid is measured and the rest interpolated
 _MEAN_IMAGES = 256  # training images behind the mean image
 
 
@@ -44,9 +44,11 @@ class Table:
       chunk_bits: largest KL of a chunk, in bits.
       mean_image: mean training image, [H * W * C] in [0, 255]; the prediction before anything is sent.
       timesteps: the coarse schedule, from T - 1 down to 0.
-      chunk_laws: frequencies of 0, 1, ... chunks in each step, as `StepModel` takes them.
+      chunk_laws: frequencies of numbers of chunks in each step, as `StepModel` takes them.
       index_laws: frequencies of the number of bits of an index in each step, as `StepModel` takes them.
       residual_law: frequencies of image minus last prediction, modulo 256.
+      version: of the files that it is for.
+      chunk_means: mean numbers of chunks of the steps in units of 1 / 256, as `StepModel` takes them.
     """
 
     checkpoint: str
@@ -59,10 +61,15 @@ class Table:
     chunk_laws: tuple[tuple[int, ...], ...]
     index_laws: tuple[tuple[int, ...], ...]
     residual_law: tuple[int, ...]
+    version: int = 1
+    chunk_means: tuple[int, ...] = ()
 
     def to_json(self) -> bytes:
         """The contents of the table's file."""
-        return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
+        fields = dataclasses.asdict(self)
+        if self.version == 1:  # its file names neither
+            del fields["version"], fields["chunk_means"]
+        return (json.dumps(fields) + "\n").encode()
 
     @classmethod
     def read(cls, path: str) -> "Table":
@@ -85,11 +92,14 @@ class Table:
         """Raises ValueError or TypeError if the table's numbers are not as `make_table` makes them."""
         height, width, channels = self.image_shape
         frequencies = (*self.chunk_laws, *self.index_laws, self.residual_law)
-        numbers = (self.image_shape, self.mean_image, self.timesteps, (self.batch_size, self.chunk_bits), *frequencies)
+        settings = (self.batch_size, self.chunk_bits, self.version)
+        numbers = (settings, self.image_shape, self.mean_image, self.timesteps, self.chunk_means, *frequencies)
         if not all(isinstance(number, int) and 0 <= number < 2**32 for number in itertools.chain(*numbers)):
             raise ValueError("its numbers must be integers in [0, 2^32)")
         if not len(self.timesteps) - 1 == len(self.chunk_laws) == len(self.index_laws):
             raise ValueError("its laws are not those of its steps")
+        if len(self.chunk_means) != (len(self.chunk_laws) if self.version > 1 else 0):
+            raise ValueError("its means are not those of its steps")
         if not all(0 < len(law) <= _MAX_FREQUENCIES and sum(law) for law in frequencies):
             raise ValueError("a law is empty, or too long")
         if len(self.residual_law) != 256:
@@ -107,6 +117,10 @@ class Table:
         """Rows of each segment of a chunk's candidates (`rows_for`)."""
         return rows_for(self.chunk_bits)
 
+    def shared_randomness(self, stream: int) -> SharedRandomness:
+        """The random numbers of a stream."""
+        return SharedRandomness(stream, stride=1 if self.version > 1 else 16)
+
     @property
     def first_prediction(self) -> np.ndarray:
         """The mean image, float32 [H, W, C] in [-1, 1]: the expectation of x_0 while x_T says nothing about it."""
@@ -117,7 +131,8 @@ class Table:
     def step_models(self) -> list[StepModel]:
         """The entropy model of each step."""
         most = max_chunks(math.prod(self.image_shape))
-        return [StepModel(*laws, most) for laws in zip(self.chunk_laws, self.index_laws, strict=True)]
+        laws = enumerate(zip(self.chunk_laws, self.index_laws, strict=True))
+        return [StepModel(chunks, indices, most, self.chunk_means[: step + 1]) for step, (chunks, indices) in laws]
 
     def num_chunks(self, bits: float) -> int:
         """Number of chunks of a step with a KL of `bits`."""
@@ -159,26 +174,33 @@ class TableStore:
         self._digest, self._step = checkpoint_digest, step
         self._open_train, self._batch_size, self._seed = open_train, batch_size, seed
         # A larger image has more chunks to learn from, and takes the network more time.
-        self._num_images = num_images or int(np.clip(2**14 // num_dims, 4, 256))
+        self._num_images = num_images or int(np.clip(100_000 // num_dims, 4, 256))
 
-    def path(self, chunk_bits: int) -> str:
+    def path(self, chunk_bits: int, version: int = VERSION) -> str:
         """The path of a table's file."""
-        name = f"step_{self._step:08d}_bits_{chunk_bits}.json"
+        suffix = f"_v{version}" if version > 1 else ""
+        name = f"step_{self._step:08d}_bits_{chunk_bits}{suffix}.json"
         there = os.path.join(self._folder, name)
         return there if tf.io.gfile.exists(there) else os.path.join(self._new_folder, name)
 
-    def get(self, chunk_bits: int) -> Table:
+    def get(self, chunk_bits: int, version: int = VERSION) -> Table:
         """The table for chunks of at most `chunk_bits`, made and written if its file does not exist.
 
-        To make it takes up to 150 network evaluations for each of `num_images` images.
+        To make it takes up to 150 network evaluations for each of `num_images` images. A table of version 1 is
+        read, but not made.
 
         Raises:
-          InputError: the file is damaged, or was made for other weights, another precision or batch size.
+          InputError: the file is damaged, or was made for other weights, another precision or batch size; or there is
+            no table of version 1.
         """
         if chunk_bits not in CHUNK_BITS:
             raise ConfigError("chunk_bits", f"={chunk_bits} must be from {CHUNK_BITS[0]} to {CHUNK_BITS[-1]}")
-        path = self.path(chunk_bits)
+        path = self.path(chunk_bits, version)
         if not tf.io.gfile.exists(path):
+            if version < VERSION:
+                raise InputError(
+                    f"files of version {version} need the table that they were made with: {path} is missing"
+                )
             check_writable(path)
             table = self._make(chunk_bits)
             write_file(path, table.to_json())
@@ -203,7 +225,7 @@ class TableStore:
             images,
             num_predicted=self._num_images,
             chunk_bits=chunk_bits,
-            batch_size=self._batch_size or replicas * int(np.clip(6400 // num_dims, 1, 100)),
+            batch_size=self._batch_size or replicas * int(np.clip(6000 // num_dims, 1, 100)),
             seed=self._seed,
         )
 
@@ -247,7 +269,7 @@ def make_table(
       trained: the network, and where it runs.
       checkpoint: digest of its weights.
       images: training images, uint8 [N, H, W, C]; the mean image is that of all of them.
-      num_predicted: how many of them the network predicts: 150 evaluations each, 50 for large images.
+      num_predicted: how many of them the network predicts: 150 evaluations each, 38 for large images.
       chunk_bits: largest KL of a chunk, in bits.
       batch_size: images of a network call, over all replicas.
       seed: seed of the noise.
@@ -257,7 +279,7 @@ def make_table(
     mean_image = np.round(images.mean(axis=0)).astype(int)
     images = images[:num_predicted]
     # Errors change smoothly from one timestep to the next.
-    stride = 1 if images[0].size <= _LARGE_DIMS else 3
+    stride = 1 if images[0].size <= _LARGE_DIMS else 4
     measured = np.unique([*range(0, len(timesteps), stride), len(timesteps) - 1])
     measured_errors, last_prediction = _predictions(trained, images, timesteps[measured], batch_size, seed)
     places = np.arange(len(timesteps))
@@ -266,7 +288,7 @@ def make_table(
     abar = trained.diffusion.schedule.alphas_cumprod[timesteps]
     costs = StepCosts(errors, abar / (1.0 - abar), chunk_bits, math.prod(images.shape[1:]), seed)
     path = cheapest_path(len(timesteps), costs.costs_into, costs.max_overhead)
-    chunk_laws, index_laws = zip(*(costs.frequencies(i, j) for i, j in itertools.pairwise(path)), strict=True)
+    laws = costs.laws(path)
     residual = (images - x_to_images(last_prediction).numpy()).reshape(-1)
     return Table(
         checkpoint=checkpoint,
@@ -276,9 +298,11 @@ def make_table(
         chunk_bits=chunk_bits,
         mean_image=tuple(mean_image.reshape(-1).tolist()),
         timesteps=tuple(int(t) for t in timesteps[path]),
-        chunk_laws=chunk_laws,
-        index_laws=index_laws,
+        chunk_laws=laws.chunk_laws,
+        index_laws=laws.index_laws,
         residual_law=tuple((1 + 4 * np.bincount(residual, minlength=256)).tolist()),
+        version=VERSION,
+        chunk_means=laws.chunk_means,
     )
 
 

@@ -9,3 +9,4 @@ LEAST_COMPARED = 20  # samples, and held-out images, for a verdict about copies:
 MAX_REFERENCE = 50_000  # default number of real images: the millions of LSUN would not fit in memory
 # TF-GAN's export of the 2015 Inception network, by which FID and Inception Score are defined.
 INCEPTION_TFHUB = "https://tfhub.dev/tensorflow/tfgan/eval/inception/1"
+RESIZES = ("tf1", "pytorch_fid")  # how images are resized and scaled for Inception

@@ -13,6 +13,7 @@ from absl import logging
 
 from diffusion_tf.errors import InputError, NotFiniteError
 from diffusion_tf.evaluation.best_checkpoint import is_alike, read_best, record_evaluation
+from diffusion_tf.evaluation.reference_statistics import Statistics, convention_note
 from diffusion_tf.evaluation.scores import (
     FeatureExtractor,
     Images,
@@ -34,24 +35,28 @@ class Scorer:
     Args:
       extractor: computes the features.
       metrics: names out of METRICS.
-      real: the real images.
-      cache: file that keeps their features.
+      real: the real images, or statistics of them.
+      cache: file that keeps the features of real images.
 
     Raises:
       InputError: the cache holds the features of other images, or of another network.
     """
 
-    def __init__(self, extractor: FeatureExtractor, metrics: list[str], real: Images, cache: str):
-        self.description = {"metrics": metrics, "reference": extractor.describe(real)}
+    def __init__(self, extractor: FeatureExtractor, metrics: list[str], real: Images | Statistics, cache: str):
+        self.description: dict[str, Any] = {"metrics": metrics, "reference": extractor.describe(real)}
         self._extractor = extractor
         self._metrics = metrics
-        self._real = reference_features(extractor, real, cache)
+        self._real = real.gaussian if isinstance(real, Statistics) else reference_features(extractor, real, cache)
 
     def scores(self, images: Images) -> tuple[dict[str, float], dict[str, str]]:
         """Scores of images, by the names of `score_names`, and what `score_notes` says about them."""
         sets = self._real, self._extractor(images, "samples")
         network = self._extractor.network.name
-        return compute_scores(self._metrics, network, *sets), score_notes(self._metrics, network, *sets)
+        notes = score_notes(self._metrics, network, *sets)
+        if "fid" in self._metrics and network == "inception":
+            note = convention_note(self.description["reference"], images.count)
+            notes["fid"] = "; ".join(filter(None, [notes.get("fid"), note]))
+        return compute_scores(self._metrics, network, *sets), {name: note for name, note in notes.items() if note}
 
     def forget(self, images: Images) -> None:
         """Removes the features of images that are kept so that an interrupted extraction can be resumed."""

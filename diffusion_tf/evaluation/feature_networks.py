@@ -5,20 +5,27 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.data.digits import load_digit_labels, load_digits
-from diffusion_tf.errors import ConfigError
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.evaluation.inception_files import load_inception
 from diffusion_tf.runtime.replicas import over_replicas
 from diffusion_tf.storage.files import Arrays, first_line, read_file
 
 _INCEPTION_SIZE = 299
 DIGITS_SHAPE = (8, 8, 1)  # (H, W, C) of the images that the digits classifier takes
 _MAX_PIXELS = 4096
-_LOCAL_COPY = "give a local copy, `inception=FOLDER` of a SavedModel or FILE.pb with pool_3:0 and logits:0"
+# How files name what RESIZES does: a reference that an older version computed has the first name.
+_RESIZE_NAMES = {
+    "tf1": f"TF1 bilinear to {_INCEPTION_SIZE}",
+    "pytorch_fid": f"PyTorch bilinear to {_INCEPTION_SIZE}",
+}
+_LOCAL_COPY = (
+    "give a local copy, `inception=FOLDER` of a SavedModel, or FILE of a frozen graph or of pytorch-fid's weights"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +82,13 @@ def digits_network() -> FeatureNetwork:
     return FeatureNetwork("digits", digest, "none", apply)
 
 
-def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureNetwork:
-    """Inception as in TF-GAN's evaluation, with `pool_3` as features.
+def inception_network(source: str, strategy: tf.distribute.Strategy, resize: str | None = None) -> FeatureNetwork:
+    """The Inception network of 2015, with `pool_3` as features.
 
     Args:
-      source: a TF-Hub handle, a SavedModel folder, or a frozen graph file.
+      source: a TF-Hub handle, a SavedModel folder, a frozen graph, or pytorch-fid's weights as .pth or .safetensors.
       strategy: where it will run.
+      resize: a name in RESIZES; default: that of the program for which `source` was made.
 
     Raises:
       ConfigError: it cannot be fetched or read, or has no outputs `pool_3` and `logits`.
@@ -88,8 +96,10 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
     path = _local_path(source)
     try:
         with strategy.scope():
-            classify = _load_frozen_graph(path) if not tf.io.gfile.isdir(path) else _load_saved_model(path)
+            classify, usual_resize = load_inception(path)
         outputs = classify(tf.zeros([1, _INCEPTION_SIZE, _INCEPTION_SIZE, 3]))
+    except InputError as error:
+        raise ConfigError("inception", f": {error}") from error
     except Exception as error:  # TensorFlow raises a dozen types for a damaged graph
         raise ConfigError(
             "inception", f"={source} is no Inception network ({first_line(error)}): {_LOCAL_COPY}"
@@ -110,25 +120,31 @@ def inception_network(source: str, strategy: tf.distribute.Strategy) -> FeatureN
                 f" {tuple(outputs[name].shape)}, not float32 (1, ...)",
             )
 
+    resize = resize or usual_resize
+
     def apply(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
-        outputs = classify(inception_input(pixels))
+        outputs = classify(inception_input(pixels, resize))
         # An old graph may not know the shapes of its outputs, but their batch size is that of the input.
         pool_3, logits = (tf.reshape(outputs[name], [pixels.shape[0], -1]) for name in ("pool_3", "logits"))
         return {"features": pool_3, "logits": logits}
 
-    return FeatureNetwork("inception", _sha256(path), f"TF1 bilinear to {_INCEPTION_SIZE}", apply)
+    return FeatureNetwork("inception", _sha256(path), _RESIZE_NAMES[resize], apply)
 
 
-def inception_input(pixels: tf.Tensor) -> tf.Tensor:
+def inception_input(pixels: tf.Tensor, resize: str = "tf1") -> tf.Tensor:
     """Resizes and scales pixels [B, H, W, 1 or 3] in [0, 255] for Inception: [B, 299, 299, 3] in about [-1, 1].
 
-    It resizes as TF1 did (bilinear, no half-pixel centres, no antialiasing), because published scores do.
+    Args:
+      pixels: the images.
+      resize: "tf1": bilinear without half-pixel centres, and x / 128 - 1, as the graph of 2015, TF-GAN and the programs
+        of the paper, of EDM and of guided diffusion; "pytorch_fid": bilinear with them, and x / 127.5 - 1. Neither
+        filters against aliasing.
     """
     if pixels.shape[-1] == 1:
         pixels = tf.repeat(pixels, 3, axis=-1)
-    size = [_INCEPTION_SIZE, _INCEPTION_SIZE]
-    resized = tf.raw_ops.ResizeBilinear(images=pixels, size=size, align_corners=False, half_pixel_centers=False)
-    return (resized - 128.0) / 128.0
+    size, half_pixel = [_INCEPTION_SIZE, _INCEPTION_SIZE], resize == "pytorch_fid"
+    resized = tf.raw_ops.ResizeBilinear(images=pixels, size=size, align_corners=False, half_pixel_centers=half_pixel)
+    return resized / 127.5 - 1.0 if half_pixel else (resized - 128.0) / 128.0
 
 
 def in_batches(
@@ -157,53 +173,6 @@ def _local_path(source: str) -> str:
         return tensorflow_hub.resolve(source)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         raise ConfigError("inception", f"={source} cannot be fetched ({first_line(error)}): {_LOCAL_COPY}") from error
-
-
-def _load_saved_model(path: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    model = tf.saved_model.load(path)
-    if callable(model):
-        return model
-    signature = model.signatures["serving_default"]
-    (name,) = signature.structured_input_signature[1]
-    return lambda images: signature(**{name: images})
-
-
-def _load_frozen_graph(path: str) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
-    graph_def, data = tf.compat.v1.GraphDef(), read_file(path)
-    try:
-        graph_def.ParseFromString(data)
-    except Exception as error:  # protobuf's own DecodeError, which has no public name
-        raise ValueError("not a frozen graph") from error
-    for node in graph_def.node:
-        if node.op == "BatchNormWithGlobalNormalization":
-            _modernise_batch_norm(node, graph_def)
-    nodes = {node.name: node.op for node in graph_def.node}
-    outputs = [name for name in ("pool_3", "logits") if name in nodes]
-    # The published graph decodes and resizes before `Mul`; feeding `Mul` skips both.
-    inputs = ["Mul"] if "Mul" in nodes else [name for name, op in nodes.items() if op == "Placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(f"the graph has {len(inputs)} inputs, not one")
-    wrapped = tf.compat.v1.wrap_function(lambda: tf.graph_util.import_graph_def(graph_def, name=""), [])
-    pruned = wrapped.prune(f"{inputs[0]}:0", [f"{name}:0" for name in outputs])
-    return lambda images: dict(zip(outputs, pruned(images), strict=True))
-
-
-def _modernise_batch_norm(node: Any, graph_def: tf.compat.v1.GraphDef) -> None:
-    """Replaces the batch norm of 2015 graphs, which TensorFlow 2 does not run, by its successor."""
-    x, mean, variance, beta, gamma = node.input
-    epsilon, dtype = node.attr["variance_epsilon"].f, node.attr["T"].type
-    if not node.attr["scale_after_normalization"].b:
-        ones = graph_def.node.add(name=f"{node.name}/ones", op="OnesLike", input=[variance])
-        ones.attr["T"].type = dtype
-        gamma = ones.name
-    name = node.name
-    node.Clear()
-    node.name, node.op = name, "FusedBatchNormV3"
-    node.input.extend([x, gamma, beta, mean, variance])
-    node.attr["T"].type = node.attr["U"].type = dtype
-    node.attr["epsilon"].f = epsilon
-    node.attr["is_training"].b = False
-    node.attr["data_format"].s = b"NHWC"
 
 
 def _sha256(path: str) -> str:

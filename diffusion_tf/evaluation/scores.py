@@ -20,6 +20,7 @@ from diffusion_tf.diffusion_utils import check_finite, x_to_pixels
 from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.evaluation import METRICS, metrics
 from diffusion_tf.evaluation.feature_networks import FeatureNetwork
+from diffusion_tf.evaluation.reference_statistics import Statistics
 from diffusion_tf.evaluation.tfgan_eval import classifier_metrics
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.replicas import over_replicas
@@ -42,6 +43,7 @@ _NAMES = {
 _SPLITS = 10
 _SPLIT_SUFFIXES = (f"_{_SPLITS}_splits", f"_{_SPLITS}_splits_std")
 _NEIGHBORS = 3
+_NEED_FEATURES = ("kid", "precision_recall")  # of the real images, one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ class FeatureExtractor:
         self.partial = partial
         self._apply = over_replicas(lambda _, pixels: network.apply(pixels), strategy, batch_size)
 
-    def describe(self, images: Images) -> dict[str, Any]:
+    def describe(self, images: Images | Statistics) -> dict[str, Any]:
         """All that the features of `images` depend on, as JSON values."""
         network = {"features": self.network.name, "sha256": self.network.sha256, "resize": self.network.resize}
         return {**images.description, **network}
@@ -195,7 +197,7 @@ class FeatureExtractor:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def reference_path(workdir: Workdir, network: FeatureNetwork, images: Images) -> str:
+def reference_path(workdir: Workdir, network: FeatureNetwork, images: Images | Statistics) -> str:
     """The default path of the file that keeps the features of real images."""
     label = images.description.get("split") or images.description["file_sha256"][:8]
     return os.path.join(workdir.path, f"reference_{network.name}_{label}.npz")
@@ -245,8 +247,13 @@ def _check_reference(path: str, arrays: Arrays, network: FeatureNetwork, images:
         )
 
 
-def choose_metrics(names: Sequence[str] | None, network: str) -> list[str]:
+def choose_metrics(names: Sequence[str] | None, network: str, moments: bool = False) -> list[str]:
     """The metrics `names`; by default all that the features of `network` allow.
+
+    Args:
+      names: names out of METRICS.
+      network: name of the feature network.
+      moments: whether of the real features only mean and covariance are known.
 
     Raises:
       ConfigError: a name is unknown.
@@ -254,7 +261,8 @@ def choose_metrics(names: Sequence[str] | None, network: str) -> list[str]:
     for name in names or ():
         if name not in METRICS:
             raise ConfigError("metrics", f"={name}: choose from {', '.join(METRICS)}")
-    return list(names or (name for name in METRICS if name in (*_NAMES[network], "precision_recall")))
+    known = (name for name in METRICS if name in (*_NAMES[network], "precision_recall"))
+    return list(names or (name for name in known if not moments or name not in _NEED_FEATURES))
 
 
 def choose_best_by(best_by: str | None, metrics: Sequence[str], network: str) -> str:
@@ -269,22 +277,28 @@ def choose_best_by(best_by: str | None, metrics: Sequence[str], network: str) ->
     return best_by or known[0]
 
 
-def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int) -> None:
+def check_metrics(names: Sequence[str], network: str, num_samples: int, num_real: int | None) -> None:
     """Checks, before the work, that the metrics can be computed.
 
     Args:
       names: names out of METRICS.
       network: name of the feature network.
       num_samples: number of samples.
-      num_real: number of real images.
+      num_real: number of real images; None if only mean and covariance of their features are known.
 
     Raises:
-      ConfigError: there are too few images for a metric, or the network is not a classifier.
+      ConfigError: there are too few images for a metric, the network is not a classifier, or the metric needs more than
+        mean and covariance.
       InputError: TF-GAN is not installed.
     """
     classifier_metrics()
     if "inception_score" in names and "inception_score" not in _NAMES[network]:
         raise ConfigError("metrics", "=inception_score needs a classifier: `features=inception` or digits")
+    if num_real is None and (unknown := [name for name in names if name in _NEED_FEATURES]):
+        raise ConfigError(
+            "metrics", f"={unknown[0]} needs the real images, and the reference holds mean and covariance only"
+        )
+    num_real = num_real or num_samples
     # TF-GAN splits both sets into the same number of blocks, each of which needs two images of either set.
     blocks = metrics.kernel_blocks(num_real, num_samples)
     least = {"fid": 2, "kid": 2 * blocks, "inception_score": _SPLITS, "precision_recall": _NEIGHBORS + 1}
@@ -300,25 +314,36 @@ def score_names(metric: str, network: str) -> tuple[str, ...]:
         space = "" if network == "inception" else "_pixels"
         return f"precision{space}", f"recall{space}"
     name = _NAMES[network][metric]
-    suffixes = {"fid": ("",), "kid": ("", "_standard_error"), "inception_score": ("", *_SPLIT_SUFFIXES)}
+    errors = ("", "_standard_error")
+    suffixes = {"fid": errors, "kid": errors, "inception_score": ("", *_SPLIT_SUFFIXES)}
     return tuple(f"{name}{suffix}" for suffix in suffixes[metric])
 
 
-def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, float]:
+def compute_scores(
+    names: Sequence[str], network: str, real: Arrays | metrics.Gaussian, generated: Arrays
+) -> dict[str, float]:
     """Computes metrics of generated against real features.
 
     Args:
       names: names out of METRICS.
       network: name of the feature network.
-      real: features of the real images, as `FeatureExtractor` returns them.
+      real: features of the real images, as `FeatureExtractor` returns them; or their distribution, for metrics that
+        need no more.
       generated: features of the samples.
 
     Returns:
       The scores by the names of `score_names`.
     """
+    if isinstance(real, metrics.Gaussian):
+        gaussian, real = real, {}
+    elif "fid" in names:
+        gaussian = metrics.Gaussian.fit(real["features"])
     compute: dict[str, Callable[[], tuple[float, ...]]] = {
-        "fid": lambda: (metrics.frechet_distance(real["features"], generated["features"]),),
-        # TF-GAN takes blocks of consecutive images, which must be random.
+        # The blocks of the kernel distance and of the jackknife are of consecutive images, which must be random.
+        "fid": lambda: (
+            metrics.frechet_distance(gaussian, generated["features"]),
+            metrics.frechet_standard_error(gaussian, _shuffled(generated["features"])),
+        ),
         "kid": lambda: metrics.kernel_distance(_shuffled(real["features"]), _shuffled(generated["features"])),
         "inception_score": lambda: (
             metrics.classifier_score(generated["logits"]),
@@ -334,18 +359,24 @@ def compute_scores(names: Sequence[str], network: str, real: Arrays, generated: 
     return scores
 
 
-def score_notes(names: Sequence[str], network: str, real: Arrays, generated: Arrays) -> dict[str, str]:
+def score_notes(
+    names: Sequence[str], network: str, real: Arrays | metrics.Gaussian, generated: Arrays
+) -> dict[str, str]:
     """Why a score is doubtful, or undefined, by its name; the arguments are those of `compute_scores`."""
-    (num_real, num_features), num_samples = real["features"].shape, len(generated["features"])
+    num_samples, num_features = generated["features"].shape
+    num_real = num_features + 1 if isinstance(real, metrics.Gaussian) else len(real["features"])
     notes = {}
     if "fid" in names:
+        distance, error = score_names("fid", network)
         for count, images in ((num_samples, "samples"), (num_real, "real images")):
             if count <= num_features:
-                notes[score_names("fid", network)[0]] = (
+                notes[distance] = (
                     f"{count} {images} for {num_features} features: their covariance is singular, which biases the"
                     f" distance; take more than {num_features}"
                 )
                 break
+        if num_samples < 3:
+            notes[error] = "undefined: it needs three samples"
     if "kid" in names and metrics.kernel_blocks(num_real, num_samples) == 1:
         notes[score_names("kid", network)[1]] = (
             f"undefined: the distance is that of one block, and its error needs several, which is more than"

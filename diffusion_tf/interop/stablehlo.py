@@ -26,13 +26,14 @@ def compile_for(device: Any, text: str, in_place: Mapping[int, int], *, load: bo
     from jax._src.lib import xla_client
     from jaxlib.mlir import ir
 
-    client = device.client
-    compile_text = client.compile_and_load if load else client.compile
+    devices, options = xla_client.DeviceList((device,)), xla_client.CompileOptions()
     with mlir.make_ir_context():
         # TensorFlow writes this operation under its old name.
         module = ir.Module.parse(text.replace("mhlo.copy", "stablehlo.optimization_barrier"))
         _share_memory(module, in_place, ir)
-        return compile_text(module, xla_client.DeviceList((device,)), xla_client.CompileOptions())
+        if not load:
+            return device.client.compile(module, devices, options)
+        return device.client.compile_and_load(mlir.module_to_bytecode(module), devices, options)  # 0.7 takes no module
 
 
 def _share_memory(module: Any, in_place: Mapping[int, int], ir: Any) -> None:

@@ -3,29 +3,31 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_tf.solvers import default_spacing
 
-
-def sampler_name(sampling: Mapping[str, Any], dataset: str) -> str:
+def sampler_name(sampling: Mapping[str, Any]) -> str:
     """The sampler, labels and guidance, where they are not the defaults; without the number of steps.
 
     Args:
       sampling: what `SamplerSettings.describe` and `Condition.describe` give, such as a line of `evaluations.jsonl`.
-      dataset: the preset's name.
     """
     name, spacing = sampling["sampler"], sampling.get("sampler_spacing")
+    clip = f"clip_sample {sampling['clip_sample']}" if "clip_sample" in sampling else ""
+    clipped, is_clipped = sampling.get("use_clipped_model_output", True), sampling.get("clip_sample") != "none"
+    eps = "eps of the clipped x_0" if clipped else "eps as predicted"
+    eps = eps if is_clipped and clipped == (name == "ddim") else ""
+    calibrated = "calibrated" if sampling.get("calibrated") else ""
     eta = f"eta {sampling['ddim_eta']:g}" if sampling.get("ddim_eta") else ""
     labels, guidance = sampling.get("labels", "all"), sampling.get("guidance")
     label = {"all": "", "none": "no label"}.get(labels, f"label {labels}")
     guided = f"guidance {guidance:g}" if guidance else ""
-    if spacing == default_spacing(name, dataset):
+    if spacing == "trailing":
         spacing = None
-    return ", ".join(filter(None, (name, eta, spacing, label, guided)))
+    return ", ".join(filter(None, (name, eta, spacing, clip, eps, calibrated, label, guided)))
 
 
-def sampling_name(sampling: Mapping[str, Any], dataset: str) -> str:
-    """The sampler and the number of its steps; arguments as for `sampler_name`."""
-    return f"{sampler_name(sampling, dataset)} in {sampling['sampler_steps']:,} steps"
+def sampling_name(sampling: Mapping[str, Any]) -> str:
+    """The sampler and the number of its steps; argument as for `sampler_name`."""
+    return f"{sampler_name(sampling)} in {sampling['sampler_steps']:,} steps"
 
 
 def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
@@ -36,7 +38,7 @@ def caption(dataset: str, step: int, sampling: Mapping[str, Any]) -> str:
       step: step of the checkpoint.
       sampling: the seed, and as for `sampler_name`.
     """
-    return f"{dataset}, checkpoint {step:,}, {sampling_name(sampling, dataset)}, seed {sampling['seed']}"
+    return f"{dataset}, checkpoint {step:,}, {sampling_name(sampling)}, seed {sampling['seed']}"
 
 
 def measured(

@@ -115,7 +115,7 @@ def _evaluation_section(record: RunRecord) -> str:
         return ""
     names = list(dict.fromkeys(name for line in record.evaluations for name in main_scores(line)))
     rows = [
-        [line["step"], sampler_name(line, record.config["dataset"]), line["sampler_steps"], f"{line['num_samples']:,}"]
+        [line["step"], sampler_name(line), line["sampler_steps"], f"{line['num_samples']:,}"]
         + [reference_name(line)]
         + [score_text(line, name) if name in main_scores(line) else "" for name in names]
         for line in sorted(record.evaluations, key=lambda e: (e["step"], e["sampler"], e["sampler_steps"]))

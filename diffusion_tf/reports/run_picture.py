@@ -93,25 +93,23 @@ def _score_panels(record: RunRecord) -> list[Callable[[Axes], None]]:
     panels: list[Callable[[Axes], None]] = []
     scored = [line for line in record.evaluations if main_scores(line)]
     for name in dict.fromkeys(next(iter(main_scores(line))) for line in scored):
-        groups = _by_sampling(record, scored, name)
+        groups = _by_sampling(scored, name)
         if series := {label: lines for label, lines in groups.items() if len({line["step"] for line in lines}) > 1}:
             panels.append(partial(_plot_over_training, name=name, series=series))
         panels.append(partial(_plot_evaluations, names=[name], groups=groups))
     for suffix in ("", "_pixels"):
         names = [f"precision{suffix}", f"recall{suffix}"]
-        if groups := _by_sampling(record, scored, *names):
+        if groups := _by_sampling(scored, *names):
             panels.append(partial(_plot_evaluations, names=names, groups=groups))
     return panels
 
 
-def _by_sampling(
-    record: RunRecord, evaluations: Sequence[dict[str, Any]], *names: str
-) -> dict[str, list[dict[str, Any]]]:
+def _by_sampling(evaluations: Sequence[dict[str, Any]], *names: str) -> dict[str, list[dict[str, Any]]]:
     """The evaluations that have the scores `names`, by sampler and number of samples."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for line in evaluations:
         if main_scores(line).keys() >= set(names):
-            label = f"{sampling_name(line, record.config['dataset'])}, {line['num_samples']:,} samples"
+            label = f"{sampling_name(line)}, {line['num_samples']:,} samples"
             groups.setdefault(label, []).append(line)
     return groups
 

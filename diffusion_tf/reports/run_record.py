@@ -46,9 +46,10 @@ class RunRecord:
     reconstructions: str | None
 
     def is_algorithm_2(self, evaluation: dict[str, Any]) -> bool:
-        """Whether the samples of an evaluation are as the paper's: ancestral sampling in all T steps, no guidance."""
+        """Whether the samples of an evaluation are as the paper's: all T ancestral steps, clipped, unguided."""
         steps = evaluation["sampler"], evaluation["sampler_steps"]
-        return steps == ("ancestral", self.config["num_timesteps"]) and not evaluation.get("guidance")
+        changed = evaluation.get("guidance") or "clip_sample" in evaluation
+        return steps == ("ancestral", self.config["num_timesteps"]) and not changed
 
     def best_fid(self) -> dict[str, Any]:
         """The evaluation that stands beside the paper's FID; empty if there is none.
@@ -70,9 +71,10 @@ def scores(evaluation: dict[str, Any]) -> dict[str, float]:
 
 
 def reference_name(evaluation: dict[str, Any]) -> str:
-    """The real images of an evaluation, such as "50,000 of cifar10, train"."""
+    """The real images of an evaluation, such as "50,000 of cifar10, train", or the file of their statistics."""
     reference = evaluation["reference"]
-    return f"{reference['num_images']:,} of {reference.get('images') or reference.get('file', '?')}"
+    images = reference.get("images") or reference.get("file", "?")
+    return f"{reference['num_images']:,} of {images}" if "num_images" in reference else f"statistics of {images}"
 
 
 def read_run(workdir: Workdir) -> RunRecord:

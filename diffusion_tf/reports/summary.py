@@ -51,7 +51,7 @@ def key_numbers(record: RunRecord) -> list[KeyNumber]:
         papers, scored = {}, [line for line in record.evaluations if main_scores(line)]
         line = next(iter([*filter(record.is_algorithm_2, scored[::-1]), *scored[::-1]]), {})
     if line:
-        note = "" if record.is_algorithm_2(line) else sampling_name(line, record.config["dataset"])
+        note = "" if record.is_algorithm_2(line) else sampling_name(line)
         names = [name for name in main_scores(line) if not name.startswith(("kid", "kernel"))]
         numbers += [KeyNumber(name, score_text(line, name), papers.get(name, ""), note) for name in names]
     return numbers

@@ -233,7 +233,7 @@ def _read_header(path: str) -> tuple[dict[str, Any], Header]:
         raise DamagedFileError(f"{error}: {_ADVICE}") from error
     metadata = header.metadata
     try:
-        manifest = dict(json.loads(metadata["manifest"]) if "manifest" in metadata else metadata)
+        manifest = {**(json.loads(metadata["manifest"]) if "manifest" in metadata else metadata)}  # no pairs in a list
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path} is not a checkpoint, or is damaged ({first_line(error)}): {_ADVICE}") from error
     return manifest, header

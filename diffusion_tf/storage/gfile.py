@@ -4,10 +4,13 @@ Programs without TensorFlow read and write runs on disk with these functions. Ea
 `tf.io.gfile`, and raises one of `file_errors()`.
 """
 
+import errno
 import os
 import shutil
 import sys
 from typing import Any
+
+from diffusion_tf.errors import InputError
 
 
 def is_local(path: str) -> bool:
@@ -16,8 +19,10 @@ def is_local(path: str) -> bool:
 
 
 def _remote() -> Any:
-    import tensorflow as tf
-
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise InputError("paths in an object store need TensorFlow: name a local path") from error
     return tf.io.gfile
 
 
@@ -91,8 +96,12 @@ def remove(path: str) -> None:
 
 
 def rmtree(path: str) -> None:
-    """Removes a folder and all that it holds."""
+    """Removes a folder and all that it holds; one that another process fills meanwhile stays."""
     if is_local(path):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
     else:
         _remote().rmtree(path)

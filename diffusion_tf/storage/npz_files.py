@@ -5,7 +5,7 @@ import io
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -27,8 +27,13 @@ def write_npz(path: str, **arrays: np.ndarray) -> None:
     write_file(path, buffer.getvalue())
 
 
-def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
+def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES, names: Collection[str] | None = None) -> Arrays:
     """Returns the arrays of an .npz file; pickled objects are refused. Takes little more memory than the arrays.
+
+    Args:
+      path: the file.
+      max_bytes: what its arrays may take together.
+      names: the arrays to read, of those that are there; default: all.
 
     Raises:
       InputError: the file cannot be read, or its arrays do not fit in memory.
@@ -43,17 +48,19 @@ def read_npz(path: str, max_bytes: int = MAX_ARRAY_BYTES) -> Arrays:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
     try:
         with file, zipfile.ZipFile(file) as archive:
-            _check_sizes(archive, num_bytes, max_bytes)
-            return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in archive.infolist()}
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            read = {name: member for name, member in members.items() if names is None or name in names}
+            _check_sizes(archive, read.values(), num_bytes, max_bytes)
+            return {name: _read_array(archive, member) for name, member in read.items()}
     except MemoryError as error:
         raise InputError(f"{path} does not fit in memory") from error
     except Exception as error:  # zipfile and NumPy raise a dozen types
         raise DamagedFileError(f"{path} is not an .npz file, or is damaged ({first_line(error)})") from error
 
 
-def _check_sizes(archive: zipfile.ZipFile, file_bytes: int, max_bytes: int) -> None:
+def _check_sizes(archive: zipfile.ZipFile, members: Iterable[zipfile.ZipInfo], file_bytes: int, max_bytes: int) -> None:
     """Raises ValueError if the arrays of an .npz file take too much memory, or their headers lie."""
-    total = sum(_array_bytes(archive, member) for member in archive.infolist())
+    total = sum(_array_bytes(archive, member) for member in members)
     if total > max_bytes:
         raise ValueError(f"its arrays take {total:,} bytes, and may take {max_bytes:,} at most")
     if total > max(_SMALL_BYTES, _MAX_RATIO * file_bytes):

@@ -48,9 +48,12 @@ class Metrics(TypedDict):
 
 
 class Reference(TypedDict):
-    """The real images of an evaluation: a data set has `images`, its name, and a file `file`."""
+    """The real images of an evaluation: a data set has `images`, its name, and a file `file`.
 
-    num_images: Count
+    Published statistics are a file that does not say their number.
+    """
+
+    num_images: NotRequired[Count]
     images: NotRequired[str]
     file: NotRequired[str]
     split: NotRequired[str]
@@ -68,6 +71,8 @@ class Evaluation(TypedDict):
     sampler_steps: NotRequired[Count]
     ddim_eta: NotRequired[Number]
     sampler_spacing: NotRequired[str | None]
+    clip_sample: NotRequired[str]
+    use_clipped_model_output: NotRequired[bool]
     labels: NotRequired[str]  # of a conditional run, like guidance
     guidance: NotRequired[Number]
     notes: NotRequired[dict[str, str]]
@@ -77,6 +82,18 @@ class BestEvaluation(Evaluation):
     """`checkpoints/best/evaluation.json`: the evaluation of the best checkpoint, and the score that chose it."""
 
     best_by: str
+
+
+class Calibration(TypedDict):
+    """`calibration/step_STEP.json`: moments of true and predicted noise at some timesteps."""
+
+    checkpoint: str
+    precision: str
+    num_images: Count
+    timesteps: list[Count]
+    cross: list[float]
+    power: list[float]
+    loss: list[float]
 
 
 class SampleFolder(TypedDict):

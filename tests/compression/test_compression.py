@@ -1,8 +1,8 @@
 """Compression: the channel sends samples of q, the bits are those of theory, and damaged files are refused."""
 
 import math
+import pathlib
 import statistics
-import zlib
 
 import hypothesis
 import numpy as np
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from support import gaussian_data, golden
 
 from diffusion_tf.compression import bitstream, channel
-from diffusion_tf.compression.bitstream import HEADER_BYTES, Header, StepModel
-from diffusion_tf.compression.channel import SearchLimits, SharedRandomness
+from diffusion_tf.compression.archive import pack_archive, unpack_archive
+from diffusion_tf.compression.bitstream import HEADER_BYTES, StepModel
+from diffusion_tf.compression.channel import SharedRandomness
 from diffusion_tf.compression.coarse_schedule import cheapest_path
 from diffusion_tf.compression.codec import Codec
-from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images
-from diffusion_tf.compression.measurement import Measurement
+from diffusion_tf.compression.image_files import RateDistortion, Targets, decode_images, encode_images, open_files
+from diffusion_tf.compression.measurement import Measurement, equal_rmse
+from diffusion_tf.compression.other_formats import other_formats
 from diffusion_tf.compression.tables import Table, TableStore, make_table, predictor
 from diffusion_tf.diffusion_utils import GaussianDiffusion, images_to_x
 from diffusion_tf.errors import ConfigError, InputError, NotFiniteError
@@ -38,8 +40,9 @@ def philox4x64(counter, key):
 
 
 def test_shared_normals_are_philox_words_through_a_table():
-    row = SharedRandomness(7).row(step=3, chunk=2, segment=1, row=10, width=20)
-    # Two blocks of 64 bits x 4, from the row's own on; NumPy's counter is incremented before use.
+    row = SharedRandomness(7, stride=16).row(step=3, chunk=2, segment=1, row=10, width=20)
+    np.testing.assert_array_equal(row, SharedRandomness(7).row(step=3, chunk=2, segment=1, row=160, width=20))
+    # Two blocks of 64 bits x 4, from number 160 on; NumPy's counter is incremented before use.
     words = [word for block in (10, 11) for word in philox4x64([block + 1, 1, 0, 0], [7, (3 << 32) | 2])]
     pieces = [(word >> shift) & 0xFFFF for word in words for shift in (0, 16, 32, 48)][:20]
     expected = [statistics.NormalDist().inv_cdf((piece + 0.5) / 2**16) for piece in pieces]
@@ -50,20 +53,19 @@ def test_shared_normals_are_philox_words_through_a_table():
 
 def test_shared_normals_are_standard_and_do_not_depend_on_what_is_drawn_with_them():
     shared = SharedRandomness(1)
-    blocks = shared.blocks(0, 0, 0, 0, 4000)
-    assert abs(blocks.mean()) < 4 / math.sqrt(blocks.size) and abs(blocks.var() - 1) < 4 * math.sqrt(2 / blocks.size)
-    np.testing.assert_array_equal(shared.blocks(0, 0, 0, 123, 7), blocks[123:130])
-    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), blocks[5:8].reshape(-1)[:40])
-    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), blocks[0])
-    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), blocks[0])
+    numbers = shared.numbers(0, 0, 0, 0, 64000)
+    assert abs(numbers.mean()) < 4 / math.sqrt(64000) and abs(numbers.var() - 1) < 4 * math.sqrt(2 / 64000)
+    np.testing.assert_array_equal(shared.numbers(0, 0, 0, 1237, 70), numbers[1237:1307])
+    np.testing.assert_array_equal(shared.row(0, 0, 0, 5, 40), numbers[5:45])
+    assert not np.array_equal(shared.row(0, 0, 1, 0, 16), numbers[:16])
+    assert not np.array_equal(SharedRandomness(2).row(0, 0, 0, 0, 16), numbers[:16])
 
 
 def test_projections_are_products_with_rows():
-    shared = SharedRandomness(3)
-    for width in (5, 16, 50):  # of one block, and of several, in stretches
+    for shared, width in ((SharedRandomness(3), 5), (SharedRandomness(3), 50), (SharedRandomness(3, stride=16), 20)):
         mu = np.random.default_rng(0).standard_normal(width).astype(np.float32)
-        projections = channel._project(shared, 1, 2, 0, mu, 1 << 17)
-        for row in (0, 1, 4095, 65535, 65536, (1 << 17) - 1):
+        projections = channel._project(shared, 1, 2, 0, mu, 1 << 16)
+        for row in (0, 1, 31, 32, 4095, 32767, 32768, (1 << 16) - 1):
             np.testing.assert_allclose(projections[row], shared.row(1, 2, 0, row, width) @ mu, atol=1e-4)
 
 
@@ -85,7 +87,6 @@ def test_a_candidate_has_one_place():
 
 
 def test_the_search_finds_the_best_of_all_candidates():
-    limits = SearchLimits(num_arrivals=64, first_scanned=2, piece=64, max_pairs=200)
     rows, index = 64, np.arange(64**3)
     places = np.array([channel._rows(int(i), rows) for i in index]).T
     for seed in range(40):
@@ -94,7 +95,7 @@ def test_the_search_finds_the_best_of_all_candidates():
         times = index.astype(float)
         times[:64] = np.cumsum(np.random.default_rng(seed).standard_exponential(64))
         expected = u[places[0]] + v[places[1]] + w[places[2]] - np.log(times)
-        found = channel.search(u, v, w, np.random.default_rng(seed), limits)
+        found = channel.search(u, v, w, np.random.default_rng(seed))
         assert expected[found] == pytest.approx(expected.max(), abs=1e-5)
 
 
@@ -147,18 +148,29 @@ def test_samples_are_of_q_and_cost_what_theory_says():
 
 # --- The bytes ---------------------------------------------------------------------------------------------
 
-MODELS = [StepModel([1, 40, 9, 2], [30 + 3 * i for i in range(20)], 10) for _ in range(6)]
+MEANS = (256, 512, 128, 256, 256, 512)
+MODELS = [
+    StepModel([1, 2, 40, 9, 2], [30 + 3 * i for i in range(20)], 10, MEANS[: step + 1]) for step in range(len(MEANS))
+]
 STEPS = [[5], [0, 1023], [], [70000], [123456789], [3, 2]]
+DIGEST = b"abcdefgh"
 
 
-def a_file(body=b""):
-    body = body or bitstream.encode_steps(MODELS, STEPS)
-    header = Header(b"abcdefgh", 12, (8, 8, 1), 7, len(body), len(body), zlib.crc32(body))
-    return header, bitstream.pack(header, body)
+def a_file(body=b"", stream=7):
+    return bitstream.pack(DIGEST, 12, stream, body or bitstream.encode_steps(MODELS, STEPS))
 
 
 def test_the_bytes_of_this_version():
-    assert bitstream.encode_steps(MODELS, STEPS).hex() == "13c0c6f03812ba2fddd4f64394ba5275"
+    assert a_file().hex() == "df4c000700000f1726d2eed0" + "17211b44ebf570b3421bf82559350b"
+    archive = pack_archive([a_file(), a_file(b"x" * 200, stream=8)], DIGEST).hex()
+    assert archive == "da4c0000020007e3b7da7e85" + "0f1726" + "c801261c" + a_file().hex()[24:] + "78" * 200
+
+
+def test_chunks_are_predicted_from_those_of_recent_steps():
+    assert bitstream.predicted_chunks(MEANS[:1], []) == 1
+    assert bitstream.predicted_chunks(MEANS[:2], [1]) == 2
+    assert bitstream.predicted_chunks(MEANS[:2], [5]) == 5  # 2 (5 + 2) / (1 + 2), rounded
+    assert bitstream.predicted_chunks((256,) * 20, [0] * 11 + [3] * 8) == 3  # the first steps no longer count
 
 
 @hypothesis.given(
@@ -187,8 +199,9 @@ def test_random_bytes_are_read_to_their_end_or_refused(data):
 
 
 def test_a_file_cut_anywhere_is_shorter_or_refused():
-    header, data = a_file()
-    assert bitstream.unpack(data, "x") == (header, data[HEADER_BYTES:])
+    data = a_file()
+    header, body = bitstream.unpack(data, "x")
+    assert body == data[HEADER_BYTES:] and header.fits(DIGEST) and (header.chunk_bits, header.stream) == (12, 7)
     for size in range(len(data)):
         if size < HEADER_BYTES:
             with pytest.raises(InputError, match="is cut off inside its header" if size else "not a compressed image"):
@@ -200,20 +213,63 @@ def test_a_file_cut_anywhere_is_shorter_or_refused():
 
 
 def test_every_flipped_bit_is_refused():
-    _, data = a_file()
+    data = a_file()
     for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(InputError, match="x is not a compressed image|x is damaged"):
-            bitstream.unpack(bytes(flipped), "x")
+        try:
+            header, _ = bitstream.unpack(bytes(flipped), "x")
+        except InputError:
+            continue
+        assert bit < 8 * HEADER_BYTES and not header.fits(DIGEST)  # as decoders check
 
 
-def test_a_later_version_is_named():
-    _, data = a_file()
-    fields = data[:4] + b"\2" + data[5 : HEADER_BYTES - 4]
-    later = fields + zlib.crc32(fields).to_bytes(4, "big") + data[HEADER_BYTES:]
-    with pytest.raises(InputError, match="x has version 2, but this program reads 1: update it"):
+def test_another_version_is_named():
+    data = a_file()
+    later = bytes([data[0], 3 << 5 | 12]) + data[2:]
+    with pytest.raises(InputError, match="x is damaged, or has version 3, but this program reads 1 and 2"):
         bitstream.unpack(later, "x")
+
+
+def test_an_archive_holds_its_files():
+    bodies = [bytes([i]) * size for i, size in enumerate((0, 3, 127, 128, 20000))]
+    files = [a_file(body or b"z", stream=(65534 + i) % 65536) for i, body in enumerate(bodies)]
+    data = pack_archive(files, DIGEST)
+    assert len(data) == HEADER_BYTES + sum(len(file) - HEADER_BYTES for file in files) + 3 * 3 + 4 + 5
+    images = unpack_archive(data, "x")
+    for (header, body), file in zip(images, files, strict=True):
+        alone, same_body = bitstream.unpack(file, "x")
+        assert body == same_body and header.fits(DIGEST) and not header.fits(b"another!")
+        assert (header.stream, header.chunk_bits) == (alone.stream, alone.chunk_bits)
+
+
+def test_an_archive_cut_anywhere_holds_the_images_before_the_cut_or_is_refused():
+    files = [a_file(bytes([i + 1]) * 20, stream=i) for i in range(3)]
+    data = pack_archive(files, DIGEST)
+    first = HEADER_BYTES + 3 * 3
+    for size in range(len(data)):
+        if size < first:
+            with pytest.raises(InputError, match="x is cut off|not a compressed image"):
+                unpack_archive(data[:size], "x")
+        else:
+            bodies = [body for _, body in unpack_archive(data[:size], "x")]
+            assert b"".join(bodies) == data[first:size] and [len(body) for body in bodies] == [
+                min(20, max(0, size - first - 20 * i)) for i in range(3)
+            ]
+
+
+def test_damage_to_an_archive_is_refused():
+    data = pack_archive([a_file(bytes([i + 1]) * 20, stream=i) for i in range(3)], DIGEST)
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            images = unpack_archive(bytes(flipped), "x")
+        except InputError:
+            continue
+        assert bit < 8 * HEADER_BYTES and not any(header.fits(DIGEST) for header, _ in images)
+    with pytest.raises(InputError, match="image 1 of x is damaged"):
+        unpack_archive(data[:50] + b"?" + data[51:], "x")
 
 
 def test_a_residual_comes_back():
@@ -303,9 +359,9 @@ def test_targets_choose_the_number_of_steps():
         (Targets(rmse=40.0, bits_per_dim=header / 64), 0),
     ):
         assert targets.num_steps(curve, 64) == steps, targets
-    Targets(bits_per_dim=4.875).check(64)
-    with pytest.raises(InputError, match="target_bits_per_dim=4.8 is less than a file's header .*: 4.875 at least"):
-        Targets(bits_per_dim=4.8).check(64)
+    Targets(bits_per_dim=1.5).check(64)
+    with pytest.raises(InputError, match="target_bits_per_dim=1.4 is less than a file's header .*: 1.5 at least"):
+        Targets(bits_per_dim=1.4).check(64)
     for targets in (Targets(rmse=math.nan), Targets(rmse=-1.0), Targets(bits_per_dim=math.nan)):
         with pytest.raises(ConfigError, match="must be 0 or more, and finite"):
             targets.check(64)
@@ -316,31 +372,72 @@ def test_targets_choose_the_number_of_steps():
 def test_files_decode_to_their_images(gaussian_codec, tmp_path):
     trained, codec, table, images, _ = gaussian_codec
     tables = TableStore(str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail)
-    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    (tmp_path / "step_00000005_bits_12_v2.json").write_bytes(table.to_json())
     assert tables.get(12) == table
     elsewhere = TableStore(
         str(tmp_path), trained, table.checkpoint, 5, open_train=pytest.fail, new_folder=str(tmp_path / "elsewhere")
     )
-    assert elsewhere.get(12) == table and elsewhere.path(11) == f"{tmp_path}/elsewhere/step_00000005_bits_11.json"
+    assert elsewhere.get(12) == table and elsewhere.path(11) == f"{tmp_path}/elsewhere/step_00000005_bits_11_v2.json"
     measurement = Measurement(table.timesteps)
     encoded = list(encode_images(codec, images, targets=Targets(lossless=True)))
     for image in encoded:
         measurement.add(image)
     files = {f"{i}.dtfc": image.data for i, image in enumerate(encoded)}
-    np.testing.assert_array_equal(np.stack(list(decode_images(tables, files))), images)
+    np.testing.assert_array_equal(np.stack(list(decode_images(tables, open_files(files)))), images)
+    pictures = open_files({"x": pack_archive(list(files.values()), table.digest)})
+    np.testing.assert_array_equal(np.stack(list(decode_images(tables, pictures[3:5]))), images[3:5])
+    for bits in (0, int(encoded[6].curve.bits[2]), 10_000):
+        step = np.flatnonzero(encoded[6].curve.bits <= bits)[-1]
+        (decoded,) = decode_images(tables, pictures[6:7], max_bits=bits)
+        np.testing.assert_array_equal(decoded, images[6] if bits == 10_000 else encoded[6].shown[step])
     assert measurement.rmse == 0.0 and measurement.mean_bytes == np.mean([len(data) for data in files.values()])
     rows = measurement.record(images)["table"]
     assert rows[-1]["kl_bits_per_dim"] < rows[-1]["steps_bits_per_dim"] < rows[-1]["file_bits_per_dim"]
-    for targets in (Targets(rmse=40.0), Targets(bits_per_dim=6.0)):
+    assert equal_rmse(rows, rows[1]["distortion_rmse"]) == {
+        "our_bits_per_dim": rows[1]["file_bits_per_dim"], "our_payload_bits_per_dim": rows[1]["steps_bits_per_dim"],
+    }  # fmt: skip
+    assert equal_rmse(rows, 0.01) == equal_rmse(rows, 200.0) == {}
+    for targets in (Targets(rmse=40.0), Targets(bits_per_dim=2.6)):
         (few,) = encode_images(codec, images[:1], targets=targets)
-        (decoded,) = decode_images(tables, {"few": few.data})
+        (decoded,) = decode_images(tables, open_files({"few": few.data}))
         np.testing.assert_array_equal(decoded, few.shown[few.num_steps])
         assert few.num_steps < len(table.timesteps) - 1
 
 
+def test_files_of_version_1_decode_with_their_table(gaussian_codec, tmp_path):
+    trained, _, _, images, _ = gaussian_codec
+    old = pathlib.Path(__file__).parent.parent / "fixtures" / "compressed_v1"
+    tables = TableStore(str(old), trained, "digest", 5, open_train=pytest.fail)
+    pictures = open_files({"old": (old / "image.dtfc").read_bytes()})
+    np.testing.assert_array_equal(list(decode_images(tables, pictures)), images[:1])  # it is lossless
+    (coarse,) = decode_images(tables, pictures, max_bits=100)
+    assert 0 < np.square(coarse.astype(float) - images[0]).mean() < 0.8 * images.var()
+    missing = TableStore(str(tmp_path), trained, "digest", 5, open_train=pytest.fail)
+    with pytest.raises(InputError, match="files of version 1 need the table that they were made with: .* is missing"):
+        list(decode_images(missing, pictures))
+    damaged = bytearray((old / "image.dtfc").read_bytes())
+    damaged[30] ^= 1
+    with pytest.raises(InputError, match="old is damaged"):
+        open_files({"old": bytes(damaged)})
+
+
+def test_other_formats_are_smaller_the_more_they_lose():
+    ramp = np.add.outer(np.arange(32), 3 * np.arange(32))
+    images = np.stack([ramp, 2 * ramp, 255 - ramp], axis=-1).clip(0, 255).astype(np.uint8)[None]
+    rows = other_formats(images)
+    assert {"JPEG", "WEBP", "AVIF", "PNG"} <= {row["format"] for row in rows}
+    lossless = [row for row in rows if row["format"] == "PNG" or row.get("lossless")]
+    assert len(lossless) >= 2 and all(row["rmse"] == 0.0 for row in lossless)
+    for name in ("JPEG", "WEBP", "AVIF"):
+        (low,) = [row for row in rows if row["format"] == name and row.get("quality") == 10]
+        (high,) = [row for row in rows if row["format"] == name and row.get("quality") == 90]
+        assert high["rmse"] < low["rmse"] and low["payload_bits_per_dim"] < high["payload_bits_per_dim"]
+        assert 0 < low["payload_bits_per_dim"] < low["bits_per_dim"]
+
+
 def test_tables_are_those_of_their_checkpoint(gaussian_codec, tmp_path):
     trained, _, table, _, _ = gaussian_codec
-    (tmp_path / "step_00000005_bits_12.json").write_bytes(table.to_json())
+    (tmp_path / "step_00000005_bits_12_v2.json").write_bytes(table.to_json())
     with pytest.raises(InputError, match="was made for other weights or another `precision`"):
         TableStore(str(tmp_path), trained, "other", 5, open_train=pytest.fail).get(12)
     with pytest.raises(InputError, match="batch_size=3: .* was made for 8: leave `batch_size` out"):

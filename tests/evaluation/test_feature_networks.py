@@ -7,6 +7,7 @@ from support import golden, inception_files
 
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.errors import InputError
+from diffusion_tf.evaluation import RESIZES
 from diffusion_tf.evaluation.feature_networks import digits_network, inception_input, inception_network, pixels_network
 from diffusion_tf.runtime.strategies import make_strategy
 
@@ -38,6 +39,32 @@ def test_inception_file_gives_its_outputs(kind, tmp_path):
     np.testing.assert_allclose(outputs["features"], np.reshape(expected["pool_3"], [5, 24]), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(outputs["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
     assert (network.name, network.resize) == ("inception", "TF1 bilinear to 299")
+
+
+def test_the_published_graph_takes_many_images_and_gives_logits_without_bias(tmp_path):
+    inception_files.save_classify_image(tmp_path / "classify_image_graph_def.pb")
+    network = inception_network(str(tmp_path / "classify_image_graph_def.pb"), make_strategy("one_device"))
+    pixels = tf.constant(np.random.RandomState(1).uniform(0, 255, (5, 32, 32, 3)), tf.float32)
+    expected = inception_files.classify(inception_input(pixels))
+    outputs = tf.function(network.apply, jit_compile=True)(pixels)
+    np.testing.assert_allclose(outputs["features"], np.reshape(expected["pool_3"], [5, 24]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_resize_of_another_program_can_be_chosen(tmp_path):
+    """`pytorch_fid` has half-pixel centres: enlarged by a whole number, a picture stays as it is in the middle."""
+    inception_files.save_frozen_graph(tmp_path / "inception.pb")
+    networks = {
+        resize: inception_network(str(tmp_path / "inception.pb"), make_strategy("one_device"), resize)
+        for resize in RESIZES
+    }
+    assert [network.resize for network in networks.values()] == ["TF1 bilinear to 299", "PyTorch bilinear to 299"]
+    pixels = tf.constant(np.random.RandomState(1).uniform(0, 255, (1, 23, 23, 3)), tf.float32)  # 299 = 13 * 23
+    enlarged = inception_input(pixels, "pytorch_fid")
+    np.testing.assert_allclose(enlarged[:, 6::13, 6::13], pixels / 127.5 - 1, atol=1e-5)
+    np.testing.assert_allclose(inception_input(pixels, "tf1")[:, ::13, ::13], pixels / 128 - 1, atol=1e-5)
+    features = [network.apply(pixels)["features"] for network in networks.values()]
+    assert np.abs(features[0] - features[1]).max() > 1e-3
 
 
 def test_digest_depends_on_the_contents_only(tmp_path):

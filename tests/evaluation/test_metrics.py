@@ -11,9 +11,11 @@ from support import golden
 from diffusion_tf.data.digits import load_digits
 from diffusion_tf.errors import ConfigError, NotFiniteError
 from diffusion_tf.evaluation.metrics import (
+    Gaussian,
     classifier_score,
     classifier_score_splits,
     frechet_distance,
+    frechet_standard_error,
     kernel_distance,
     precision_recall,
 )
@@ -57,6 +59,36 @@ def test_frechet_distance_matches_its_formula(features, scale):
     expected = np.sum((means[0] - means[1]) ** 2) + np.trace(covariances[0] + covariances[1]) - 2 * np.trace(root)
     real, generated = (scale * x.astype(np.float64) for x in sets)
     assert frechet_distance(real, generated) == pytest.approx(scale**2 * expected, rel=1e-6)
+
+
+def test_a_gaussian_of_moments_is_the_one_that_was_fitted():
+    real, generated = (GOLDEN[name].astype(np.float64) for name in ("real", "gen"))
+    gaussian = Gaussian.of_moments(real.mean(axis=0), np.cov(real.T))
+    assert frechet_distance(gaussian, generated) == pytest.approx(frechet_distance(real, generated), rel=1e-9)
+    with pytest.raises(ConfigError, match="covariance has the eigenvalue -1"):
+        Gaussian.of_moments(np.zeros(2), -np.eye(2))
+
+
+@pytest.mark.parametrize("count", [3, 12, 103])  # for 16 features
+def test_the_jackknife_leaves_out_each_block(count):
+    rng = np.random.RandomState(0)
+    real, generated = rng.standard_normal((50, 16)), 1.5 * rng.standard_normal((count, 16)) + 0.3
+    blocks = np.array_split(np.arange(count), min(count, 20))
+    distances = [frechet_distance(real, np.delete(generated, block, axis=0)) for block in blocks]
+    expected = np.sqrt((len(blocks) - 1) * np.var(distances))
+    for scale in (1.0, 1e150):
+        error = frechet_standard_error(scale * real, scale * generated)
+        assert error == pytest.approx(scale**2 * expected, rel=1e-5)
+    assert np.isnan(frechet_standard_error(real, generated[:2]))
+
+
+def test_the_standard_error_is_that_of_repeated_measurements():
+    rng = np.random.RandomState(0)
+    real, root = Gaussian.fit(rng.standard_normal((5000, 8))), np.eye(8) + 0.3 * rng.standard_normal((8, 8))
+    sets = [rng.standard_normal((400, 8)) @ root + 0.3 for _ in range(100)]
+    spread = np.std([frechet_distance(real, features) for features in sets])
+    errors = [frechet_standard_error(real, features) for features in sets[:30]]
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(spread, rel=0.25)
 
 
 def test_features_of_half_precision_are_scored_in_double_precision():

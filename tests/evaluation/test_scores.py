@@ -80,11 +80,12 @@ def test_scores_are_named_after_their_features(tmp_path):
         frechet = "fid" if colour else f"frechet_{network.name}"
         assert scores[frechet] == metrics.frechet_distance(real["features"], generated["features"])
     splits = {"_10_splits", "_10_splits_std", ""}
-    assert keys["inception"] == {"fid", "kid", "kid_standard_error", "precision", "recall"} | {
+    assert keys["inception"] == {"fid", "fid_standard_error", "kid", "kid_standard_error", "precision", "recall"} | {
         f"inception_score{suffix}" for suffix in splits
     }
     coverage = {"precision_pixels", "recall_pixels"}
-    assert keys["pixels"] == {"frechet_pixels", "kernel_pixels", "kernel_pixels_standard_error"} | coverage
+    errors = {"frechet_pixels_standard_error", "kernel_pixels_standard_error"}
+    assert keys["pixels"] == {"frechet_pixels", "kernel_pixels"} | errors | coverage
     assert not any("fid" in key or "inception" in key for key in keys["pixels"] | keys["digits"])
 
 
@@ -95,6 +96,7 @@ def test_too_few_images_and_missing_logits_are_refused():
         (["fid"], "inception", (1, 100), "metrics=fid needs at least 2 samples, and there are 1"),
         (["fid", "precision_recall"], "digits", (100, 3), "needs at least 4 real images, and there are 3"),
         (["kid"], "inception", (64, 50_000), "metrics=kid needs at least 98 samples, and there are 64"),
+        (["fid", "kid"], "inception", (64, None), "metrics=kid needs the real images, and the reference holds mean"),
     ):
         with pytest.raises(InputError, match=message):
             check_metrics(names, network, *counts)
@@ -139,6 +141,7 @@ def test_samples_that_overflow_have_no_score(tmp_path):
 
 def test_metrics_and_the_deciding_score_have_defaults_and_known_names():
     assert choose_metrics(None, "pixels") == ["fid", "kid", "precision_recall"]
+    assert choose_metrics(None, "inception", moments=True) == ["fid", "inception_score"]
     assert choose_metrics(None, "digits") == list(METRICS) and choose_metrics(["kid"], "digits") == ["kid"]
     assert choose_best_by(None, ["kid", "fid"], "digits") == "kernel_digits"
     assert choose_best_by("frechet_digits", ["kid", "fid"], "digits") == "frechet_digits"

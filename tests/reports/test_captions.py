@@ -22,9 +22,11 @@ def line(step=20, digest="abc", score=1.5, **how):
     ("how", "expected"),
     [
         ({}, "ancestral in 1,000 steps, seed 0"),
-        ({"seed": 3, "steps": 50}, "ancestral in 50 steps, seed 3"),
+        ({"seed": 3, "steps": 50}, "sde_dpm_solver++ in 50 steps, seed 3"),
         ({"name": "ddim", "steps": 5}, "ddim in 5 steps, seed 0"),
         ({"name": "ddim", "eta": 0.5, "spacing": "leading"}, "ddim, eta 0.5, leading in 50 steps, seed 0"),
+        ({"name": "ddim", "clip_sample": "none"}, "ddim, clip_sample none in 50 steps, seed 0"),
+        ({"name": "ddim", "use_clipped_model_output": True}, "ddim, eps of the clipped x_0 in 50 steps, seed 0"),
     ],
 )
 def test_caption_names_checkpoint_sampler_and_seed(how, expected):

@@ -105,7 +105,8 @@ def test_page_says_what_a_code_of_few_levels_takes(tmp_path):
 
 def test_page_shows_every_evaluation_by_its_sampler(tmp_path):
     workdir = make_run(tmp_path, "digits")
-    ddim = {"sampler": "ddim", "sampler_steps": 5, "ddim_eta": 0.0, "sampler_spacing": "early_end"}
+    ddim = {"sampler": "ddim", "sampler_steps": 5, "ddim_eta": 0.0, "sampler_spacing": "trailing"}
+    ddim["use_clipped_model_output"] = False
     dpm = {"sampler": "dpm_solver++", "sampler_steps": 5, "sampler_spacing": "linspace"}
     workdir.append_evaluation(evaluation(20, **ddim, frechet_digits=8.0, notes={"frechet_digits": "few samples"}))
     height = picture_size(read_run(workdir))[1]
@@ -123,7 +124,7 @@ def test_page_shows_every_evaluation_by_its_sampler(tmp_path):
 def test_page_keeps_other_samplers_out_of_the_papers_table(tmp_path):
     workdir = make_run(tmp_path, "cifar10")
     workdir.append_evaluation(evaluation(10, fid=6.0))
-    few = {"sampler": "ddim", "ddim_eta": 0.0, "sampler_spacing": "trailing"}
+    few = {"sampler": "ddim", "ddim_eta": 0.0, "sampler_spacing": "trailing", "use_clipped_model_output": False}
     scores = [(1000, {}, 4.5), (50, few, 4.0), (10, few, 8.0), (20, {**few, "ddim_eta": 1.0}, 7.0)]
     for steps, sampler, fid in scores:
         line = {"sampler": "ancestral", "sampler_steps": steps, **sampler, "fid": fid}

@@ -20,7 +20,8 @@ from support import inception_files
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from diffusion_tf.compression import bitstream
-from diffusion_tf.compression.image_files import read_image_file
+from diffusion_tf.compression.archive import pack_archive
+from diffusion_tf.compression.image_files import open_files, read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.pictures import read_picture
@@ -28,6 +29,7 @@ from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.evaluation.best_checkpoint import read_best
 from diffusion_tf.evaluation.feature_networks import inception_network, pixels_network
+from diffusion_tf.evaluation.reference_statistics import read_statistics
 from diffusion_tf.evaluation.scores import FeatureExtractor, Images, file_images, reference_features
 from diffusion_tf.interop import diffusers, diffusers_config, tf1, tf1_index
 from diffusion_tf.presets import get_preset
@@ -36,6 +38,7 @@ from diffusion_tf.reports.run_record import read_run
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.npz_files import read_npz
+from diffusion_tf.storage.torch_files import read_torch
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.training.progress import Progress
 from diffusion_tf.unet import UNet
@@ -43,7 +46,20 @@ from diffusion_tf.unet import UNet
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 DIGITS = get_preset("digits", ch_mult=(1,))
 CATS = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
-TABLE = Table("", "float32", (8, 8, 1), 1, 12, (7,) * 64, (3, 1, 0), ((1, 9), (2, 5, 1)), ((3, 4, 5),) * 2, (1,) * 256)
+TABLE = Table(
+    "",
+    "float32",
+    (8, 8, 1),
+    1,
+    12,
+    (7,) * 64,
+    (3, 1, 0),
+    ((1, 9), (2, 5, 1)),
+    ((3, 4, 5),) * 2,
+    (1,) * 256,
+    2,
+    (256, 300),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +116,10 @@ def _reference_files() -> dict[str, bytes]:
     features = _PIXELS.reshape(4, 4).astype(np.float32)
     description = np.array(json.dumps(_extractor().describe(_IMAGES)))
     return {"reference.npz": _npz(np.savez, features=features, description=description)}
+
+
+def _statistics_files() -> dict[str, bytes]:
+    return {"statistics.npz": _npz(np.savez, mu=np.arange(4.0), sigma=np.diag(np.arange(4.0)))}
 
 
 def _run_files() -> dict[str, bytes]:
@@ -203,6 +223,15 @@ def _crc(data: bytes) -> bytes:
     return masked_crc32c(data).to_bytes(4, "little")
 
 
+def _torch_files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in FIXTURES.glob("torch_small*.pth")}
+
+
+def _read_torch_files(folder: pathlib.Path) -> None:
+    for path in folder.iterdir():
+        read_torch(str(path))
+
+
 def _graph_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "graph.pb"
@@ -264,21 +293,22 @@ def _seal_records(content: bytes) -> bytes:
 
 
 def _compressed_files() -> dict[str, bytes]:
-    body = random.Random(0).randbytes(60)
-    return {"x.dtfc": bitstream.pack(bitstream.Header(TABLE.digest, 12, (8, 8, 1), 3, 50, 60, zlib.crc32(body)), body)}
+    file = bitstream.pack(TABLE.digest, 12, 3, random.Random(0).randbytes(60))
+    return {"x.dtfc": file, "x.dtfa": pack_archive([file, file], TABLE.digest)}
 
 
 def _read_compressed(folder: pathlib.Path) -> None:
-    header, body = bitstream.unpack(read_image_file(str(folder / "x.dtfc"), TABLE.image_shape), "x.dtfc")
-    bitstream.decode_steps(TABLE.step_models(), body[: header.steps_size])
-    bitstream.decode_residual(TABLE.residual_law, body[header.steps_size :], TABLE.image_shape)
+    paths = [str(folder / name) for name in ("x.dtfc", "x.dtfa")]
+    for picture in open_files({path: read_image_file(path, TABLE.image_shape, max_images=2) for path in paths}):
+        bitstream.decode_steps(TABLE.step_models(), picture.body)
+        bitstream.decode_residual(TABLE.residual_law, picture.body, TABLE.image_shape)
 
 
 def _seal_compressed(content: bytes) -> bytes:
-    size = bitstream.HEADER_BYTES
-    fields, body = content[: size - 8], content[size:]
-    fields += zlib.crc32(body).to_bytes(4, "big")
-    return fields + zlib.crc32(fields).to_bytes(4, "big") + body
+    if content[:1] != b"\xdf" or len(content) < bitstream.HEADER_BYTES:
+        return content
+    stream, body = int.from_bytes(content[2:4]), content[bitstream.HEADER_BYTES :]
+    return bitstream.pack(TABLE.digest, content[1] % 32, stream, body)
 
 
 READERS = {
@@ -286,10 +316,12 @@ READERS = {
     "reference": Reader(
         _reference_files, lambda folder: reference_features(_extractor(), _IMAGES, str(folder / "reference.npz"))
     ),
+    "statistics": Reader(_statistics_files, lambda folder: read_statistics(str(folder / "statistics.npz"))),
     "run": Reader(_run_files, _read_run),
     "checkpoint": Reader(_checkpoint_files, _read_checkpoint),
     "diffusers": Reader(_diffusers_files, _read_diffusers),
     "tf1": Reader(_tf1_files, lambda folder: tf1.read_tf1(str(folder), _network()), _seal_index),
+    "torch": Reader(_torch_files, _read_torch_files),
     "graph": Reader(
         _graph_files, lambda folder: inception_network(str(folder / "graph.pb"), tf.distribute.get_strategy())
     ),
