@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_tf.data.pictures import read_picture
+from diffusion_tf.data.fitting import read_picture
 from diffusion_tf.errors import InputError
 from diffusion_tf.evaluation.scores import file_images
 

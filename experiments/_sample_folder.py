@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from diffusion_tf.data.pictures import encode_picture, read_picture
+from diffusion_tf.data.fitting import read_picture
+from diffusion_tf.data.pictures import encode_picture
 from diffusion_tf.errors import InputError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.files import check_writable, list_folder, write_file

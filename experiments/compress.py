@@ -2,6 +2,7 @@
 
   python -m experiments.compress encode --workdir=runs/digits --split=test --out=files
   python -m experiments.compress encode --workdir=runs/digits --images=digit.png --out=files --target_rmse=20
+  python -m experiments.compress encode --pretrained=cifar10_small --images=photo.jpg --resize=crop --out=files
   python -m experiments.compress decode --workdir=runs/digits --source=files --out=decoded
   python -m experiments.compress encode --workdir=runs/digits --split=test --archive=digits.dtfa
   python -m experiments.compress decode --workdir=runs/digits --source=digits.dtfa --index=7 --max_bits=99 --out=here
@@ -27,7 +28,9 @@ from . import _flags, _program
 
 FLAGS = flags.FLAGS
 _flags.define_measurement_flags(batch_size=None, out="Folder to write.", images=False)
-_flags.define_path("images", None, "encode: a picture of the run's size, or an .npz with `images`, uint8 [N, H, W, C].")
+_flags.define_path(
+    "images", None, "encode: a picture, with --resize of any size, or an .npz of `images`, uint8 [N, H, W, C]."
+)
 flags.DEFINE_enum("split", None, ("train", "test"), "encode: the run's images of this split, instead of --images.")
 flags.DEFINE_integer("num_images", None, "encode: number of images. Default: all.", lower_bound=1)
 flags.DEFINE_integer(
@@ -77,7 +80,8 @@ from diffusion_tf.compression.image_files import (
 )
 from diffusion_tf.compression.measurement import Measurement
 from diffusion_tf.compression.tables import TableStore
-from diffusion_tf.data.pictures import encode_picture, read_picture
+from diffusion_tf.data.fitting import read_picture
+from diffusion_tf.data.pictures import encode_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.files import check_writable, write_file
@@ -113,7 +117,7 @@ def _read_images(run: MeasuredRun) -> tuple[list[str], np.ndarray, str]:
     else:
         stem = os.path.splitext(os.path.basename(FLAGS.images))[0]
         stem = os.fsencode(stem).decode(errors="backslashreplace")  # TensorFlow writes only names in UTF-8
-        return [stem], read_picture(FLAGS.images, shape)[None], FLAGS.images
+        return [stem], read_picture(FLAGS.images, shape, FLAGS.resize or "none")[None], FLAGS.images
     return [f"image_{i:05d}" for i in range(len(images))], images, name
 
 

@@ -52,7 +52,7 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
-from diffusion_tf.data.pictures import read_picture
+from diffusion_tf.data.fitting import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.evaluation.feature_networks import DIGITS_SHAPE, FeatureNetwork
 from diffusion_tf.evaluation.scores import (

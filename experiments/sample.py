@@ -12,6 +12,8 @@
 Sample i depends only on --seed and i: another batch size or number of replicas gives the same images up to float
 rounding. The file holds `samples`, uint8 [N, H, W, C]; a folder holds a PNG for each sample, and samples.npz.
 
+Without --sampler and --sampler_steps, a run is sampled in all T steps, and --pretrained weights in 20.
+
 The same command continues after an interruption, and --resume adds samples to a folder.
 
 --inpaint paints what is white in --mask and keeps every other pixel (RePaint). --start_from adds noise to a picture and
@@ -38,6 +40,7 @@ from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings, repa
 from . import _flags, _program
 
 FLAGS = flags.FLAGS
+_QUICK_STEPS = 20  # of pretrained weights, which are there to try
 _flags.define_run_flags()
 _flags.define_strategy_flags()
 _flags.define_precision_flag()
@@ -131,6 +134,8 @@ def _read_given(image_shape: tuple[int, int, int]) -> GivenPictures | None:
 
 def _settings(preset: Preset) -> SamplerSettings:
     settings = _flags.unresolved_sampler_from_flags()
+    if FLAGS.pretrained and not (settings.name or settings.steps or FLAGS.inpaint):
+        settings = dataclasses.replace(settings, steps=_QUICK_STEPS)
     if FLAGS.start_from:
         settings = dataclasses.replace(settings, strength=FLAGS.strength)
     if FLAGS.inpaint:

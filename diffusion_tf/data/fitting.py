@@ -7,13 +7,14 @@ what is smaller. Of pictures with alpha, it scales the colours weighted by their
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
 
-from diffusion_tf.data.pictures import convert_channels, decode_picture
-from diffusion_tf.errors import ConfigError
+from diffusion_tf.data.pictures import convert_channels, decode_picture, read_bytes
+from diffusion_tf.errors import ConfigError, InputError
 
 # Maps the images' own (H, W, C) to that of a run.
 ChooseShape = Callable[[tuple[int, int, int]], tuple[int, int, int]]
@@ -91,6 +92,29 @@ class Fitting:
             min(height, _ratio(there_height, width, there_width)),
             min(width, _ratio(there_width, height, there_height)),
         )
+
+
+def read_picture(path: str, image_shape: tuple[int, int, int], resize: str = "none") -> np.ndarray:
+    """Reads a picture as an image of a run.
+
+    Args:
+      path: the file; may be gs://.
+      image_shape: (H, W, C) of the images; another number of channels is converted.
+      resize: how a picture of another size becomes an image; none refuses it.
+
+    Returns:
+      uint8 [H, W, C].
+
+    Raises:
+      InputError: the file cannot be read, or its picture has another size.
+    """
+    fitting = Fitting(image_shape, resize)
+    try:
+        return fitting.fit(fitting.decode(read_bytes(os.path.expanduser(path))))
+    except ConfigError:
+        raise
+    except InputError as error:
+        raise InputError(f"cannot read the picture {path} ({error})") from error
 
 
 def _ratio(size: int, numerator: int, denominator: int) -> int:

@@ -42,28 +42,6 @@ def extensions() -> tuple[str, ...]:
     return tuple(sorted(key for key, name in PIL.Image.registered_extensions().items() if name in _FORMATS))
 
 
-def read_picture(path: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads a picture whose size must be that of a run's images.
-
-    Args:
-      path: the file; may be gs://.
-      image_shape: (H, W, C) of the images; another number of channels is converted, another size is not.
-
-    Returns:
-      uint8 [H, W, C].
-
-    Raises:
-      InputError: the file cannot be read, or its picture has another size.
-    """
-    height, width, channels = image_shape
-    try:
-        return decode_picture(read_bytes(os.path.expanduser(path)), channels, (width, height))
-    except ConfigError:
-        raise
-    except InputError as error:
-        raise InputError(f"cannot read the picture {path} ({error})") from error
-
-
 def read_bytes(path: str) -> bytes:
     """Returns the bytes of a file.
 

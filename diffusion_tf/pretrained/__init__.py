@@ -47,7 +47,9 @@ def run_folder(name: str) -> str:
             shutil.copytree(shipped, temporary, ignore=shutil.ignore_patterns(*_PIPELINE), dirs_exist_ok=True)
             workdir = Workdir(temporary)
             workdir.write_config(preset, None, f"pretrained weights: {name}\n")
-            checkpoints.save(workdir.checkpoints, 0, read_diffusers(shipped, preset, UNet.from_preset(preset)))
+            arrays = read_diffusers(shipped, preset, UNet.from_preset(preset))
+            # The codec's table names this checkpoint, so its digest must not depend on this machine's packages.
+            checkpoints.save(workdir.checkpoints, 0, arrays, written_by={"pretrained": name})
     except InputError:
         if not Workdir(folder).holds_run():  # another process has made it meanwhile
             raise

@@ -12,7 +12,8 @@ import PIL.Image
 import PIL.ImageCms
 import pytest
 
-from diffusion_tf.data.pictures import MAX_PIXELS, decode_picture, extensions, read_picture
+from diffusion_tf.data.fitting import read_picture
+from diffusion_tf.data.pictures import MAX_PIXELS, decode_picture, extensions
 from diffusion_tf.errors import ConfigError, InputError
 
 RAMP = np.linspace(0, 65535, 64).astype(np.uint16)
