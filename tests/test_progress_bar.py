@@ -40,3 +40,11 @@ def test_a_short_task_is_one_line_in_a_log_file(monkeypatch):
 def test_a_terminal_gets_one_bar_that_is_redrawn(monkeypatch):
     text = shown(monkeypatch, terminal=True)
     assert text.count("\n") == 1 and text.count("\r") > 1
+
+
+def test_a_closed_bar_of_a_log_file_takes_no_line_of_a_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stderr", Stream(terminal=False))
+    closed = progress_bar(total=1)
+    closed.close()
+    assert shown(monkeypatch, terminal=True).count("\n") == 1
+    assert closed.disable  # and so it is still there

@@ -36,12 +36,17 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_the_wheel_holds_every_module_and_no_top_level_experiments(wheel):
+def test_the_wheel_holds_modules_and_weights_and_no_top_level_experiments(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for name in PACKAGED for path in (ROOT / name).rglob("*.py")}
     installed = {name.replace("experiments/", "diffusion_tf/experiments/", 1) for name in modules}
-    assert names == installed | {"diffusion_tf/py.typed"}
+    weights = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "diffusion_tf/pretrained").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == installed | weights | {"diffusion_tf/py.typed"}
 
 
 def test_the_wheel_names_the_command(wheel):
