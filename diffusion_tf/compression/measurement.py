@@ -55,7 +55,7 @@ class Measurement:
     def picture(self, images: np.ndarray, subject: str) -> bytes:
         """A PNG of the first images, decoded from the first bytes of their files; `subject` is for its caption."""
         file_bytes = np.array([_file_bytes(curve) for curve in self._curves[:_SHOWN_IMAGES]])
-        limits = [limit for limit in _SHOWN_BYTES if file_bytes[:, 1].min() <= limit < file_bytes[:, -1].max()]
+        limits = [limit for limit in _SHOWN_BYTES if file_bytes[:, 1].min() <= limit < file_bytes[:, -1].mean()]
         steps = [np.searchsorted(sizes, [*limits, np.inf], side="right") - 1 for sizes in file_bytes]
         return figures.labelled_grid(
             [np.concatenate([self._shown[i][step], images[i : i + 1]]) for i, step in enumerate(steps)],
