@@ -24,7 +24,7 @@ _flags.define_measurement_flags(
     batch_size=32, out="JSON file to write, with a page beside it. Default: in the workdir."
 )
 _flags.define_sampler_flags()
-FLAGS.set_default("sampler", "ddim")
+FLAGS.set_default("sampler", "sde_dpm_solver++")  # the default of few steps
 flags.DEFINE_integer(
     "num_images",
     None,

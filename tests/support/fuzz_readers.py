@@ -24,7 +24,7 @@ from diffusion_tf.compression.archive import pack_archive
 from diffusion_tf.compression.image_files import open_files, read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
-from diffusion_tf.data.pictures import read_picture
+from diffusion_tf.data.fitting import read_picture
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.evaluation.best_checkpoint import read_best
