@@ -16,6 +16,7 @@ from diffusion_tf.diffusion_utils import images_to_x, mean_flat
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import shared_batch_size
 from diffusion_tf.storage.files import check_writable
 from diffusion_tf.storage.json_files import read_json, write_json
 from diffusion_tf.storage.records import Calibration as CalibrationRecord
@@ -79,13 +80,12 @@ def run_calibration(
     except ConfigError as error:
         raise ConfigError("calibrate", f"needs the run's training images: {error}") from error
     count = min(max(_LEAST_IMAGES, _VALUES // math.prod(trained.preset.image_shape)), source.num_examples)
-    replicas = trained.strategy.num_replicas_in_sync
     calibration = measure_calibration(
         trained,
         np.asarray(ImageReader(source)(0, count)),
         timesteps=np.unique(np.round(last * np.linspace(0.0, 1.0, _TIMESTEPS) ** 2).astype(int)).tolist(),
         seed=0,
-        batch_size=-(-min(count, _BATCH_SIZE) // replicas) * replicas,
+        batch_size=shared_batch_size(min(count, _BATCH_SIZE), trained.strategy),
     )
     arrays = {name: value.tolist() for name, value in calibration._asdict().items()}
     write_json(path, {**subject, "num_images": count, **arrays})
@@ -142,7 +142,8 @@ def measure_calibration(
         eps = CounterRng(seed, t[0], first).normal("calibration", images.shape)
         x_t = diffusion.q_sample(x_start, t, eps)
         p = diffusion.p_mean_variance(trained.denoise_fn(labels), x_t, t, clip_denoised=False)
-        # Whatever the network predicts: sqrt(abar) x_start + sqrt(1 - abar) eps = sqrt(abar) pred_xstart + ... eps_hat.
+        # Whatever the network predicts, eps_hat is the noise that leads from pred_xstart to x_t. So eps - eps_hat is
+        # sqrt(abar / (1 - abar)) (pred_xstart - x_start).
         error = tf.reshape(tf.gather(tf.constant(signal_to_noise, tf.float32), t), [-1, 1, 1, 1])
         error *= p.pred_xstart - x_start
         eps_hat = eps - error

@@ -36,10 +36,11 @@ class _Lines(tqdm.tqdm):
         """Does nothing: a line in a file stays."""
 
     def close(self) -> None:
-        if not self.disable and (self.n != self.last_print_n or self.n == self.initial):
+        if self.disable:
+            return
+        if self.n != self.last_print_n or self.n == self.initial:
             self.display()
-        if not self.disable:
-            self._decr_instances(self)  # or later bars in a terminal leave a line free for it
+        self._decr_instances(self)  # or later bars in a terminal leave a line free for it
         self.disable = True
 
 

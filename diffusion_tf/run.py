@@ -30,6 +30,7 @@ from diffusion_tf.presets import Preset, get_preset
 from diffusion_tf.pretrained import resolve
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.recipes import choose_preset, copying_warning
+from diffusion_tf.runtime.replicas import shared_batch_size
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.solvers import JUMP_LENGTH, RESAMPLINGS, SamplerSettings
@@ -410,8 +411,7 @@ class Run:
         """The batch size to use: a multiple of the replicas by default."""
         if batch_size is not None:
             return batch_size
-        replicas = self._trained.strategy.num_replicas_in_sync
-        return -(-min(num_images, most) // replicas) * replicas
+        return shared_batch_size(min(num_images, most), self._trained.strategy)
 
 
 def load(

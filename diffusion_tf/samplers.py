@@ -13,7 +13,7 @@ from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, images_to
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.rng import CounterRng
-from diffusion_tf.runtime.replicas import pad_batch, per_replica_batch_size
+from diffusion_tf.runtime.replicas import pad_batch, per_replica_batch_size, shared_batch_size
 from diffusion_tf.solvers import (
     SamplerSettings,
     SamplerTable,
@@ -407,9 +407,7 @@ class ReverseProcess:
     def _batches(self, x_t: np.ndarray, *numbers: ArrayLike) -> Iterator[tuple[int, int, list[np.ndarray]]]:
         """Yields batches of one size: the index of the first image, their number, and x_t and `numbers` of each."""
         arrays = [x_t, *(np.broadcast_to(np.asarray(n, np.int32), [len(x_t)]) for n in numbers)]
-        replicas = self.trained.strategy.num_replicas_in_sync
-        size = -(-len(x_t) // -(-len(x_t) // self.batch_size))
-        size = -(-size // replicas) * replicas
+        size = shared_batch_size(-(-len(x_t) // -(-len(x_t) // self.batch_size)), self.trained.strategy)
         for first in range(0, len(x_t), size):
             batch = [array[first : first + size] for array in arrays]
             count = len(batch[0])

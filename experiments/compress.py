@@ -41,7 +41,7 @@ flags.DEFINE_float("target_rmse", None, "encode: stop at the first step with thi
 flags.DEFINE_float("target_bits_per_dim", None, "encode: largest size of a file with its header, in bits/dim.")
 flags.DEFINE_boolean("lossless", False, "encode: add the residual to the last prediction.")
 flags.DEFINE_integer(
-    "num_table_images", None, "Training images from which a new table is made. Default: 256 for digits, 5 for cifar10.",
+    "num_table_images", None, "Training images that a new table is made from. Default: 256 for digits, 32 for cifar10.",
     lower_bound=1,
 )  # fmt: skip
 _flags.define_path("archive", None, "encode: a file to write all images to, which share its header, instead of --out.")

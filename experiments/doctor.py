@@ -12,7 +12,6 @@ timestep beside that of the best linear denoiser, the calibration, the drift, an
 
 import os
 import sys
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -52,6 +51,7 @@ def _check() -> None:
 
 _program.parse_flags(__name__, _check)
 
+from diffusion_tf.calibration import Calibration
 from diffusion_tf.conditioning import NO_LABEL
 from diffusion_tf.data.source import ImageReader, label_reader
 from diffusion_tf.diffusion_utils import GaussianDiffusion
@@ -102,7 +102,7 @@ def _raw_weights(run: MeasuredRun, checkpoint: str) -> TrainedModel | None:
     return TrainedModel.from_checkpoint(run.preset, run.strategy, checkpoint, group="params")
 
 
-def _ema_findings(run: MeasuredRun, step: int, ema: Any, raw: Any) -> list[Finding]:
+def _ema_findings(run: MeasuredRun, step: int, ema: Calibration, raw: Calibration) -> list[Finding]:
     decays = {recipe.ema_decay for recipe in (run.preset, *run.workdir.earlier_recipes())}
     trained_here = bool(run.workdir.read_metrics()) and run.workdir.read_init_from() is None
     return diagnosis.check_ema(
@@ -118,38 +118,41 @@ def _examine(run: MeasuredRun, pictures: Pictures) -> Examination:
     preset = run.preset
     step, checkpoint = run.find_checkpoint()
     small = preset.image_pixels <= _SMALL
+    steps = min(FLAGS.algorithm_2_steps, preset.num_timesteps)
     settings = _flags.sampler_from_flags(preset)
     checkup = Checkup(
         TrainedModel.from_checkpoint(preset, run.strategy, checkpoint),
         pictures,
         num_images=FLAGS.num_images or (256 if small else 32),
         num_samples=FLAGS.num_samples or (64 if small else 8),
-        steps=min(FLAGS.algorithm_2_steps, preset.num_timesteps),
+        steps=steps,
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
     )
     findings = _file_findings(run, checkpoint, pictures)
-    drift, images, raw = None, {"training pictures": pictures.images}, None
+    drift, raw = None, None
+    of_ema: list[Finding] = []
     ema = checkup.calibration(checkup.trained)
     if raw_weights := _raw_weights(run, checkpoint):
         raw = checkup.calibration(raw_weights)
-        findings += _ema_findings(run, step, ema, raw)
-    if not findings or findings[-1].check != "EMA":  # which explains a poor loss
+        of_ema = _ema_findings(run, step, ema, raw)
+        findings += of_ema
+    if not of_ema:  # which explain a poor loss
         poor = checkup.loss_findings(ema)
         unexplained = all(finding.check == "loss" for finding in poor)
         findings += (unexplained and checkup.channel_findings()) or poor
     sound = not any(finding.severity == ERROR for finding in findings)
-    images[f"Algorithm 2, {min(FLAGS.algorithm_2_steps, preset.num_timesteps)} steps"] = checkup.algorithm_2()
+    theirs, ours, fast = "training pictures", f"Algorithm 2, {steps} steps", f"{settings.name}, {settings.steps} steps"
+    images = {theirs: pictures.images, ours: checkup.algorithm_2()}
     if sound:
         findings += diagnosis.check_calibration(ema)
         drift = checkup.drift()
         findings += diagnosis.check_drift(*drift)
-        images[f"{settings.name}, {settings.steps} steps"] = checkup.samples(settings)
+        images[fast] = checkup.samples(settings)
     measured = statistics(images)
-    names = list(measured)
-    findings += diagnosis.check_samples(measured[names[1]], measured[names[0]])
+    findings += diagnosis.check_samples(measured[ours], measured[theirs])
     if sound:
-        findings += diagnosis.check_sampler(names[2], measured[names[2]], measured[names[1]])
+        findings += diagnosis.check_sampler(fast, measured[fast], measured[ours])
     return Examination(
         title=f"{preset.dataset}, step {step:,}",
         findings=findings,

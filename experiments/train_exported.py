@@ -42,11 +42,7 @@ def main(folder: str) -> None:
     loop = TrainLoop(folder)
     preset = dataclasses.replace(loop.preset, num_steps=FLAGS.num_steps or loop.preset.num_steps)
     workdir = Workdir(FLAGS.workdir)
-    data = PRESETS_OWN
-    if workdir.holds_run():
-        workdir.read_preset()
-        data = workdir.read_data()
-    data = _flags.data_from_flags(data)
+    data = _flags.data_from_flags(workdir.read_data() if workdir.holds_run() else PRESETS_OWN)
     images = load_images(preset, data)
     print_line(f"{images.name}: {len(images.images):,} images; compiling the program, which may take minutes")
     print_line(f"training on {loop.compile()}")

@@ -100,6 +100,12 @@ def pad_batch(examples: tf.Tensor, size: int) -> tf.Tensor:
     return tf.pad(examples, [[0, size - examples.shape[0]]] + [[0, 0]] * (len(examples.shape) - 1))
 
 
+def shared_batch_size(at_least: int, strategy: tf.distribute.Strategy) -> int:
+    """The smallest batch size of `at_least` examples or more that the replicas share equally."""
+    replicas = strategy.num_replicas_in_sync
+    return -(-at_least // replicas) * replicas
+
+
 def per_replica_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> int:
     """Number of examples of each replica.
 

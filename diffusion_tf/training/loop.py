@@ -16,6 +16,7 @@ from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError, StoppedError
 from diffusion_tf.presets import Preset
+from diffusion_tf.runtime.replicas import shared_batch_size
 from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
@@ -281,10 +282,9 @@ def _grid_drawer(trainer: Trainer) -> Callable[[], np.ndarray]:
     def sampler() -> Sampler:
         # Only the chief draws, so several processes cannot share the work.
         strategy = tf.distribute.get_strategy() if is_multi_worker(trainer.strategy) else trainer.strategy
-        replicas = strategy.num_replicas_in_sync
         return Sampler(
             TrainedModel(trainer.preset, strategy, trainer.state.model, trainer.state.ema),
-            batch_size=-(-_NUM_GRID_SAMPLES // replicas) * replicas,
+            batch_size=shared_batch_size(_NUM_GRID_SAMPLES, strategy),
             seed=trainer.preset.seed,
         )
 

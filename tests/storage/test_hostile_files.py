@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.small_tables import TABLE
 
 from diffusion_tf.compression import bitstream
 from diffusion_tf.compression.archive import pack_archive
@@ -146,22 +147,6 @@ def test_a_record_that_claims_too_much_memory_is_refused(tmp_path):
     (tmp_path / "x.tfrecords").write_bytes(length + crc + RECORDS)
     with pytest.raises(InputError, match="x.tfrecords is not a StyleGAN TFRecord"):
         read_pictures(str(tmp_path / "x.tfrecords"))
-
-
-TABLE = Table(
-    "",
-    "float32",
-    (8, 8, 1),
-    1,
-    12,
-    (7,) * 64,
-    (3, 1, 0),
-    ((1, 9), (2, 5, 1)),
-    ((3, 4, 5),) * 2,
-    (1,) * 256,
-    2,
-    (256, 300),
-)
 
 
 def read_compressed(path):

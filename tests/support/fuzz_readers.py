@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import tensorflow as tf
 from support import inception_files
+from support.small_tables import TABLE
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from diffusion_tf.compression import bitstream
@@ -46,20 +47,6 @@ from diffusion_tf.unet import UNet
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures"
 DIGITS = get_preset("digits", ch_mult=(1,))
 CATS = get_preset("lsun_cat", image_size=4, ch=32, ch_mult=(1,), attn_resolutions=())
-TABLE = Table(
-    "",
-    "float32",
-    (8, 8, 1),
-    1,
-    12,
-    (7,) * 64,
-    (3, 1, 0),
-    ((1, 9), (2, 5, 1)),
-    ((3, 4, 5),) * 2,
-    (1,) * 256,
-    2,
-    (256, 300),
-)
 
 
 @dataclasses.dataclass(frozen=True)
