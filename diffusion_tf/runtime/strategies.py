@@ -2,6 +2,8 @@
 
 import functools
 import importlib.metadata
+import signal
+import threading
 
 import tensorflow as tf
 
@@ -9,6 +11,7 @@ from diffusion_tf import tpu_attached
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.runtime.cluster import read_cluster, wait_for_all
+from diffusion_tf.runtime.slices import slice_workers, wait_for_servers
 from diffusion_tf.storage.files import first_line
 
 
@@ -20,8 +23,8 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
 
     Args:
       name: one of STRATEGIES.
-      tpu: `local` for the chips of the TPU VM that this process runs on, or a TPU's name or grpc address. To use all
-        chips of a slice of several hosts, give its name, on its first host and with TPU_LOAD_LIBRARY=0.
+      tpu: `local` for the chips of the TPU VM that this process runs on; `slice` for all chips of its slice, on worker
+        0 and with TPU_LOAD_LIBRARY=0; `grpc://HOST:PORT,HOST:PORT,...` for those of these servers; or a TPU's name.
 
     Raises:
       ConfigError: the name is unknown, the machine has no TPU, TensorFlow is not built for TPUs, or the TPU or cluster
@@ -87,12 +90,45 @@ def _check_local_tpu() -> None:
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     if tpu == "local":
         _check_local_tpu()
+    if workers := slice_workers(tpu):
+        wait_for_servers(workers)
+        tpu = "grpc://" + ",".join(workers)
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
         if tpu != "local":
             tf.config.experimental_connect_to_cluster(resolver)
+            _keep_signals()
+        if workers and not tf.config.list_logical_devices("TPU"):
+            return _rehearsal_strategy(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         hint = ": another process may be using it" if tpu == "local" else ""
         raise ConfigError("tpu", f"={tpu}: cannot reach the TPU ({first_line(error)}){hint}") from error
     return tf.distribute.TPUStrategy(resolver)
+
+
+def _keep_signals() -> None:
+    """Sets this process's handler of SIGTERM again: TensorFlow's coordination service has set its own, a no-op."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _rehearsal_strategy(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    """A strategy over the virtual CPUs of servers without a TPU: on each, CPU:0 is the host, the others are replicas.
+
+    TensorFlow refuses to make a MirroredStrategy over several hosts, but runs one. This one is like a TPUStrategy to
+    its user: a replica for each device, and input on each host.
+    """
+    cpus = [device.name for device in tf.config.list_logical_devices("CPU") if "/job:worker/" in device.name]
+    hosts = {name: name.removesuffix(":0") for name in cpus if name.endswith(":0")}
+    inputs = tuple(
+        (host, tuple(c for c in cpus if c.startswith(prefix) and c != host)) for host, prefix in hosts.items()
+    )
+    replicas = [name for _, names in inputs for name in names]
+    if not replicas:
+        raise ConfigError("tpu", ": the servers have no TPU: start `serve_tpu` on TPU VMs, or with `virtual_cpus=9`")
+    strategy = tf.distribute.MirroredStrategy(inputs[0][1], tf.distribute.ReductionToOneDevice())
+    strategy.extended._initialize_strategy(replicas)
+    strategy.extended._input_workers_devices = inputs
+    strategy.extended._cluster_resolver = resolver
+    return strategy

@@ -1,17 +1,26 @@
-"""Processes that train one model together, and the one of them, the chief, that writes files."""
+"""Processes that train one model together: equal ones, of which the chief writes files, or servers that one drives."""
 
+import collections
 import contextlib
 from collections.abc import Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.errors import PreemptedError
+from diffusion_tf.runtime.slices import is_up, name_worker
 from diffusion_tf.storage.files import first_line
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
     """Whether several processes train together."""
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def slice_servers(strategy: tf.distribute.Strategy) -> list[str]:
+    """The addresses HOST:PORT of the servers of a TPU slice that this process drives; without any, there are none."""
+    resolver = None if is_multi_worker(strategy) else strategy.cluster_resolver
+    return resolver.cluster_spec().as_dict().get("worker", []) if resolver else []
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
@@ -26,7 +35,7 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @contextlib.contextmanager
 def lost_worker_errors(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Turns the errors that TensorFlow raises when another process is gone into one line.
+    """Turns the errors that TensorFlow raises when another process, or a server, is gone into one line.
 
     Raises:
       PreemptedError: another process is gone.
@@ -39,9 +48,15 @@ def lost_worker_errors(strategy: tf.distribute.Strategy) -> Iterator[None]:
         tf.errors.CancelledError,
         tf.errors.InternalError,
     ) as error:
-        if not is_multi_worker(strategy):
+        if is_multi_worker(strategy):
+            raise PreemptedError(f"another process is gone ({first_line(error)}): start all of them again") from error
+        if not (servers := slice_servers(strategy)):
             raise
-        raise PreemptedError(f"another process is gone ({first_line(error)}): start all of them again") from error
+        gone = [name_worker(servers, address) for address in servers if not is_up(address)]
+        raise PreemptedError(
+            f"{' and '.join(gone) or 'a worker'} of the TPU is gone ({first_line(error)}): start `serve_tpu` on all"
+            " workers again, and run this again"
+        ) from error
 
 
 def any_worker(strategy: tf.distribute.Strategy, flag: bool) -> bool:
@@ -53,3 +68,20 @@ def any_worker(strategy: tf.distribute.Strategy, flag: bool) -> bool:
         return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(float(flag)))
 
     return bool(strategy.experimental_local_results(strategy.run(count))[0] > 0)
+
+
+def assign_on_hosts(variable: tf.Variable, array: np.ndarray) -> None:
+    """Assigns an array to a variable of any strategy. Each host gets it once, and copies it to its own devices."""
+    on_host = collections.defaultdict(list)
+    for copy in getattr(variable, "values", (variable,)):
+        on_host[tf.DeviceSpec.from_string(copy.device).replace(device_type="CPU", device_index=0).to_string()].append(
+            copy
+        )
+    if len(on_host) == 1:
+        variable.assign(array)
+        return
+    for host, copies in on_host.items():
+        with tf.device(host):
+            value = tf.constant(array)
+        for copy in copies:
+            copy.assign(value)
