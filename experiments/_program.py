@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
+from diffusion_tf.runtime.slices import slice_workers
 
 from . import _process
 from ._flags import flag_names
@@ -82,9 +83,22 @@ def _one_line_errors() -> Iterator[None]:
     except UnicodeEncodeError as error:  # TensorFlow takes no other paths
         sys.exit(f"{_process.program_name()}: the path {error.object!r} is not UTF-8: rename it")
     except Exception as error:
+        if lost := _lost_server(error):
+            print(f"{_process.program_name()}: {_error_line(lost)}", file=sys.stderr)
+            sys.exit(lost.exit_code)
         if not _is_out_of_memory(error):
             raise
         sys.exit(f"{_process.program_name()}: out of memory: a smaller --batch_size, or more replicas, may fit")
+
+
+def _lost_server(error: Exception) -> PreemptedError | None:
+    """The error that says that a worker of the TPU slice that --tpu names is gone, if `error` means that."""
+    tf = sys.modules.get("tensorflow")
+    if tf is None or not isinstance(error, tf.errors.OpError) or "tpu" not in FLAGS:
+        return None
+    from diffusion_tf.runtime.workers import lost_server  # imports TensorFlow
+
+    return lost_server(slice_workers(FLAGS.tpu), error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from diffusion_tf.errors import ConfigError
 from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.runtime.cluster import read_cluster, wait_for_all
 from diffusion_tf.runtime.slices import slice_workers, wait_for_servers
+from diffusion_tf.runtime.workers import lost_server
 from diffusion_tf.storage.files import first_line
 
 
@@ -30,6 +31,7 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
       ConfigError: the name is unknown, the machine has no TPU, TensorFlow is not built for TPUs, or the TPU or cluster
         cannot be reached.
       InputError: TF_CONFIG does not describe the cluster.
+      PreemptedError: a server of the TPU's slice is gone.
     """
     if name not in STRATEGIES:
         raise ConfigError("strategy", f"={name}: choose one of {', '.join(STRATEGIES)}")
@@ -90,7 +92,8 @@ def _check_local_tpu() -> None:
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     if tpu == "local":
         _check_local_tpu()
-    if workers := slice_workers(tpu):
+    workers = slice_workers(tpu)
+    if workers:
         wait_for_servers(workers)
         tpu = "grpc://" + ",".join(workers)
     try:
@@ -102,6 +105,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             return _rehearsal_strategy(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        if isinstance(error, tf.errors.OpError) and (lost := lost_server(workers, error)):
+            raise lost from error
         hint = ": another process may be using it" if tpu == "local" else ""
         raise ConfigError("tpu", f"={tpu}: cannot reach the TPU ({first_line(error)}){hint}") from error
     return tf.distribute.TPUStrategy(resolver)

@@ -79,10 +79,11 @@ class NoticeServer:
     """While it is entered, answers what PREEMPTED is as the metadata server does, on all interfaces.
 
     Args:
-      port: where it listens.
+      port: where to listen; 0 chooses one.
       is_preempted: whether the machine is about to be taken away.
 
     Attributes:
+      port: where it listens.
       last_asked: `time.monotonic()` of the last request; None before the first.
 
     Raises:
@@ -117,6 +118,7 @@ class NoticeServer:
             self._server = http.server.ThreadingHTTPServer(("", port), Handler)
         except OSError as error:
             raise ConfigError("port", f"={port - 1}: the next port, {port}, {_IN_USE}") from error
+        self.port = self._server.server_port
 
     def __enter__(self) -> "NoticeServer":
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -10,6 +10,8 @@ import tensorflow as tf
 from diffusion_tf.errors import PreemptedError
 from diffusion_tf.runtime.slices import is_up, name_worker
 from diffusion_tf.storage.files import first_line
+
+_GONE = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
 
 
 def is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
@@ -38,25 +40,25 @@ def lost_worker_errors(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Turns the errors that TensorFlow raises when another process, or a server, is gone into one line.
 
     Raises:
-      PreemptedError: another process is gone.
+      PreemptedError: one is gone.
     """
     try:
         yield
-    except (
-        tf.errors.UnavailableError,
-        tf.errors.AbortedError,
-        tf.errors.CancelledError,
-        tf.errors.InternalError,
-    ) as error:
-        if is_multi_worker(strategy):
+    except tf.errors.OpError as error:
+        if is_multi_worker(strategy) and isinstance(error, (*_GONE, tf.errors.InternalError)):
             raise PreemptedError(f"another process is gone ({first_line(error)}): start all of them again") from error
-        if not (servers := slice_servers(strategy)):
-            raise
-        gone = [name_worker(servers, address) for address in servers if not is_up(address)]
-        raise PreemptedError(
-            f"{' and '.join(gone) or 'a worker'} of the TPU is gone ({first_line(error)}): start `serve_tpu` on all"
-            " workers again, and run this again"
-        ) from error
+        if lost := lost_server(slice_servers(strategy), error):
+            raise lost from error
+        raise
+
+
+def lost_server(servers: Sequence[str], error: tf.errors.OpError) -> PreemptedError | None:
+    """The error that names the servers HOST:PORT that are gone, if an error of TensorFlow means that one is."""
+    if gone := [name_worker(servers, address) for address in servers if not is_up(address)]:
+        return PreemptedError(f"{' and '.join(gone)} of the TPU is gone: start `serve_tpu` there, and run this again")
+    if servers and isinstance(error, _GONE):
+        return PreemptedError(f"the workers of the TPU are out of reach ({first_line(error)}): run this again")
+    return None
 
 
 def any_worker(strategy: tf.distribute.Strategy, flag: bool) -> bool:
