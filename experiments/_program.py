@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
-from diffusion_tf.runtime.slices import slice_workers
+from diffusion_tf.runtime.slices import names_servers, slice_workers
 
 from . import _process
 from ._flags import flag_names
@@ -48,6 +48,8 @@ def parse_flags(
     with _one_line_errors():
         _arguments[:] = _check_arguments(rest, commands, argument)
         check(*_arguments)
+    if "tpu" in FLAGS and names_servers(FLAGS.tpu):
+        os.environ["TPU_LOAD_LIBRARY"] = "0"  # TensorFlow's import must not claim the chips that serve_tpu has
 
 
 def run(main: Callable[..., None]) -> None:

@@ -1,7 +1,7 @@
 """Serves the chips of this worker of a TPU slice to the process that trains on worker 0.
 
-  python -m experiments.serve_tpu                                              on every worker, worker 0 too
-  TPU_LOAD_LIBRARY=0 python -m experiments.train --tpu=slice --workdir=gs://BUCKET/RUN ...          on worker 0
+  python -m experiments.serve_tpu                                               on every worker, worker 0 too
+  python -m experiments.train --tpu=slice --workdir=gs://BUCKET/RUN ...         on worker 0
 
 TensorFlow's server listens at --port for worker 0. The next port tells worker 0 whether Compute Engine, or a SIGTERM,
 is about to end this machine: it answers /computeMetadata/v1/instance/preempted as the metadata server does. libtpu

@@ -4,8 +4,8 @@
   python -m experiments.train --workdir=runs/mine --images=FOLDER --image_size=64
   python -m experiments.train --workdir=gs://bucket/cifar10 --dataset=cifar10 --data_dir=gs://bucket/tfds --tpu=local
 
-On a TPU slice of several hosts, run serve_tpu on every worker, and on worker 0 also this program with --tpu=slice and
-TPU_LOAD_LIBRARY=0 in its environment; workdir and data must be gs:// then.
+On a TPU slice of several hosts, run serve_tpu on every worker, and on worker 0 also this program, with --tpu=slice and
+with gs:// for workdir and data.
 
 The same command resumes from the newest checkpoint. A folder with a run of another recipe is refused.
 """

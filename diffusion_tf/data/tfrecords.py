@@ -161,7 +161,7 @@ def _reader(
         for one, other in replaced.items():
             number = tf.where(number == one, other, number)
         file = tf.searchsorted(starts, [number], side="right")[0] - 1
-        offset = (number - tf.gather(starts, file)) * tf.gather(np.int64(record_bytes), file)
+        offset = (number - tf.gather(starts, file)) * tf.gather(np.array(record_bytes, np.int64), file)
         run = tf.data.Dataset.from_tensors((tf.gather(paths, file), offset, 1))
         return read_runs(run).get_single_element()
 

@@ -22,6 +22,11 @@ _TIMEOUT = 1.0  # seconds, of a connection that tells whether a server is up
 _TRIES, _PAUSE = 5, 1.0  # of the metadata server, and the seconds between two
 
 
+def names_servers(tpu: str | None) -> bool:
+    """Whether `tpu` names the servers of a slice, which have the chips of their machines."""
+    return tpu == SLICE or (tpu or "").startswith(_GRPC)
+
+
 def slice_workers(tpu: str | None) -> list[str]:
     """The addresses of the servers that `tpu` names, HOST:PORT in the order of the workers.
 
@@ -34,9 +39,8 @@ def slice_workers(tpu: str | None) -> list[str]:
     """
     if tpu == SLICE:
         return _own_slice()
-    if not (tpu or "").startswith(_GRPC):
+    if not tpu or not names_servers(tpu):
         return []
-    assert tpu
     workers = [address.strip().removeprefix(_GRPC) for address in tpu.split(",")]
     try:
         for address in workers:

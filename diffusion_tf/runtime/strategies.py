@@ -101,7 +101,7 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         if tpu != "local":
             tf.config.experimental_connect_to_cluster(resolver)
             _keep_signals()
-        if workers and not tf.config.list_logical_devices("TPU"):
+        if workers and any(name.endswith("/device:CPU:1") for name in _cpus_of_servers()):
             return _rehearsal_strategy(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
@@ -118,22 +118,24 @@ def _keep_signals() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
+def _cpus_of_servers() -> list[str]:
+    return [device.name for device in tf.config.list_logical_devices("CPU") if device.name.startswith("/job:worker/")]
+
+
 def _rehearsal_strategy(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
     """A strategy over the virtual CPUs of servers without a TPU: on each, CPU:0 is the host, the others are replicas.
 
-    TensorFlow refuses to make a MirroredStrategy over several hosts, but runs one. This one is like a TPUStrategy to
-    its user: a replica for each device, and input on each host.
+    TensorFlow refuses to make a MirroredStrategy over several hosts, but runs one. It is used as a TPUStrategy is: one
+    replica for each device, and input on each host.
     """
-    cpus = [device.name for device in tf.config.list_logical_devices("CPU") if "/job:worker/" in device.name]
-    hosts = {name: name.removesuffix(":0") for name in cpus if name.endswith(":0")}
+    cpus = _cpus_of_servers()
+    hosts = {name: name.removesuffix("0") for name in cpus if name.endswith(":CPU:0")}
     inputs = tuple(
-        (host, tuple(c for c in cpus if c.startswith(prefix) and c != host)) for host, prefix in hosts.items()
+        (host, tuple(name for name in cpus if name.startswith(prefix) and name != host))
+        for host, prefix in hosts.items()
     )
-    replicas = [name for _, names in inputs for name in names]
-    if not replicas:
-        raise ConfigError("tpu", ": the servers have no TPU: start `serve_tpu` on TPU VMs, or with `virtual_cpus=9`")
     strategy = tf.distribute.MirroredStrategy(inputs[0][1], tf.distribute.ReductionToOneDevice())
-    strategy.extended._initialize_strategy(replicas)
+    strategy.extended._initialize_strategy([name for _, names in inputs for name in names])
     strategy.extended._input_workers_devices = inputs
-    strategy.extended._cluster_resolver = resolver
+    strategy.extended._cluster_resolver = resolver  # as a TPUStrategy has it
     return strategy

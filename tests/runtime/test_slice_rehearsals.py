@@ -125,5 +125,16 @@ def test_a_worker_that_is_told_to_end_has_the_run_saved_first(make_slice, tmp_pa
         assert f"127.0.0.1:{slice_.ports[1] + 1}: saved step " in last
         assert is_up(slice_.address(1)), "the server did not wait for the checkpoint"
     slice_.servers[0].send_signal(signal.SIGTERM)
-    slice_.servers[0].send_signal(signal.SIGTERM)
-    assert slice_.servers[0].wait(timeout=5) == PreemptedError.exit_code
+    slice_.servers[0].send_signal(signal.SIGHUP)  # a second signal ends it at once
+    assert slice_.servers[0].wait(timeout=20) == PreemptedError.exit_code
+
+
+@pytest.mark.slow
+def test_a_worker_that_falls_silent_ends_the_run(make_slice, tmp_path):
+    """As a machine does that is gone without closing its connections."""
+    slice_, workdir = make_slice(2), tmp_path / "run"
+    with slice_.training(workdir) as (process, log):
+        killed_runs.wait_for(lambda: killed_runs.metrics(workdir), 600)
+        slice_.servers[1].send_signal(signal.SIGSTOP)
+        assert process.wait(timeout=240) == PreemptedError.exit_code, log.read_text()
+        assert f"127.0.0.1:{slice_.ports[1] + 1} has been silent for 60 s" in log.read_text().splitlines()[-1]
