@@ -142,8 +142,9 @@ class ImageReader:
           InputError: an image cannot be read, or there are too few.
         """
         if first != self._position:
-            images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
-            self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+            with tf.device(None):  # in this process, and not where a TPU slice's worker 0 computes
+                images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
+                self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
         try:
             images = list(itertools.islice(self._images, count))
         except READ_ERRORS as error:

@@ -246,7 +246,8 @@ def _first_record(path: str) -> tuple[int, tuple[int, int, int], int]:
         # TensorFlow would allocate as many bytes as the record states.
         if size and stated + OVERHEAD_BYTES > size:
             raise tf.errors.DataLossError(None, None, "longer than its file")
-        first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
+        with tf.device(None):  # in this process, and not on a TPU slice's worker 0
+            first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
         if first is None:
             raise ConfigError("tfrecord", f"={path} holds no records")
         example = tf.io.parse_single_example(first, _FEATURES)
