@@ -56,7 +56,8 @@ def lost_server(servers: Sequence[str], error: tf.errors.OpError) -> PreemptedEr
     """The error that names the servers HOST:PORT that are gone, if an error of TensorFlow means that one is."""
     if gone := [name_worker(servers, address) for address in servers if not is_up(address)]:
         return PreemptedError(f"{' and '.join(gone)} of the TPU is gone: start `serve_tpu` there, and run this again")
-    if servers and isinstance(error, _GONE):
+    restarted = "Unable to find a context_id" in str(error)  # an InvalidArgumentError of a server that does not know us
+    if servers and (restarted or isinstance(error, _GONE)):
         return PreemptedError(f"the workers of the TPU are out of reach ({first_line(error)}): run this again")
     return None
 

@@ -19,7 +19,14 @@ from diffusion_tf.errors import DivergedError, InputError, PreemptedError, Stopp
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.replicas import shared_batch_size
 from diffusion_tf.runtime.slices import check_shared_paths, notice_servers
-from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors, slice_servers
+from diffusion_tf.runtime.workers import (
+    any_worker,
+    is_chief,
+    is_multi_worker,
+    lost_server,
+    lost_worker_errors,
+    slice_servers,
+)
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
@@ -201,6 +208,8 @@ class _Loop:
             sums = self.trainer.run_steps(self.batches, tf.constant(num_steps), sums)
             self.progress.sums = {name: float(value) for name, value in sums.items()}
         except READ_ERRORS as error:
+            if isinstance(error, tf.errors.OpError) and (lost := lost_server(slice_servers(self.strategy), error)):
+                raise lost from error
             raise self.source.read_error(error) from error
         except tf.errors.ResourceExhaustedError as error:
             raise InputError("out of memory: a smaller `batch_size`, or more replicas, may fit") from error

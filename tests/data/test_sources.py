@@ -12,7 +12,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from diffusion_tf.data import conditional_preset, open_source
+from diffusion_tf.data import conditional_preset, data_paths, open_source
 from diffusion_tf.data.arrays import array_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.record_files import check_lengths
@@ -317,6 +317,23 @@ def test_what_exists_is_no_glob(tmp_path, images):
     assert count(folder / "b[2].tfrecords") == count(folder / "c?.tfrecords") == 5
     assert count(folder / "*.tfrecords") == 15 and count(folder / "b*") == 10
     assert count(tmp_path / "a*" / "b2.tfrecords") == 5
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "paths"),
+    [
+        ("digits", {}, {}),
+        ("cifar10", {}, {"data_dir": "~/tensorflow_datasets"}),
+        ("cifar10", {"data_dir": "gs://b/tfds"}, {"data_dir": "gs://b/tfds"}),
+        ("cifar10", {"tfrecord": "gs://b/*"}, {"tfrecord": "gs://b/*"}),
+        ("lsun_cat", {"tfrecord": "/data/*"}, {"tfrecord": "/data/*"}),
+        ("digits", {"npz": "a.npz"}, {"npz": "a.npz"}),
+        ("digits", {"images": "gs://b/pictures"}, {"cache_dir": "~/.cache/diffusion_tf"}),
+    ],
+)
+def test_the_paths_of_a_run_include_the_defaults(dataset, settings, paths):
+    found = data_paths(get_preset(dataset), DataSettings(**settings))
+    assert {name: path for name, path in found.items() if path} == paths
 
 
 def test_the_shuffle_buffer_has_bounded_memory():

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("SLICE_KILLS", "3"))
 RECIPE = (
     "--steps_per_loop=5 --checkpoint_every=5 --keep_checkpoints=2 --keep_every=50 --sample_every=0 --batch_size=8"
-    " --num_timesteps=4 --ch_mult=1 --dropout=0.1 --warmup_steps=5 --random_flip=True --num_steps=2000"
+    " --num_timesteps=4 --ch_mult=1 --dropout=0.1 --warmup_steps=5 --random_flip=True --num_steps=400"
 ).split()
 
 
@@ -100,7 +100,7 @@ def test_a_run_on_a_slice_survives_the_loss_of_any_worker(make_slice, tmp_path, 
     slice_.train(straight)
     for _ in range(KILLS):
         with slice_.training(killed) as (process, log):
-            lines = len(killed_runs.metrics(killed)) + random.randint(1, 30)
+            lines = len(killed_runs.metrics(killed)) + random.randint(1, 8)
             killed_runs.wait_for(lambda lines=lines: len(killed_runs.metrics(killed)) >= lines, 600)
             victim = random.randint(servers)
             slice_.servers[victim].kill()
@@ -109,7 +109,7 @@ def test_a_run_on_a_slice_survives_the_loss_of_any_worker(make_slice, tmp_path, 
             assert f"worker {victim} ({slice_.address(victim)}) of the TPU is gone" in last
             slice_.servers[victim].wait()
             slice_.start_server(victim)
-    assert len(killed_runs.metrics(killed)) < 400, "it ended before the last kill"
+    assert len(killed_runs.metrics(killed)) < 80, "it ended before the last kill"
     slice_.train(killed)
     killed_runs.assert_same_run(straight, killed)
 

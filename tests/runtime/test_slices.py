@@ -123,6 +123,13 @@ def test_the_loss_of_a_worker_names_it_and_can_be_repeated(kind):
     assert str(lost) == f"worker 1 ({servers[1]}) of the TPU is gone: start `serve_tpu` there, and run this again"
 
 
+def test_a_server_that_started_anew_does_not_know_the_process():
+    message = "Unable to find a context_id matching the specified one (7). Perhaps the worker was restarted"
+    with socket.create_server(("127.0.0.1", 0)) as up:
+        server = f"127.0.0.1:{up.getsockname()[1]}"
+        assert isinstance(lost_server([server], tf.errors.InvalidArgumentError(None, None, message)), PreemptedError)
+
+
 def test_errors_that_are_not_the_loss_of_a_worker_stay():
     with socket.create_server(("127.0.0.1", 0)) as up:
         server = f"127.0.0.1:{up.getsockname()[1]}"
