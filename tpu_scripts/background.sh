@@ -27,7 +27,9 @@ fi
 
 # Runs a command, and records its process id and its exit code.
 record() {
-  trap '' HUP # the connection ends
+  # The connection ends when nothing has its files open. A redirection of the call would keep copies of them.
+  exec >>"$job.log" 2>&1 </dev/null
+  trap '' HUP
   "$@" &
   echo $! >"$job.pid"
   code=0
@@ -36,7 +38,7 @@ record() {
   mv "$job.rc.tmp" "$job.rc"
 }
 rm -f "$job.pid" "$job.rc"
-record "$@" >>"$job.log" 2>&1 </dev/null &
+record "$@" &
 until [ -s "$job.pid" ]; do
   sleep 0.1
 done

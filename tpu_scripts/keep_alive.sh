@@ -33,7 +33,12 @@ check_training() {
       echo "The training on $name was interrupted."
       started=''
       ;;
-    *) die "the training on $name ended with code ${job##* }: sh tpu_scripts/logs.sh --name=$name --job=train" ;;
+    *)
+      # A slice that is being preempted may kill the training before its state changes.
+      sleep 60
+      look && [ "$state" = READY ] || return 0
+      die "the training on $name ended with code ${job##* }: sh tpu_scripts/logs.sh --name=$name --job=train"
+      ;;
   esac
 }
 

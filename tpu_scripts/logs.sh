@@ -3,7 +3,7 @@
 #
 #   sh tpu_scripts/logs.sh --name=NAME [--job=train] [--lines=20] [--follow]
 #
-#   --job=JOB  only this one: train, evaluate, prepare_lsun or serve_tpu (the other workers of a slice have only this one)
+#   --job=JOB  only this one: train, evaluate or prepare_lsun, which run on worker 0, or serve_tpu, on every worker
 #   --lines=N  so many lines of each log
 #   --follow   go on as the logs grow, until Ctrl-C
 #   --zone=ZONE, --project=PROJECT, --dry_run (only print the command)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.gcloud import SCRIPTS, Machine, write_program
+from support.gcloud import NOT_FOR_USERS, SCRIPTS, Machine, write_program
 
 ROOT = SCRIPTS.parent
 CREATE = ["gcloud", "compute", "tpus", "tpu-vm", "create", "tpu"]
@@ -18,9 +18,6 @@ PYTHON = ".venv/bin/python -m experiments"
 ZIP = "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip"
 # Arguments that a shell changes unless they are quoted.
 ODD = ["--a=two words", "--b=it's", '--c="$HOME" `id` \\ *', "--d=line\nends\n", "", "~", "#", "--e=&;|<>()"]
-
-# Scripts that others call on the VM, or source.
-NOT_FOR_USERS = {"background", "common", "jobs", "keep_alive", "on_chips"}
 
 # (script and flags except --name, the expected calls of gcloud, git and tensorboard)
 CALLS = [

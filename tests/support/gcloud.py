@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).parent.parent.parent / "tpu_scripts"
+# Scripts that others call on the VM, or source.
+NOT_FOR_USERS = {"background", "common", "jobs", "keep_alive", "on_chips"}
 HOSTS = {"v3-8": 1, "v3-32": 4, "v6e-8": 1, "v6e-16": 2}
 
 # gcloud of a slice: the folder is its sys.argv[1], and its state is in the file `state` there.
@@ -51,8 +53,8 @@ elif verb == "list":
     if state.exists():
         made = dict(word[2:].split("=", 1) for word in json.loads((folder / "created").read_text()) if "=" in word)
         spot = "--spot" in json.loads((folder / "created").read_text())
-        image = made.get("version") or made["runtime-version"]
-        print("tpu", state.read_text(), made["accelerator-type"], image, spot, "tpu" if "node-id" in made else "", sep=",")
+        image, queue = made.get("version") or made["runtime-version"], "tpu" if "node-id" in made else ""
+        print("tpu", state.read_text(), made["accelerator-type"], image, spot, queue, sep=",")
     print("other,READY,v3-8,image,False,")
 elif service == "queued-resources" and verb == "describe":
     fail("NOT_FOUND")
@@ -90,7 +92,7 @@ while (home.parent / "hold").exists():
         code = int((home / "exit").read_text())
         (home / "exit").unlink()
         sys.exit(code)
-    time.sleep(0.02)
+    time.sleep(0.05)
 """
 
 
@@ -101,11 +103,11 @@ def write_program(path: Path, text: str) -> None:
 
 
 def wait_until(is_true: Callable[[], object]) -> None:
-    """Returns when the condition holds; fails after 20 seconds."""
-    deadline = time.monotonic() + 20
+    """Returns when the condition holds; fails after two minutes, for a busy machine."""
+    deadline = time.monotonic() + 120
     while not is_true():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 class Machine:
@@ -136,6 +138,7 @@ sys.exit(int(os.environ["GCLOUD_EXIT"]) if call[0] == "gcloud" else 0)
             capture_output=True,
             text=True,
             check=False,
+            timeout=60,  # a job that keeps the connection's files open would hold it for ever
         )
 
     def calls(self) -> list[list[str]]:
@@ -153,14 +156,15 @@ class Slice:
     def __init__(self, machine: Machine, folder: Path) -> None:
         self.machine, self.folder, self.checkout = machine, folder / "slice", folder / "checkout"
         self.folder.mkdir()
-        self.hold = self.folder / "hold"
+        self.hold, self.printed = self.folder / "hold", folder / "printed"
+        self.watcher: subprocess.Popen[bytes] | None = None
         (machine.bin / "git").unlink()
         python = f"{sys.executable} -S"
         gcloud = self.folder / "gcloud.py"
         gcloud.write_text(_GCLOUD)
         hosts = json.dumps(HOSTS)
         write_program(machine.bin / "gcloud", f"#!/bin/sh\nexec {python} {gcloud} {self.folder} '{hosts}' \"$@\"\n")
-        write_program(machine.bin / "sleep", "#!/bin/sh\nexec /bin/sleep 0.02\n")
+        write_program(machine.bin / "sleep", "#!/bin/sh\nexec /bin/sleep 0.1\n")
         write_program(machine.bin / "hostname", '#!/bin/sh\nbasename "$HOME"\n')
         write_program(machine.bin / "curl", '#!/bin/sh\nfor url; do :; done\nexec cat "$HOME/attributes/${url##*/}"\n')
         write_program(self.folder / "python", f"#!{python}\n{_PYTHON}")
@@ -185,14 +189,26 @@ cp {self.folder}/python "$HOME/diffusion_tf/$venv/bin/"
         """Runs a script of the checkout for this slice."""
         return self.machine.run(script, "--name=tpu", *args, scripts=self.checkout / "tpu_scripts", **env)
 
-    def start(self, script: str, *args: object) -> subprocess.Popen[str]:
+    def start(self, script: str, *args: object) -> None:
+        """Starts a script that goes on: `watcher`, which prints to `printed`."""
         command = ["sh", str(self.checkout / f"tpu_scripts/{script}.sh"), "--name=tpu", *map(str, args)]
-        return subprocess.Popen(command, env=self.machine.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with open(self.printed, "w") as file:
+            # A session of its own, to end it with what it started.
+            self.watcher = subprocess.Popen(
+                command, env=self.machine.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stop(self) -> None:
+        """Ends the script that goes on, as Ctrl-C would."""
+        if self.watcher and self.watcher.poll() is None:
+            os.killpg(self.watcher.pid, signal.SIGINT)
+            self.watcher.wait(120)
 
     def log(self, worker: int, job: str) -> list[Any]:
-        """What the programs of a job printed."""
+        """What the programs of a job printed; the shell's own lines are left out."""
         path = self.folder / f"w{worker}/diffusion_tf/{job}.log"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("[") and line.endswith("]")]
 
     def wait_for(self, worker: int, job: str, count: int = 1) -> list[Any]:
         """What the programs of a job printed, once that is so many lines."""
@@ -214,8 +230,8 @@ cp {self.folder}/python "$HOME/diffusion_tf/$venv/bin/"
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
 
     def preempt(self) -> None:
-        self.kill()
         (self.folder / "state").write_text("PREEMPTED")
+        self.kill()
 
     def kill(self) -> None:
         """Kills all programs of the slice."""
