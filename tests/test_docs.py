@@ -114,7 +114,8 @@ def command_problems(words: list[str], flags: Flags) -> Iterator[str]:
         own, separator, passed_on = (rest, None, []) if "--" not in rest else _split(rest)
         yield from flag_problems(own[1:], flags[path.name])
         if separator:
-            yield from flag_problems(passed_on, flags[path.stem])
+            program = "train_exported" if "--runner=jax" in own else path.stem
+            yield from flag_problems(passed_on, flags[program])
     elif head == "pip":
         for extra in [
             name for word in rest for names in re.findall(r"^\.\[(.+)\]$", word) for name in names.split(",")
