@@ -89,7 +89,7 @@ keep_training() {
           train_on "$@" || true
         fi
         ;;
-      PREEMPTED | TERMINATED | STOPPED | GONE) create_again ;;
+      PREEMPTED | TERMINATED | GONE) create_again ;;
     esac
     sleep 60
     look || state=UNKNOWN

@@ -58,26 +58,31 @@ case $worker in
 esac
 [ "$hosts" -gt "$worker" ] || die "the metadata server names no worker $worker: worker-network-endpoints is '$endpoints'"
 
+# The lock ends with the program that holds it. On a slice, a second program would end the first one's session.
+flock --nonblock chips.lock true || job_is_running "$job" ||
+  die "another job uses the chips: sh tpu_scripts/status.sh shows it"
+on_chips="flock --nonblock --no-fork chips.lock"
+
+# shellcheck disable=SC2086 # $once, $on_chips and $pjrt are words or nothing
 if [ "$runner" = jax ]; then
   ! job_is_running serve_tpu || kill "$(cat serve_tpu.pid)" # it holds the chips
   [ "$hosts" = 1 ] || set -- "$@" --distributed
-  # shellcheck disable=SC2086 # $once is a flag or nothing
-  background $once "$job" .venv_jax/bin/python -m "$program" "$@"
+  background $once "$job" $on_chips .venv_jax/bin/python -m "$program" "$@"
   exit
 fi
 
-# TensorFlow reaches the chips of these generations through PJRT only.
+# TensorFlow reaches the chips of newer generations through PJRT only.
 type=$(metadata accelerator-type)
 case $type in
   v2-* | v3-* | v4-*) pjrt='' ;;
   *) pjrt='env NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=.venv/libtpu.so' ;;
 esac
-# shellcheck disable=SC2086 # $once and $pjrt are words or nothing
+# shellcheck disable=SC2086
 if [ "$hosts" = 1 ]; then
-  background $once "$job" $pjrt .venv/bin/python -m "$program" --tpu=local "$@"
+  background $once "$job" $on_chips $pjrt .venv/bin/python -m "$program" --tpu=local "$@"
 else
   require_buckets "$@"
   background --once serve_tpu $pjrt .venv/bin/python -m experiments.serve_tpu
   [ "$worker" != 0 ] ||
-    background $once "$job" env TPU_LOAD_LIBRARY=0 .venv/bin/python -m "$program" --tpu=slice "$@"
+    background $once "$job" $on_chips env TPU_LOAD_LIBRARY=0 .venv/bin/python -m "$program" --tpu=slice "$@"
 fi

@@ -70,6 +70,7 @@ def test_a_slice_of_four_hosts_from_creation_to_deletion(tpu: Slice) -> None:
     assert tpu.jobs() == ["w0 serve_tpu", "w0 train", "w1 serve_tpu", "w2 serve_tpu", "w3 serve_tpu"]
 
     assert "train is still running, as process" in error_line(tpu, "train", "--", RUN)
+    assert error_line(tpu, "evaluate", "--tpu", "--", RUN).startswith("on_chips: another job uses the chips")
     server = tpu.pid(2, "serve_tpu")
     os.kill(server, 9)
     tpu.end(0, 75)
