@@ -255,6 +255,26 @@ def test_a_preempted_slice_is_created_again_as_it_was(tpu: Slice, flags: list[st
 
 
 @pytest.mark.slow
+def test_a_request_that_waits_in_the_queue_is_not_repeated_until_it_has_failed(tpu: Slice) -> None:
+    keep_alive(tpu, "--spot", "--queued")
+    queue = tpu.folder / "queue"
+    queue.write_text("WAITING_FOR_RESOURCES")
+    tpu.preempt()
+
+    def made(verb: str) -> int:
+        return sum(call[:2] == ["queued-resources", verb] for call in tpu.calls())
+
+    wait_until(lambda: made("describe") > 3)
+    assert made("create") == 2
+    queue.write_text("FAILED")
+    wait_until(lambda: made("create") > 2)
+    queue.unlink()
+    tpu.wait_for(0, "train")
+    tpu.end(0, 0)
+    end(tpu, 0)
+
+
+@pytest.mark.slow
 def test_an_interrupted_training_is_started_again_until_it_fails(tpu: Slice) -> None:
     keep_alive(tpu)
     tpu.end(0, 75)

@@ -39,6 +39,8 @@ if verb == "create":
         fail("There is no more capacity in the zone")
     if state.exists():
         fail("already exists")
+    if (folder / "queue").exists():
+        sys.exit()
     count = hosts[flags["accelerator-type"]]
     for worker in range(count):
         attributes = folder / f"w{worker}/attributes"
@@ -57,7 +59,7 @@ elif verb == "list":
         print("tpu", state.read_text(), made["accelerator-type"], image, spot, queue, sep=",")
     print("other,READY,v3-8,image,False,")
 elif service == "queued-resources" and verb == "describe":
-    fail("NOT_FOUND")
+    print((folder / "queue").read_text() if (folder / "queue").exists() else "ACTIVE")
 elif not state.exists():
     fail("NOT_FOUND: the TPU was not found")
 elif verb == "delete":
