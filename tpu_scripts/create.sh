@@ -3,8 +3,8 @@
 #
 #   sh tpu_scripts/create.sh --name=NAME [--type=v3-8] [--spot] [--queued] [--version=IMAGE]
 #
-#   --type=TYPE      gcloud's name for the chips: v2-8, v3-8 (default), v4-8, v5litepod-8 (v5e), v5p-8 and v6e-8 have one
-#                    host; larger ones, like v3-32, have several
+#   --type=TYPE      gcloud's name for the chips: v2-8, v3-8 (default), v4-8, v5litepod-8 (v5e), v5p-8 and v6e-8 have
+#                    one host; larger ones, like v3-32, have several
 #   --spot           a cheaper VM that may be preempted at any time; train.sh continues from the newest checkpoint
 #   --queued         wait in a queue instead of failing; the queued resource has the VM's name
 #   --version=IMAGE  the VM's image (default: plain Ubuntu for the type's generation, which both runners need)
@@ -31,7 +31,7 @@ done
 case $type in
   v5e-*) die "--type=$type: gcloud calls it v5litepod-${type#v5e-}" ;;
   tpu7x-* | v7x-* | v7-*)
-    die "--type=$type: only Compute Engine and GKE create TPU7x, not the Cloud TPU API of these scripts: choose v6e or older"
+    die "--type=$type: Compute Engine and GKE create TPU7x, the Cloud TPU API of these scripts none: choose v6e-8, say"
     ;;
   *-*[!0-9]* | *-) image='' ;;
   v2-8 | v2-32 | v2-128 | v2-256 | v2-512) image=tpu-ubuntu2204-base ;;
@@ -43,7 +43,8 @@ case $type in
   v6e-*) image=v2-alpha-tpuv6e ;;
   *) image='' ;;
 esac
-[ -n "$image" ] || die "--type=$type is not known here: choose v2-8, v3-8, v4-8, v5litepod-8, v5p-8, v6e-8 or a larger one"
+[ -n "$image" ] ||
+  die "--type=$type is not known here: choose v2-8, v3-8, v4-8, v5litepod-8, v5p-8, v6e-8 or a larger one"
 version=${version:-$image}
 require_tpu
 

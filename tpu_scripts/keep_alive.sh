@@ -3,8 +3,8 @@
 
 # Reads the state of the slice, GONE if there is none, and as long as there is one, how it was created.
 look() {
-  slices=$(tpus tpu-vm list --format='csv[no-heading](name.basename(),state,acceleratorType,runtimeVersion,schedulingConfig.spot,queuedResource.basename())') ||
-    return
+  fields='name.basename(),state,acceleratorType,runtimeVersion,schedulingConfig.spot,queuedResource.basename()'
+  slices=$(tpus tpu-vm list --format="csv[no-heading]($fields)") || return
   slice=$(printf '%s\n' "$slices" | awk -F , -v name="$name" '$1 == name')
   state=GONE
   [ -z "$slice" ] || IFS=, read -r _ state type version spot queued <<END
@@ -29,7 +29,7 @@ check_training() {
       echo "The training on $name has ended. The slice is still there: sh tpu_scripts/delete.sh --name=$name"
       exit
       ;;
-    *' ended with 75' | *' ended without an exit code')
+    *' ended with 75' | *' ended without an exit code' | *' no job has been started')
       echo "The training on $name was interrupted."
       started=''
       ;;

@@ -56,7 +56,8 @@ hosts=$(echo "$endpoints" | tr , '\n' | grep -c ':.*:') || hosts=0
 case $worker in
   '' | *[!0-9]*) die "the metadata server says that this is worker '$worker'" ;;
 esac
-[ "$hosts" -gt "$worker" ] || die "the metadata server names no worker $worker: worker-network-endpoints is '$endpoints'"
+[ "$hosts" -gt "$worker" ] ||
+  die "the metadata server names no worker $worker: worker-network-endpoints is '$endpoints'"
 
 # The lock ends with the program that holds it. On a slice, a second program would end the first one's session.
 flock --nonblock chips.lock true || job_is_running "$job" ||

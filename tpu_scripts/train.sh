@@ -36,7 +36,9 @@ shift
 # Copies the export of the JAX runner into the checkout of every worker.
 copy_export() {
   case $1 in
-    gs://*) on_workers all "cd diffusion_tf && mkdir -p exports && gcloud storage cp --recursive $(quote "$1") exports/" ;;
+    gs://*)
+      on_workers all "cd diffusion_tf && mkdir -p exports && gcloud storage cp --recursive $(quote "$1") exports/"
+      ;;
     *)
       from=$(cd "$1" && pwd)
       enter_temporary_folder

@@ -205,7 +205,7 @@ def test_environment_variables_replace_flags(machine):
         ("create --name=tpu --type=v9-8 --version=new", "create: --type=v9-8 is not known here"),
         ("create --name=tpu --type=v3-", "create: --type=v3- is not known here"),
         ("create --name=tpu --type=v3-16", "create: --type=v3-16 is no size of v3: choose v3-8, v3-32"),
-        ("create --name=tpu --type=tpu7x-8", "create: --type=tpu7x-8: only Compute Engine and GKE create TPU7x"),
+        ("create --name=tpu --type=tpu7x-8", "create: --type=tpu7x-8: Compute Engine and GKE create TPU7x"),
         ("setup --name=tpu --venv=d", "setup: unknown argument --venv=d"),
         ("train --name=tpu --workdir=r", "train: unknown argument --workdir=r"),
         ("train --name=tpu", "train: what to train is missing"),
