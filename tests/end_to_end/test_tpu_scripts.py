@@ -294,6 +294,24 @@ def test_install_keeps_tensorflow_away_from_tensorflow_tpu(machine, fake_venv, t
     assert only_line(both).startswith("install: tensorflow is from tensorflow and tensorflow-tpu, which overwrite")
 
 
+def test_install_for_jax_is_without_tensorflow(machine, fake_venv, tmp_path):
+    site = tmp_path / "site"
+    for file, text in {
+        "diffusion_tf/interop/train_loop.py": "",
+        "jax-0.10.2.dist-info/METADATA": "Name: jax\nVersion: 0.10.2",
+    }.items():
+        (site / file).parent.mkdir(parents=True)
+        (site / file).write_text(text)
+    both = machine.run("install", "--runner=jax", f"--venv={fake_venv}")
+    assert only_line(both).startswith("install: the environment holds TensorFlow")
+    shutil.rmtree(site / "tensorflow")
+    result = machine.run("install", "--runner=jax", f"--venv={fake_venv}")
+    assert result.stdout.splitlines() == [
+        f"-m pip install --quiet --disable-pip-version-check {ROOT}[tpu-jax]",
+        "install: jax 0.10.2 with libtpu 0.0.21 and no TensorFlow",
+    ]
+
+
 def test_install_uses_a_suitable_python_or_downloads_one_with_uv(machine, fake_venv, tmp_path):
     # Each Python suits only if FITS names it, and links the fake environment for `-m venv DIR` and `-m uv venv DIR`.
     for name in ("python3.11", "python3.12", "python3"):
