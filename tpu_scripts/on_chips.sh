@@ -66,7 +66,11 @@ on_chips="flock --nonblock --no-fork chips.lock"
 
 # shellcheck disable=SC2086 # $once, $on_chips and $pjrt are words or nothing
 if [ "$runner" = jax ]; then
-  ! job_is_running serve_tpu || kill "$(cat serve_tpu.pid)" # it holds the chips
+  # A server of TensorFlow holds the chips until it ends.
+  ! job_is_running serve_tpu || kill "$(cat serve_tpu.pid)"
+  while job_is_running serve_tpu; do
+    sleep 1
+  done
   [ "$hosts" = 1 ] || set -- "$@" --distributed
   background $once "$job" $on_chips .venv_jax/bin/python -m "$program" "$@"
   exit

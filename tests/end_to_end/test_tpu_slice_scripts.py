@@ -174,7 +174,7 @@ def test_jax_on_one_host_takes_an_export_from_a_bucket_and_the_chips_from_a_serv
     (program,) = tpu.wait_for(0, "train")
     assert program[3:] == ["-m", "experiments.train_exported", "exports/loop", "--workdir=r"]
     assert (checkout / "exports/loop/from").read_text() == "gs://b/loop\n"
-    wait_until((checkout / "serve_tpu.rc").exists)
+    assert (checkout / "serve_tpu.rc").exists()
 
 
 @pytest.mark.parametrize(
