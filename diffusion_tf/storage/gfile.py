@@ -6,6 +6,7 @@ Programs without TensorFlow read and write runs on disk with these functions. Ea
 
 import errno
 import os
+import re
 import shutil
 import sys
 from typing import Any
@@ -13,9 +14,20 @@ from typing import Any
 from diffusion_tf.errors import InputError
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_NO_BUCKET = "bucket does not exist"
+
+
 def is_local(path: str) -> bool:
-    """Whether `path` is in this machine's file system rather than in an object store."""
-    return "://" not in path
+    """Whether `path` is in this machine's file system rather than in one of TensorFlow's, such as gs://."""
+    return not _SCHEME.match(path)
+
+
+def folder_of(path: str) -> str:
+    """Returns the folder that holds `path`; in an object store, the bucket is its own."""
+    scheme = _SCHEME.match(path)
+    start = scheme.end() if scheme else 0
+    return path[:start] + (os.path.dirname(path[start:]) or ("" if scheme else "."))
 
 
 def _remote() -> Any:
@@ -38,14 +50,57 @@ def missing_errors() -> tuple[type[Exception], ...]:
     return (FileNotFoundError, *((tf.errors.NotFoundError, tf.errors.FailedPreconditionError) if tf else ()))
 
 
+def _stat(path: str) -> Any:
+    """Returns TensorFlow's description of a file or folder in a store; None if there is none.
+
+    `tf.io.gfile.isdir` says that there is no folder where the store does not answer, or refuses to.
+
+    Raises:
+      InputError: there is no such bucket.
+    """
+    import tensorflow as tf
+
+    try:
+        return _remote().stat(path)
+    except tf.errors.NotFoundError as error:
+        if _NO_BUCKET in str(error):
+            raise InputError(f"cannot find {path} ({store_reason(error)})") from error
+        return None
+
+
+def store_reason(error: Exception) -> str | None:
+    """Returns why Google Cloud Storage refused a request and what to do about it; None for other errors."""
+    text = str(error)
+    found = re.search(r"gs://[^/\s]+", text)
+    bucket = found[0] if found else "the bucket"
+    if "HTTP response code 401" in text:
+        return (
+            "no credentials for Google Cloud Storage: run `gcloud auth application-default login`, or give this machine a"
+            " service account"
+        )
+    if "HTTP response code 403" in text:
+        return (
+            f"no permission: grant this account the role roles/storage.objectUser on {bucket} (to only read:"
+            " roles/storage.objectViewer)"
+        )
+    if _NO_BUCKET in text:
+        return f"there is no bucket {bucket}: create it, or correct its name"
+    if "executing an HTTP request" in text or "libcurl code" in text:
+        return f"Google Cloud Storage does not answer: try again later ({' '.join(text.split())[:300]})"
+    return None
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or a folder."""
-    return os.path.exists(path) if is_local(path) else _remote().exists(path)
+    return os.path.exists(path) if is_local(path) else _stat(path) is not None
 
 
 def isdir(path: str) -> bool:
     """Whether there is a folder."""
-    return os.path.isdir(path) if is_local(path) else _remote().isdir(path)
+    if is_local(path):
+        return os.path.isdir(path)
+    found = _stat(path)
+    return found is not None and found.is_directory
 
 
 def listdir(path: str) -> list[str]:
@@ -54,11 +109,31 @@ def listdir(path: str) -> list[str]:
 
 
 def makedirs(path: str) -> None:
-    """Creates a folder and those above it where they are missing."""
+    """Creates a folder and those above it where they are missing; gs:// needs no folders, and no permission for them."""
     if is_local(path):
         os.makedirs(path, exist_ok=True)
-    else:
+    elif not path.startswith("gs://"):
         _remote().makedirs(path)
+
+
+def create_marker(path: str) -> bool:
+    """Creates the marker of a folder on gs:// if there is none, as one operation; returns whether it did."""
+    import tensorflow as tf
+
+    try:
+        _remote().mkdir(path)
+    except tf.errors.AlreadyExistsError:
+        return False
+    return True
+
+
+def modified(path: str) -> float:
+    """Returns when an object was last written, in seconds of the store's clock; 0 if there is none.
+
+    TensorFlow may not know yet what other processes wrote in the last five seconds.
+    """
+    found = _stat(path)
+    return found.mtime_nsec / 1e9 if found else 0.0
 
 
 def size(path: str) -> int:
@@ -84,6 +159,7 @@ def rename(source: str, path: str) -> None:
     if is_local(path):
         os.replace(source, path)
     else:
+        isdir(source)  # TensorFlow remembers it; it would take a folder for a file if this request failed
         _remote().rename(source, path, overwrite=True)
 
 
@@ -103,5 +179,5 @@ def rmtree(path: str) -> None:
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:
                 raise
-    else:
+    elif isdir(path):  # TensorFlow remembers it; it would take the folder for missing if this request failed
         _remote().rmtree(path)

@@ -14,6 +14,7 @@ import multiprocessing.managers
 import pathlib
 import random
 import re
+import socket
 import ssl
 import subprocess
 import threading
@@ -223,6 +224,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.connection = self.tls.wrap_socket(self.connection, server_side=True)
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", buffering=0)
+
+    def finish(self) -> None:
+        super().finish()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
 
     def _serve(self) -> None:
         url = urllib.parse.urlsplit(self.path)
