@@ -116,17 +116,6 @@ def makedirs(path: str) -> None:
         _remote().makedirs(path)
 
 
-def create_marker(path: str) -> bool:
-    """Creates the marker of a folder on gs:// if there is none, as one operation; returns whether it did."""
-    import tensorflow as tf
-
-    try:
-        _remote().mkdir(path)
-    except tf.errors.AlreadyExistsError:
-        return False
-    return True
-
-
 def modified(path: str) -> float:
     """Returns when an object was last written, in seconds of the store's clock; 0 if there is none.
 

@@ -1,14 +1,16 @@
 """A lock on gs://: one process holds it, and a process that is dead loses it.
 
-Of all processes that create the marker of the same folder, Google Cloud Storage lets one succeed, since TensorFlow asks it
-to create an object whose generation is 0. The holders of a lock have numbers: `00000007/` is the marker of the seventh.
-That process alone writes `00000007/HOST-PROCESS-*` every 20 seconds, and `00000007/released` at its end. The highest number
-holds the lock until it is released, or until it is silent for 90 seconds by the store's clock. A holder of this machine
-whose process has ended loses it at once.
+TensorFlow's client cannot make a request depend on an object's generation. The lock needs only what Google Cloud Storage
+promises of every request: a list holds whatever was written before it. A process writes its claim,
+`locks/TERM-HOST-PROCESS-*`, then lists the claims, and holds the lock if no other process that lives has one; of two
+processes, the one that lists last sees the other. The holder writes its claim again every 20 seconds, and removes it at its
+end. A process that is silent for 90 seconds by the store's clock is dead; one of this machine is dead when it has ended.
+Whoever follows a dead process removes its claim and has a higher term, which ends the run of a process that was only silent.
 """
 
 import contextlib
 import os
+import random
 import re
 import threading
 import time
@@ -20,30 +22,28 @@ from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import is_other_process, list_folder, process_name, remove, writing
 
-_RELEASED = "released"
-_NAME = re.compile(r"(.+)-(\d{1,9})-[0-9a-f]{8}")  # `process_name()`
+_CLAIM = re.compile(r"(\d{8,})-(.+)-(\d{1,9})-[0-9a-f]{8}")  # the term and `process_name()`
 
 
 class ObjectLock:
     """A lock on gs://.
 
     Args:
-      workdir: what is locked, for messages.
-      folder: the folder of the lock.
-      beat_seconds: how often the holder shows that it is alive.
-      silent_seconds: how long a holder is silent before it counts as dead.
+      workdir: the folder to lock.
+      beat_seconds: how often the holder writes its claim.
+      silent_seconds: how old the claim of a dead process is.
     """
 
-    def __init__(self, workdir: str, folder: str, *, beat_seconds: float = 20.0, silent_seconds: float = 90.0):
-        self._workdir, self._folder = workdir, folder
+    def __init__(self, workdir: str, *, beat_seconds: float = 20.0, silent_seconds: float = 90.0):
+        self._workdir, self._folder = workdir, os.path.join(workdir, "locks")
         self._beat_seconds, self._silent_seconds = beat_seconds, silent_seconds
-        self._number = 0
+        self._claim = ""
         self._end = threading.Event()
         self._lost_to: str | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Holds the lock; waits for the end of a holder that may be dead.
+        """Holds the lock; first waits for the end of a holder that may be dead.
 
         Raises:
           ConfigError: another process holds the lock.
@@ -58,94 +58,91 @@ class ObjectLock:
         finally:
             self._end.set()
             thread.join(self._beat_seconds)
-            with contextlib.suppress(*gfile.file_errors()):  # the next holder waits
-                _touch(self._path(self._number, _RELEASED))
+            with contextlib.suppress(*gfile.file_errors()):  # then the next holder waits
+                remove(self._path(self._claim))
 
     def check(self) -> None:
         """Raises InputError if another process has taken the lock, as it does when this one was silent too long."""
         if self._lost_to:
             raise InputError(
-                f"{self._workdir} was taken over by {self._lost_to} while this process did not reach the store: the run"
-                " goes on there"
+                f"{self._workdir} was taken over by {self._lost_to} while this process did not reach it: the run goes on"
+                " there"
             )
 
     def _take(self) -> None:
         while True:
-            number = max(self._numbers(), default=0)
-            if number and not self._is_free(number):
-                self._wait_for_end(number)
-            if gfile.create_marker(self._path(number + 1)):
-                break
-        self._number = number + 1
-        _touch(self._path(self._number, process_name()))
-        for older in self._numbers():
-            if older < self._number:
-                remove(self._path(older))
+            term = self._wait_until_free() + 1
+            self._claim = f"{term:08d}-{process_name()}"
+            self._write(self._claim)
+            if not self._living(self._claims()):
+                return
+            remove(self._path(self._claim))  # another process starts, and may have seen this claim
+            time.sleep(random.uniform(0, self._beat_seconds / 4))
 
-    def _is_free(self, number: int) -> bool:
-        """Whether the holder released the lock, or is a process of this machine that has ended."""
-        if _RELEASED in list_folder(self._path(number)):
-            return True
-        holder = self._holder(number)
-        if not holder or holder[0] == process_name():
-            return False
-        return holder[1] == os.uname().nodename and not is_other_process(int(holder[2]))
+    def _wait_until_free(self) -> int:
+        """Waits until no process with a claim lives, removes the claims, and returns their highest term.
 
-    def _wait_for_end(self, number: int) -> None:
-        """Returns when the holder has been silent for long; raises ConfigError if it is alive."""
-        first = last = self._last_sign(number)
-        now = self._store_time()
-        if now - last < self._silent_seconds:
-            logging.warning(
-                "%s is locked by %s, seen %.0f seconds ago: waiting until it is seen again, or has been silent for %.0f"
-                " seconds", self._workdir, self._described(number), now - last, self._silent_seconds,
+        Raises:
+          ConfigError: one lives.
+        """
+        first: dict[str, float] = {}
+        while living := self._living(claims := self._claims()):
+            for claim, written in living.items():
+                if written > first.setdefault(claim, written):
+                    raise ConfigError(
+                        "workdir",
+                        f"={self._workdir} is in use by {_owner(claim)}: wait for its end, or choose another workdir",
+                    )
+            logging.log_first_n(
+                logging.WARNING, "%s is locked by %s, which may be dead: waiting for a sign of it, %.0f seconds at most",
+                1, self._workdir, _owner(next(iter(living))), self._silent_seconds,
             )  # fmt: skip
-        while now - last < self._silent_seconds and not self._is_free(number):
             time.sleep(self._beat_seconds / 4)
-            now, last = self._store_time(), self._last_sign(number)
-            if last != first and not self._is_free(number):
-                raise ConfigError(
-                    "workdir",
-                    f"={self._workdir} is in use by {self._described(number)}: wait for its end, or choose another workdir",
-                )
+        for claim in claims:
+            remove(self._path(claim))
+        return max((int(claim.partition("-")[0]) for claim in claims), default=0)
+
+    def _living(self, claims: list[str]) -> dict[str, float]:
+        """Returns those claims of other processes that are not known to be dead, and when they were written."""
+        others = [claim for claim in claims if claim != self._claim and not _has_ended(claim)]
+        if not others:
+            return {}
+        clock = f"clock-{process_name()}"
+        self._write(clock)
+        now = gfile.modified(self._path(clock))
+        remove(self._path(clock))
+        written = {claim: gfile.modified(self._path(claim)) for claim in others}
+        return {claim: time for claim, time in written.items() if now - time < self._silent_seconds}
 
     def _beat(self) -> None:
-        """Shows that this process is alive, until it has lost the lock or ends."""
+        """Shows that this process lives, until it ends or has lost the lock."""
         while not self._end.wait(self._beat_seconds):
             with contextlib.suppress(InputError, *gfile.file_errors()):  # it tries again
-                newest = max(self._numbers(), default=0)
-                if newest > self._number:
-                    self._lost_to = self._described(newest)
+                claims = self._claims()
+                if self._claim not in claims or max(claims) > self._claim:
+                    self._lost_to = _owner(max(claims, default=""))
                     return
-                _touch(self._path(self._number, process_name()))
+                self._write(self._claim)
 
-    def _numbers(self) -> list[int]:
-        return [int(name) for name in (name.rstrip("/") for name in list_folder(self._folder)) if name.isdecimal()]
+    def _claims(self) -> list[str]:
+        return [name for name in list_folder(self._folder) if _CLAIM.fullmatch(name)]
 
-    def _holder(self, number: int) -> re.Match[str] | None:
-        """The name of the process with this number; None if it has not written it yet, or not any more."""
-        return next(filter(None, map(_NAME.fullmatch, list_folder(self._path(number)))), None)
+    def _write(self, name: str) -> None:
+        with gfile.open_binary(self._path(name), "xb") as file:
+            file.write(b"")
 
-    def _described(self, number: int) -> str:
-        holder = self._holder(number)
-        return f"process {holder[2]} of {holder[1]}" if holder else "a process that is starting"
-
-    def _last_sign(self, number: int) -> float:
-        """When the holder last wrote, by the store's clock."""
-        holder = self._holder(number)
-        return gfile.modified(self._path(number, holder[0] if holder else ""))
-
-    def _store_time(self) -> float:
-        path = os.path.join(self._folder, f"clock-{process_name()}")
-        _touch(path)
-        now = gfile.modified(path)
-        remove(path)
-        return now
-
-    def _path(self, number: int, *names: str) -> str:
-        return os.path.join(self._folder, f"{number:08d}", *names)
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, name)
 
 
-def _touch(path: str) -> None:
-    with gfile.open_binary(path, "xb") as file:
-        file.write(b"")
+def _has_ended(claim: str) -> bool:
+    """Whether the claim is of a process of this machine that no longer runs."""
+    match = _CLAIM.fullmatch(claim)
+    if not match or claim.endswith(process_name()):
+        return False
+    return match[2] == os.uname().nodename and not is_other_process(int(match[3]))
+
+
+def _owner(claim: str) -> str:
+    match = _CLAIM.fullmatch(claim)
+    return f"process {match[3]} of {match[2]}" if match else "another process"

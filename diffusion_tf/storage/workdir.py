@@ -91,7 +91,7 @@ class Workdir:
         self._refuse_file()
         if not is_local(self.path):
             if self.path.startswith("gs://"):
-                self._object_lock = ObjectLock(self.path, os.path.join(self.path, "locks"))
+                self._object_lock = ObjectLock(self.path)
             with self._object_lock.held() if self._object_lock else contextlib.nullcontext():
                 yield
             return
