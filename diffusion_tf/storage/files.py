@@ -136,7 +136,7 @@ def _remove_abandoned(folder: str) -> None:
     In a local one, these are processes of this machine that no longer run. In a store, where a file is there only when
     it is complete and is renamed at once, it is what has been there for a day.
     """
-    pattern = re.compile(rf"(.+)\.(.+)-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp")
+    pattern = re.compile(r"(.+)\.(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
     for name in os.listdir(folder) if is_local(folder) else list_folder(folder):
         match, path = pattern.fullmatch(name), os.path.join(folder, name)
         if not match or name == _temporary(match[1]):

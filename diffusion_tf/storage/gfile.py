@@ -13,7 +13,6 @@ from typing import Any
 
 from diffusion_tf.errors import InputError
 
-
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _NO_BUCKET = "bucket does not exist"
 
@@ -75,8 +74,8 @@ def store_reason(error: Exception) -> str | None:
     bucket = found[0] if found else "the bucket"
     if "HTTP response code 401" in text:
         return (
-            "no credentials for Google Cloud Storage: run `gcloud auth application-default login`, or give this machine a"
-            " service account"
+            "no credentials for Google Cloud Storage: run `gcloud auth application-default login`, or give this machine"
+            " a service account"
         )
     if "HTTP response code 403" in text:
         return (
@@ -109,7 +108,7 @@ def listdir(path: str) -> list[str]:
 
 
 def makedirs(path: str) -> None:
-    """Creates a folder and those above it where they are missing; gs:// needs no folders, and no permission for them."""
+    """Creates a folder and those above it where they are missing; gs:// needs none, and no permission for them."""
     if is_local(path):
         os.makedirs(path, exist_ok=True)
     elif not path.startswith("gs://"):

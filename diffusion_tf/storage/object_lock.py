@@ -1,11 +1,12 @@
 """A lock on gs://: one process holds it, and a process that is dead loses it.
 
-TensorFlow's client cannot make a request depend on an object's generation. The lock needs only what Google Cloud Storage
-promises of every request: a list holds whatever was written before it. A process writes its claim,
+TensorFlow's client cannot make a request depend on an object's generation. The lock needs only what Google Cloud
+Storage promises of every request: a list holds whatever was written before it. A process writes its claim,
 `locks/TERM-HOST-PROCESS-*`, then lists the claims, and holds the lock if no other process that lives has one; of two
-processes, the one that lists last sees the other. The holder writes its claim again every 20 seconds, and removes it at its
-end. A process that is silent for 90 seconds by the store's clock is dead; one of this machine is dead when it has ended.
-Whoever follows a dead process removes its claim and has a higher term, which ends the run of a process that was only silent.
+processes, the one that lists last sees the other. The holder writes its claim again every 20 seconds, and removes it at
+its end. A process that is silent for 90 seconds by the store's clock is dead; one of this machine is dead when it has
+ended. Whoever follows a dead process removes its claim and has a higher term, which ends the run of a process that was
+only silent.
 """
 
 import contextlib
@@ -65,8 +66,8 @@ class ObjectLock:
         """Raises InputError if another process has taken the lock, as it does when this one was silent too long."""
         if self._lost_to:
             raise InputError(
-                f"{self._workdir} was taken over by {self._lost_to} while this process did not reach it: the run goes on"
-                " there"
+                f"{self._workdir} was taken over by {self._lost_to} while this process did not reach it: the run goes"
+                " on there"
             )
 
     def _take(self) -> None:
@@ -94,7 +95,8 @@ class ObjectLock:
                         f"={self._workdir} is in use by {_owner(claim)}: wait for its end, or choose another workdir",
                     )
             logging.log_first_n(
-                logging.WARNING, "%s is locked by %s, which may be dead: waiting for a sign of it, %.0f seconds at most",
+                logging.WARNING,
+                "%s is locked by %s, which may be dead: waiting for a sign of it, %.0f seconds at most",
                 1, self._workdir, _owner(next(iter(living))), self._silent_seconds,
             )  # fmt: skip
             time.sleep(self._beat_seconds / 4)

@@ -34,7 +34,9 @@ def start(env, *args):
     """Starts `python -m experiments ARGS`."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", **env}
     command = [sys.executable, "-m", "experiments", *args]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def run(env, *args, returncode=0):
@@ -77,8 +79,10 @@ def test_kills_leave_sound_checkpoints_and_the_run_goes_on_at_once(served, tmp_p
     generator = random.Random(0)
     gcs.fail(503, 429, 0, rate=0.05)
     for _ in range(6):
-        process, before = start(env, "train", "--workdir=gs://bucket/run", *flags), gcs.names("bucket", "run/check")
-        killed_runs.wait_for(lambda: gcs.names("bucket", "run/check") != before or process.poll() is not None)
+        before = gcs.names("bucket", "run/checkpoints")
+        process = start(env, "train", "--workdir=gs://bucket/run", *flags)
+        while gcs.names("bucket", "run/checkpoints") == before and process.poll() is None:
+            time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 1.0))
         process.send_signal(signal.SIGKILL)
         assert process.wait() in (0, -signal.SIGKILL)
@@ -103,9 +107,9 @@ def copy(gcs, prefix: str, folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("args", "status", "message"),
     [
-        (["train", "--workdir=gs://bucket/new"], 403, "no permission: grant this account the role roles/storage.object"),
+        (["train", "--workdir=gs://bucket/new"], 403, "no permission: grant this account the role roles/storage.o"),
         (["sample", "--workdir=gs://bucket/run", "--png=x.png"], 403, "no permission: grant this account the role"),
-        (["train", "--workdir=gs://absent/new"], None, "there is no bucket gs://absent: create it, or correct its name"),
+        (["train", "--workdir=gs://absent/new"], None, "there is no bucket gs://absent: create it, or"),
         (["sample", "--workdir=gs://absent/run", "--png=x.png"], None, "there is no bucket gs://absent: create it"),
         (["train", "--workdir=gs://bucket/new"], 401, "no credentials for Google Cloud Storage: run `gcloud auth"),
         (["train", "--workdir=w", *CATS], 403, "no permission: grant this account the role"),

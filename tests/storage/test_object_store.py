@@ -12,7 +12,7 @@ from support.fake_gcs import serving
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import get_preset
 from diffusion_tf.storage import checkpoints, gfile
-from diffusion_tf.storage.files import append_line, list_folder, new_folder, read_file, remove, write_file
+from diffusion_tf.storage.files import append_line, new_folder, read_file, remove, write_file
 from diffusion_tf.storage.object_lock import ObjectLock
 from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.storage.workdir import Workdir
@@ -182,7 +182,10 @@ def test_a_process_that_lives_keeps_the_lock(gcs):
     thread = threading.Thread(target=beat)
     thread.start()
     held = ObjectLock("gs://bucket/alive", beat_seconds=0.4, silent_seconds=60.0).held()
-    with pytest.raises(InputError, match="workdir=gs://bucket/alive is in use by process 1 of host: wait for its"), held:
+    with (
+        pytest.raises(InputError, match="workdir=gs://bucket/alive is in use by process 1 of host: wait for its"),
+        held,
+    ):
         pass
     ended.set()
     thread.join()

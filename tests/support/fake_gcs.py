@@ -1,12 +1,13 @@
 """A Google Cloud Storage in a process of this machine, for TensorFlow's real client.
 
-The client knows one address, https://*.googleapis.com. It reaches this server as a proxy that the environment names, and
+The client knows only the hosts at googleapis.com. It reaches this server as a proxy that the environment names, and
 trusts its certificate by `CURL_CA_BUNDLE`. The server speaks the part of the JSON API that the client uses:
 https://cloud.google.com/storage/docs/json_api/v1
 """
 
 import contextlib
 import dataclasses
+import datetime
 import http.server
 import itertools
 import json
@@ -46,11 +47,11 @@ class Stored:
     updated: float
 
     def metadata(self, name: str) -> dict[str, str]:
-        written = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.updated)) + f".{int(self.updated % 1 * 1000):03d}Z"
-        return {"name": name, "size": str(len(self.data)), "generation": str(self.generation), "updated": written}
+        updated = datetime.datetime.fromtimestamp(self.updated, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {"name": name, "size": str(len(self.data)), "generation": str(self.generation), "updated": updated}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is answered with an HTTP status of failure."""
 
     def __init__(self, status: int, message: str):
@@ -147,7 +148,7 @@ class FakeGcs:
 
     def find(self, bucket: str, name: str) -> Stored:
         if (bucket, name) not in self.objects:
-            raise Refused(404, f"No such object: {bucket}/{name}")
+            raise RefusedError(404, f"No such object: {bucket}/{name}")
         return self.objects[bucket, name]
 
     def answer_bucket(self, names: list[str], *_: Any) -> dict[str, str]:
@@ -184,7 +185,7 @@ class FakeGcs:
     def answer_start_upload(self, names: list[str], query: dict[str, str], headers: Any, body: bytes) -> Any:
         there = self.objects.get((names[0], query["name"]))
         if query.get("ifGenerationMatch") not in (None, str(there.generation if there else 0)):
-            raise Refused(412, "At least one of the pre-conditions you specified did not hold.")
+            raise RefusedError(412, "At least one of the pre-conditions you specified did not hold.")
         if query["uploadType"] == "media":
             return self.put(names[0], query["name"], body).metadata(query["name"])
         session = f"session{len(self._sessions)}"
@@ -200,13 +201,13 @@ class FakeGcs:
             self._sessions[query["upload_id"]] = (bucket, name, there)
         if len(there) == int(total):
             return self.put(bucket, name, there).metadata(name)
-        raise Refused(308, f"bytes=0-{len(there) - 1}" if there else "")
+        raise RefusedError(308, f"bytes=0-{len(there) - 1}" if there else "")
 
     def answer_read(self, names: list[str], query: dict[str, str], headers: Any, body: bytes) -> bytes:
         data = self.find(*names).data
         first, last = map(int, headers["Range"].removeprefix("bytes=").split("-"))
         if first >= len(data):
-            raise Refused(416, "The requested range cannot be satisfied.")
+            raise RefusedError(416, "The requested range cannot be satisfied.")
         return data[first : last + 1]
 
 
@@ -247,13 +248,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with self.gcs.lock:
             try:
                 if fault:
-                    raise Refused(fault, "a fault of the test")
+                    raise RefusedError(fault, "a fault of the test")
                 if "Authorization" not in self.headers:
-                    raise Refused(401, "Anonymous caller does not have storage access.")
+                    raise RefusedError(401, "Anonymous caller does not have storage access.")
                 if names[0] not in self.gcs.buckets:
-                    raise Refused(404, "The specified bucket does not exist.")
+                    raise RefusedError(404, "The specified bucket does not exist.")
                 status, answer = 200, getattr(self.gcs, f"answer_{kind}")(names, query, self.headers, body)
-            except Refused as error:
+            except RefusedError as error:
                 status, answer = error.status, error
         self.close_connection = fault == 0
         self._answer(status, answer, cut=fault == 0)
@@ -274,7 +275,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {}
         if status == 308:
             headers, data = {"Range": str(answer)} if str(answer) else {}, b""
-        elif isinstance(answer, Refused):
+        elif isinstance(answer, RefusedError):
             data = json.dumps({"error": {"code": status, "message": str(answer)}}).encode()
         elif isinstance(answer, dict) and "Location" in answer:
             headers, data = answer, b""
