@@ -70,21 +70,21 @@ def _stat(path: str) -> Any:
 def store_reason(error: Exception) -> str | None:
     """Returns why Google Cloud Storage refused a request and what to do about it; None for other errors."""
     text = str(error)
-    found = re.search(r"gs://[^/\s]+", text)
-    bucket = found[0] if found else "the bucket"
-    if "HTTP response code 401" in text:
+    found, status = re.search(r"gs://[^/\s]+", text), re.search(r"HTTP response code (\d{3})", text)
+    bucket, code = found[0] if found else "the bucket", int(status[1]) if status else 0
+    if code == 401:
         return (
             "no credentials for Google Cloud Storage: run `gcloud auth application-default login`, or give this machine"
             " a service account"
         )
-    if "HTTP response code 403" in text:
+    if code == 403:
         return (
             f"no permission: grant this account the role roles/storage.objectUser on {bucket} (to only read:"
             " roles/storage.objectViewer)"
         )
     if _NO_BUCKET in text:
         return f"there is no bucket {bucket}: create it, or correct its name"
-    if "executing an HTTP request" in text or "libcurl code" in text:
+    if code == 429 or code >= 500 or "libcurl code" in text:
         return f"Google Cloud Storage does not answer: try again later ({' '.join(text.split())[:300]})"
     return None
 
