@@ -97,8 +97,10 @@ def test_kills_leave_sound_checkpoints_and_the_run_goes_on_at_once(served, tmp_p
 
 
 def copy(gcs, prefix: str, folder: pathlib.Path) -> None:
-    """Copies the objects below `prefix` into a new folder."""
+    """Copies the objects below `prefix` into a new folder, but not what a killed process left beside its place."""
     for name in gcs.names("bucket", f"{prefix}/"):
+        if name.endswith(".tmp"):
+            continue
         path = folder / name.removeprefix(f"{prefix}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gcs.data("bucket", name))
