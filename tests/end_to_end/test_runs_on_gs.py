@@ -31,20 +31,20 @@ def served(tmp_path):
 
 
 def start(env, *args):
-    """Starts `python -m experiments ARGS`."""
+    """Starts `python -m experiments ARGS`, whose standard error goes into a file beside the certificate."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", **env}
-    command = [sys.executable, "-m", "experiments", *args]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    log = pathlib.Path(env["CURL_CA_BUNDLE"]).parent / f"{args[0]}-{time.monotonic_ns()}.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "experiments", *args]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+    return process, log
 
 
 def run(env, *args, returncode=0):
-    """Runs a program, and returns what it printed to stderr."""
-    process = start(env, *args)
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == returncode, stderr
-    return stderr
+    """Runs a program, and returns what it printed to standard error."""
+    process, log = start(env, *args)
+    assert process.wait(timeout=600) == returncode, log.read_text()
+    return log.read_text()
 
 
 def test_all_programs_work_on_gs_while_requests_fail(served, tmp_path):
@@ -80,7 +80,7 @@ def test_kills_leave_sound_checkpoints_and_the_run_goes_on_at_once(served, tmp_p
     gcs.fail(503, 429, 0, rate=0.05)
     for _ in range(6):
         before = gcs.names("bucket", "run/checkpoints")
-        process = start(env, "train", "--workdir=gs://bucket/run", *flags)
+        process, _ = start(env, "train", "--workdir=gs://bucket/run", *flags)
         while gcs.names("bucket", "run/checkpoints") == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 1.0))
@@ -133,7 +133,7 @@ def test_a_refusal_of_the_store_is_one_line(served, tmp_path, args, status, mess
 def test_a_second_process_is_refused(served):
     gcs, env = served
     flags = ["--workdir=gs://bucket/run", "--num_steps=100000", *killed_runs.TINY]
-    process = start(env, "train", *flags)
+    process, _ = start(env, "train", *flags)
     killed_runs.wait_for(lambda: gcs.names("bucket", "run/metrics"))
     stderr = run(env, "train", *flags, returncode=1)
     assert f"--workdir=gs://bucket/run is in use by process {process.pid} of " in stderr.splitlines()[-1]
