@@ -89,15 +89,22 @@ def store_reason(error: Exception) -> str | None:
     return None
 
 
+def is_bucket(path: str) -> bool:
+    """Whether `path` names a bucket, which is not looked up: who may use its objects may not see it itself."""
+    return re.fullmatch("gs://[^/]+/?", path) is not None
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or a folder."""
-    return os.path.exists(path) if is_local(path) else _stat(path) is not None
+    return os.path.exists(path) if is_local(path) else is_bucket(path) or _stat(path) is not None
 
 
 def isdir(path: str) -> bool:
     """Whether there is a folder."""
     if is_local(path):
         return os.path.isdir(path)
+    if is_bucket(path):
+        return True
     found = _stat(path)
     return found is not None and found.is_directory
 

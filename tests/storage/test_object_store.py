@@ -121,6 +121,8 @@ def test_writing_needs_no_permission_for_the_bucket_itself(gcs):
     gcs.fail(403, kinds="bucket")
     write_file("gs://bucket/new/folder/file", b"1")
     assert gcs.names("bucket", "new/") == ["new/folder/file"]
+    with Workdir("gs://bucket").lock():
+        assert gcs.names("bucket", "locks/")
 
 
 def test_what_killed_processes_left_is_removed_after_a_day(gcs):

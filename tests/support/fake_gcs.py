@@ -15,6 +15,7 @@ import multiprocessing.managers
 import pathlib
 import random
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -24,6 +25,8 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import pytest
 
 HOSTS = ("www.googleapis.com", "storage.googleapis.com")
 _ROUTES = {
@@ -307,7 +310,12 @@ _Manager.register("FakeGcs", FakeGcs)
 
 @contextlib.contextmanager
 def serving(folder: pathlib.Path, *buckets: str) -> Iterator[tuple[FakeGcs, dict[str, str]]]:
-    """Serves empty buckets; yields them, and the environment variables that lead TensorFlow's client there."""
+    """Serves empty buckets; yields them, and the environment variables that lead TensorFlow's client there.
+
+    Skips the test where there is no openssl to make a certificate.
+    """
+    if not shutil.which("openssl"):
+        pytest.skip("this machine has no openssl")
     with _Manager(ctx=multiprocessing.get_context("spawn")) as manager:
         gcs = manager.FakeGcs(*buckets)  # type: ignore[attr-defined]
         yield gcs, gcs.serve(str(folder))
