@@ -36,7 +36,7 @@ def write_file(path: str, data: bytes) -> None:
     Raises:
       InputError: the file cannot be written; an existing file stays as it was.
     """
-    with replacing(path) as temporary, gfile.open_binary(temporary, "xb") as file:
+    with replacing(path) as temporary, gfile.patience(path), gfile.open_binary(temporary, "xb") as file:
         file.write(data)
 
 
@@ -220,7 +220,7 @@ def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
         there = os.path.expanduser(path)
         if (num_bytes := gfile.size(there)) > max_bytes:
             raise InputError(f"{path} holds {num_bytes:,} bytes, and may hold {max_bytes:,} at most")
-        with gfile.open_binary(there, "rb") as file:
+        with gfile.patience(there), gfile.open_binary(there, "rb") as file:
             return file.read()
     except file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
@@ -238,7 +238,7 @@ def append_line(path: str, line: str) -> None:
         if is_local(path):
             _append_local(path, f"{line}\n".encode())
         else:
-            with gfile.open_binary(path, "ab") as file:
+            with gfile.patience(path), gfile.open_binary(path, "ab") as file:
                 file.write(f"{line}\n".encode())
 
 

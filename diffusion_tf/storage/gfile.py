@@ -4,12 +4,17 @@ Programs without TensorFlow read and write runs on disk with these functions. Ea
 `tf.io.gfile`, and raises one of `file_errors()`.
 """
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
+
+from absl import logging
 
 from diffusion_tf.errors import InputError
 
@@ -37,6 +42,22 @@ def _remote() -> Any:
     return tf.io.gfile
 
 
+@contextlib.contextmanager
+def patience(path: str, seconds: float = 30.0) -> Iterator[None]:
+    """Warns if the block waits for a store for long: TensorFlow repeats requests for minutes, and does not say so."""
+    if is_local(path):
+        yield
+        return
+    message = "%s: no answer for %.0f seconds, asking again for some minutes"
+    timer = threading.Timer(seconds, logging.warning, (message, path, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def file_errors() -> tuple[type[Exception], ...]:
     """The exceptions of the file system and, if it is imported, of TensorFlow."""
     tf = sys.modules.get("tensorflow")
@@ -60,7 +81,8 @@ def _stat(path: str) -> Any:
     import tensorflow as tf
 
     try:
-        return _remote().stat(path)
+        with patience(path):
+            return _remote().stat(path)
     except tf.errors.NotFoundError as error:
         if _NO_BUCKET in str(error):
             raise InputError(f"cannot find {path} ({store_reason(error)})") from error

@@ -117,6 +117,14 @@ def test_a_refusal_of_the_store_says_what_to_do(gcs, status, bucket, line):
             use(f"gs://{bucket}/refused/file")
 
 
+def test_a_long_wait_for_the_store_is_told(caplog):
+    with gfile.patience("/local", 0.0), gfile.patience("gs://bucket/x", 0.0):
+        time.sleep(0.1)
+    assert [r.getMessage() for r in caplog.records] == [
+        "gs://bucket/x: no answer for 0 seconds, asking again for some minutes"
+    ]
+
+
 def test_writing_needs_no_permission_for_the_bucket_itself(gcs):
     gcs.fail(403, kinds="bucket")
     write_file("gs://bucket/new/folder/file", b"1")
