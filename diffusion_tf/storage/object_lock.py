@@ -94,15 +94,13 @@ class ObjectLock:
                         "workdir",
                         f"={self._workdir} is in use by {_owner(claim)}: wait for its end, or choose another workdir",
                     )
-            logging.log_first_n(
-                logging.WARNING,
-                "%s is locked by %s, which may be dead: waiting for a sign of it, %.0f seconds at most",
-                1, self._workdir, _owner(next(iter(living))), self._silent_seconds,
-            )  # fmt: skip
+            message = "%s is locked by %s, which may be dead: waiting for a sign of it, %.0f seconds at most"
+            owner = _owner(next(iter(living)))
+            logging.log_first_n(logging.WARNING, message, 1, self._workdir, owner, self._silent_seconds)
             time.sleep(self._beat_seconds / 4)
         for claim in claims:
             remove(self._path(claim))
-        return max((int(claim.partition("-")[0]) for claim in claims), default=0)
+        return max(map(_term, claims), default=0)
 
     def _living(self, claims: list[str]) -> dict[str, float]:
         """Returns those claims of other processes that are not known to be dead, and when they were written."""
@@ -121,8 +119,9 @@ class ObjectLock:
         while not self._end.wait(self._beat_seconds):
             with contextlib.suppress(InputError, *gfile.file_errors()):  # it tries again
                 claims = self._claims()
-                if self._claim not in claims or max(claims) > self._claim:
-                    self._lost_to = _owner(max(claims, default=""))
+                newest = max(claims, key=_term, default="")
+                if self._claim not in claims or _term(newest) > _term(self._claim):
+                    self._lost_to = _owner(newest)
                     return
                 self._write(self._claim)
 
@@ -135,6 +134,10 @@ class ObjectLock:
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
+
+
+def _term(claim: str) -> int:
+    return int(claim.partition("-")[0])
 
 
 def _has_ended(claim: str) -> bool:
