@@ -32,7 +32,6 @@ def served(tmp_path_factory):
 @pytest.fixture
 def gcs(served):
     served.fail()
-    served.take_requests()
     yield served
     served.fail()
 

@@ -22,7 +22,6 @@ import subprocess
 import threading
 import time
 import urllib.parse
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,7 +68,6 @@ class FakeGcs:
         self.buckets = set(buckets)
         self.objects: dict[tuple[str, str], Stored] = {}
         self.lock = threading.RLock()
-        self._requests: Counter[str] = Counter()
         self._fault: Callable[[str], int | None] = lambda kind: None
         self._generations = itertools.count(1)
         self._sessions: dict[str, tuple[str, str, bytes]] = {}
@@ -87,11 +85,6 @@ class FakeGcs:
     def names(self, bucket: str, prefix: str = "") -> list[str]:
         """The names of the objects that begin with `prefix`, without the markers of folders."""
         return sorted(n for b, n in list(self.objects) if b == bucket and n.startswith(prefix) and n[-1] != "/")
-
-    def take_requests(self) -> Counter[str]:
-        """How often each kind of request, "stat" or "read" for example, came since the last call."""
-        requests, self._requests = self._requests, Counter()
-        return requests
 
     def fail(self, *statuses: int, kinds: str = "", times: int = 10**9, rate: float = 1.0, seed: int = 0) -> None:
         """From now on, requests fail; without arguments, none does.
@@ -114,9 +107,8 @@ class FakeGcs:
         self._fault = fault
 
     def next_fault(self, kind: str) -> int | None:
-        """Counts a request, and says how it fails; None if it does not."""
+        """How a request fails; None if it does not."""
         with self.lock:
-            self._requests[kind] += 1
             return self._fault(kind)
 
     def serve(self, folder: str) -> dict[str, str]:
