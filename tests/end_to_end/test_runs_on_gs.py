@@ -70,7 +70,7 @@ def test_programs_work_on_gs_while_requests_fail(served, tmp_path):
         assert gcs.data("bucket", f"run/checkpoints/{name}") == there
     lines = gcs.data("bucket", "run/metrics.jsonl").splitlines()
     assert len(lines) == len((tmp_path / "straight/metrics.jsonl").read_text().splitlines())
-    assert not [name for name in gcs.names("bucket") if "/locks/" in name or "/partial/" in name]
+    assert not [name for name in gcs.names("bucket") if "/locks/" in name or name.endswith(".tmp")]
     found = {name.removeprefix("out/").partition("/")[0] for name in gcs.names("bucket", "out/")}
     files = (
         "samples.npz samples.png doctor.json doctor.md doctor.png diffusers figure.png figure.json report.md report.png"
