@@ -14,6 +14,7 @@ from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
 from diffusion_tf.runtime.slices import names_servers, slice_workers
+from diffusion_tf.storage.gfile import store_reason
 
 from . import _process
 from ._flags import flag_names
@@ -85,6 +86,8 @@ def _one_line_errors() -> Iterator[None]:
     except UnicodeEncodeError as error:  # TensorFlow takes no other paths
         sys.exit(f"{_process.program_name()}: the path {error.object!r} is not UTF-8: rename it")
     except Exception as error:
+        if reason := store_reason(error):
+            sys.exit(f"{_process.program_name()}: {reason}")
         if lost := _lost_server(error):
             print(f"{_process.program_name()}: {_error_line(lost)}", file=sys.stderr)
             sys.exit(lost.exit_code)

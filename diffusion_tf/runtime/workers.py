@@ -10,6 +10,7 @@ import tensorflow as tf
 from diffusion_tf.errors import PreemptedError
 from diffusion_tf.runtime.slices import is_up, name_worker
 from diffusion_tf.storage.files import first_line
+from diffusion_tf.storage.gfile import store_reason
 
 _GONE = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
 
@@ -57,7 +58,7 @@ def lost_server(servers: Sequence[str], error: tf.errors.OpError) -> PreemptedEr
     if gone := [name_worker(servers, address) for address in servers if not is_up(address)]:
         return PreemptedError(f"{' and '.join(gone)} of the TPU is gone: start `serve_tpu` there, and run this again")
     restarted = "Unable to find a context_id" in str(error)  # an InvalidArgumentError of a server that does not know us
-    if servers and (restarted or isinstance(error, _GONE)):
+    if servers and (restarted or isinstance(error, _GONE)) and not store_reason(error):
         return PreemptedError(f"the workers of the TPU are out of reach ({first_line(error)}): run this again")
     return None
 

@@ -134,4 +134,6 @@ def test_errors_that_are_not_the_loss_of_a_worker_stay():
     with socket.create_server(("127.0.0.1", 0)) as up:
         server = f"127.0.0.1:{up.getsockname()[1]}"
         assert lost_server([server], tf.errors.InternalError(None, None, "the compiler")) is None
+        store = "Error executing an HTTP request: HTTP response code 503 when reading gs://b/a"
+        assert lost_server([server], tf.errors.UnavailableError(None, None, store)) is None
     assert lost_server([], tf.errors.UnavailableError(None, None, "the device")) is None
