@@ -103,7 +103,9 @@ def _lost_server(error: Exception) -> PreemptedError | None:
         return None
     from diffusion_tf.runtime.workers import lost_server  # imports TensorFlow
 
-    return lost_server(slice_workers(FLAGS.tpu), error)
+    with contextlib.suppress(InputError):  # the metadata server may fail too
+        return lost_server(slice_workers(FLAGS.tpu), error)
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
