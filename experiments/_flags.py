@@ -62,7 +62,12 @@ def define_strategy_flags() -> None:
         "Where to run. auto: a TPU if --tpu is given or one is attached, else all GPUs if there are several, else one"
         " device. multi_worker reads TF_CONFIG.",
     )
-    flags.DEFINE_string("tpu", None, "`local` on a TPU VM, or the name of a TPU.")
+    flags.DEFINE_string(
+        "tpu",
+        None,
+        "`local`: the chips of this TPU VM. `slice`: those of all hosts of its slice, and grpc://HOST:PORT,HOST:PORT:"
+        " those of these hosts, where serve_tpu must run. Or the name of a TPU.",
+    )
 
 
 def define_precision_flag() -> None:

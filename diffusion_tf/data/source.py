@@ -40,6 +40,10 @@ class ImageSource:
       find_bad: reads all records and returns the name of the first one that cannot be read, with the reason; None if
         all can.
       bad_records: the number of unreadable records that are replaced by others.
+      places: where each record is that `records` gives for the same seed, in the same order, as int64 scalars; None if
+        records can only be read one after the other.
+      read: maps a place to its record.
+      in_python: whether Python reads the records, so that no other process can.
     """
 
     name: str
@@ -51,6 +55,9 @@ class ImageSource:
     classes: tuple[str, ...] = ()
     find_bad: Callable[[], str | None] = lambda: None
     bad_records: int = 0
+    places: Callable[[tf.Tensor | None], tf.data.Dataset] | None = None
+    read: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+    in_python: bool = False
 
     def decode_with_label(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps an encoded image to uint8 [H, W, C] and its label, an int32 scalar."""
@@ -87,7 +94,9 @@ def training_batches(
     """Returns endless batches for one worker: uint8 [per_replica, H, W, C], or pairs of these and labels int32.
 
     The global batch of step s is records s * batch_size, ... of the shuffled stream, however many workers and replicas
-    share it: worker w takes the w-th of `workers` equal slices. Resuming reads, but does not decode, up to one epoch.
+    share it: worker w takes the w-th of `workers` equal slices. Several workers read only their own records, if the
+    source knows the places of all; then resuming reads none again. Otherwise each reads every record, and resuming
+    reads, but does not decode, up to one epoch.
 
     Args:
       source: the images.
@@ -102,14 +111,17 @@ def training_batches(
     decode = source.decode_with_label if with_labels else source.decode
     first = start_step * batch_size
     share = batch_size // workers
+    records, read = source.records, tf.identity
+    if workers > 1 and source.places:
+        records, read = source.places, source.read
     epochs = tf.data.Dataset.range(first // source.num_examples, _MAX_EPOCHS)
     return (
-        epochs.flat_map(lambda epoch: source.records((seed << 31) + epoch))
+        epochs.flat_map(lambda epoch: records((seed << 31) + epoch))
         .skip(first % source.num_examples)
         .batch(batch_size)
-        .map(lambda records: records[worker * share : (worker + 1) * share])
+        .map(lambda batch: batch[worker * share : (worker + 1) * share])
         .unbatch()
-        .map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(lambda record: decode(read(record)), num_parallel_calls=tf.data.AUTOTUNE)
         .batch(per_replica, drop_remainder=True, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -130,8 +142,9 @@ class ImageReader:
           InputError: an image cannot be read, or there are too few.
         """
         if first != self._position:
-            images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
-            self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+            with tf.device(None):  # in this process, and not where a TPU slice's worker 0 computes
+                images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
+                self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
         try:
             images = list(itertools.islice(self._images, count))
         except READ_ERRORS as error:

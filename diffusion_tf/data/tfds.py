@@ -162,6 +162,7 @@ class _Prepared:
             label=label if self.classes else None,
             classes=self.classes,
             find_bad=find_bad,
+            in_python=self._array_records is not None,
         )
 
     def _deserialize(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
