@@ -133,7 +133,7 @@ def _fed_back(arrays: Sequence[Array]) -> list[Array]:
 def _step(
     preset: Preset, model: UNet, state: Sequence[tf.Tensor], examples: Sequence[tf.Tensor], replicas: int = 1
 ) -> list[tf.Tensor]:
-    """Returns the tensors of `_state` after a step on a replica's images and, with classes, labels; loss; gradient norm.
+    """Returns the tensors of `_state` after a step on images and, with classes, labels; its loss and gradient norm.
 
     Args:
       preset: the recipe.
