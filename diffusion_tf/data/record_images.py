@@ -137,10 +137,11 @@ def _measure(path: str) -> _File:
     try:
         size = gfile.size(path)
         with gfile.open_binary(path, "rb") as file:
-            record_bytes = int.from_bytes(file.read(8), "little") + _HEADER_BYTES + _CRC_BYTES
+            header = memoryview(file.read(_HEADER_BYTES))
     except gfile.file_errors() as error:
         raise ConfigError("tfrecord", f"={path} cannot be read ({first_line(error)})") from error
-    if record_bytes > size:
+    record_bytes = int.from_bytes(header[:8], "little") + _HEADER_BYTES + _CRC_BYTES
+    if record_bytes > size or _masked_crc(header[:8]) != header[8:]:
         raise ConfigError("tfrecord", f"={path} is not a TFRecord file, or its first record is cut off")
     count, rest = divmod(size, record_bytes)
     if rest:

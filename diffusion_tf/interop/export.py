@@ -79,7 +79,9 @@ def build(
       InputError: the preset's network cannot be built.
     """
     if preset.batch_size % replicas:
-        raise ConfigError("replicas", f"={replicas} do not divide the batch of {preset.batch_size} images")
+        raise ConfigError(
+            "replicas", f"={replicas} do not divide the batch of {preset.batch_size} images: give `per_replica_batch`"
+        )
     model = model or UNet.from_preset(preset)
     if what == "train_loop":
         return _train_loop(preset, model, steps_per_call, replicas)

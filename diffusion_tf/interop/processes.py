@@ -36,6 +36,8 @@ def joined(
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    with contextlib.suppress(AttributeError):  # JAX 0.7 has no such option
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from PreemptionNotice
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
