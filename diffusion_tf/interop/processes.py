@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from diffusion_tf.errors import ConfigError, DivergedError, InputError, PreemptedError
+from diffusion_tf.progress_bar import print_line
 from diffusion_tf.storage.files import first_line, listed
 
 _HEARTBEAT_SECONDS = 30  # without one, a process is gone
-_GONE = "another process is gone: start all of them again"
+_GONE = "another process is gone, or did not start: start all of them again"
 
 
 @contextlib.contextmanager
@@ -30,21 +32,25 @@ def joined(
       process_id: which one this is; default: as there.
 
     Raises:
-      ConfigError: there is no cluster, or the coordinator cannot be reached.
+      ConfigError: there is no cluster, or the coordinator's port is not free.
       PreemptedError: another process is gone.
     """
     import jax
 
+    if coordinator and process_id == 0:
+        _require_free_port(coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     with contextlib.suppress(AttributeError):  # JAX 0.7 has no such option
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from PreemptionNotice
+    _end_at_abort()
+    print_line("waiting for the other processes")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        if coordinator is None:
-            raise ConfigError("distributed", f": JAX finds no cluster here ({first_line(error)})") from error
-        raise ConfigError("coordinator", f"={coordinator} cannot be reached ({first_line(error)})") from error
-    _end_at_abort()
+        raise ConfigError(
+            "distributed",
+            f": JAX finds no cluster here ({first_line(error)}): give `coordinator`, `num_processes` and `process_id`",
+        ) from error
     try:
         yield
     except (PreemptedError, DivergedError):  # of all processes at the same step
@@ -108,10 +114,22 @@ def _gathered(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(values)) if are_several() else values[None]
 
 
+def _require_free_port(coordinator: str) -> None:
+    """Raises ConfigError if the port of the coordinator is taken, of which JAX would crash."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError("coordinator", f"={coordinator}: its port is not free ({first_line(error)})") from error
+
+
 def _end_at_abort() -> None:
     """Makes SIGABRT end the process with one line and the code of PreemptedError.
 
-    JAX aborts a process when it notices that another one is gone. Python's own handlers would run too late.
+    JAX aborts a process when it notices that another one is gone, or when some do not start within five minutes. Python
+    would run a handler of its own too late.
     """
 
     def end(_: int) -> None:

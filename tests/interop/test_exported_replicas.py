@@ -18,6 +18,7 @@ from support.forked_programs import ROOT, run_fork
 from diffusion_tf.data.arrays import array_source
 from diffusion_tf.errors import ConfigError, PreemptedError
 from diffusion_tf.interop import export
+from diffusion_tf.interop.processes import joined
 from diffusion_tf.presets import get_preset
 from diffusion_tf.runtime.strategies import make_strategy
 from diffusion_tf.training.trainer import Trainer
@@ -133,7 +134,7 @@ def test_a_process_that_ends_ends_both_and_the_run_resumes_bit_for_bit(folder, t
             assert other.wait(timeout=90) == PreemptedError.exit_code
             last = other.stderr.read().strip().splitlines()[-1]
             if number == signal.SIGKILL:
-                assert "another process is gone: start all of them again" in last
+                assert "another process is gone, or did not start: start all of them again" in last
             else:
                 assert processes[which].wait() == PreemptedError.exit_code
                 step = len(metrics(parts))
@@ -155,6 +156,14 @@ def test_processes_of_different_runs_refuse_to_train(folder, tmp_path):
             assert process.wait(timeout=90) in (1, PreemptedError.exit_code)
         lines = processes[0].stderr.read() + other.communicate()[1]
         assert "the processes do not have the same recipe: give all of them the same export" in lines
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"coordinator={address}: its port is not free"), joined(address, 2, 0):
+            pass
 
 
 def test_replicas_that_do_not_divide_the_batch_are_refused():
