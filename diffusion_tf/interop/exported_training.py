@@ -89,6 +89,8 @@ class _Run:
         progress = self._restore()
         if progress is None:
             loop.start()
+            if are_several():  # their exports may hold other weights
+                loop.share_state(from_chief)
             if loop.init_from and self.writer:  # `train` could not go on from these weights
                 save(workdir.checkpoints, 0, loop.to_arrays(), {"config_sha256": preset.recipe_sha256()})
         self.bar = None

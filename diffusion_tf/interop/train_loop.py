@@ -142,9 +142,12 @@ class TrainLoop:
 
     def share_state(self, from_chief: Callable[[Arrays], Arrays]) -> None:
         """Takes over the state of the chief of several processes, which `from_chief` returns for that of each."""
-        shapes = {name: np.zeros(array["shape"], array["dtype"]) for name, array in self._arguments.items()}
-        state = {name: np.asarray(_local(value)) for name, value in self._state.items()}
-        self._assign(from_chief({name: state.get(name, shapes[name]) for name in self._initial}))
+        arrays = {name: self._arguments[name] for name in self._initial}
+        state = {
+            name: np.asarray(_local(self._state[name])) if self._state else np.zeros(array["shape"], array["dtype"])
+            for name, array in arrays.items()
+        }
+        self._assign(from_chief(state))
 
     @property
     def step(self) -> int:

@@ -19,6 +19,7 @@ from support.forked_programs import ROOT, run_fork
 import diffusion_tf as dtf
 from diffusion_tf.data.arrays import array_source
 from diffusion_tf.data.in_memory import ImageArray
+from diffusion_tf.data.order import EpochShuffle
 from diffusion_tf.data.training_images import open_training_images
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
@@ -171,26 +172,61 @@ def test_a_run_that_diverges_goes_back_once(tmp_path):
     assert checkpoints.all_steps(Workdir(str(tmp_path)).checkpoints) == [4]
 
 
-def test_labels_go_with_their_images(tmp_path):
-    class Recording(Diverging):
-        def run_steps(self, num_steps, examples):
-            np.testing.assert_array_equal(examples["labels"][:num_steps], examples["images"][:num_steps, ..., 0, 0, 0])
-            self.step += num_steps
-            return dict.fromkeys(("loss", "grad_norm"), np.ones(3, np.float32)) | {"param_norm": np.float32(1)}
+class Recording(Diverging):
+    """A loop that does not diverge, and keeps the examples of its steps."""
 
-    preset = dataclasses.replace(PRESET, num_classes=11)
-    labels = np.arange(11, dtype=np.int32)
-    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], IMAGES.shape)
+    def __init__(self, replicas=1, shares=range(1)):
+        self.replicas, self.shares, self.examples = replicas, shares, []
+
+    def run_steps(self, num_steps, examples):
+        self.examples.append({name: array[:num_steps] for name, array in examples.items()})
+        self.step += num_steps
+        return dict.fromkeys(("loss", "grad_norm"), np.ones(3, np.float32)) | {"param_norm": np.float32(1)}
+
+    def seen(self, name):
+        return np.concatenate([examples[name] for examples in self.examples])
+
+
+class Numbered:
+    """Labelled images of their own indices, which keeps those that were read."""
+
+    name, classes, shuffle = "numbers", tuple(map(str, range(11))), EpochShuffle((5, 6), 4)
+
+    def __init__(self):
+        self.read = []
+
+    def take(self, indices):
+        self.read.append(indices)
+        return np.broadcast_to(indices[..., None, None, None], (*indices.shape, 4, 4, 1)).astype(np.uint8), indices
+
+
+def train_on_numbers(loop, path):
+    images = Numbered()
     exported_training.train_in_workdir(
-        Recording(),
-        ImageArray("numbers", images, labels, tuple(map(str, labels))),
-        str(tmp_path),
-        preset=preset,
+        loop,
+        images,
+        str(path),
+        preset=dataclasses.replace(PRESET, num_classes=11),
         command="",
         data=PRESETS_OWN,
         make_notice=lambda: contextlib.nullcontext(Notice()),
     )
-    assert Workdir(str(tmp_path)).read_classes() == tuple(map(str, labels))
+    return np.concatenate(images.read)
+
+
+def test_labels_go_with_their_images(tmp_path):
+    loop = Recording()
+    train_on_numbers(loop, tmp_path)
+    np.testing.assert_array_equal(loop.seen("labels"), loop.seen("images")[..., 0, 0, 0])
+    assert Workdir(str(tmp_path)).read_classes() == Numbered.classes
+
+
+def test_processes_read_their_shares_of_each_batch(tmp_path):
+    whole = train_on_numbers(Recording(), tmp_path / "whole")
+    shares = [range(1), range(1, 4)]  # of two processes with one and three devices
+    read = [train_on_numbers(Recording(4, share), tmp_path / str(share)) for share in shares]
+    assert [array.shape for array in read] == [(8, 1), (8, 3)]
+    np.testing.assert_array_equal(np.concatenate(read, axis=1), whole)
 
 
 def test_training_from_an_export_imports_no_tensorflow():
