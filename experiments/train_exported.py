@@ -10,7 +10,8 @@ and every other program reads them. The images come in the order in which `train
 How often a run reports and saves is set when it is exported.
 
 With --distributed, every machine runs the same command, and reads its own share of the images. On a TPU slice and under
-Slurm JAX finds the other processes; elsewhere the last three flags name them. Process 0 writes the run's folder.
+Slurm JAX finds the other processes; elsewhere --coordinator, --num_processes and --process_id name them. Process 0
+writes the run's folder.
 """
 
 import re
@@ -29,7 +30,7 @@ _flags.define_workdir_flag()
 _flags.define_data_flags(without_tensorflow=True)
 flags.DEFINE_integer("num_steps", None, "Training steps in total. Default: as in the export.", lower_bound=1)
 flags.DEFINE_bool(
-    "distributed", False, "Train with the other processes of a TPU slice, of Slurm, or of the flags below."
+    "distributed", False, "Train with the processes on other machines: those of --coordinator, a TPU slice or Slurm."
 )
 flags.DEFINE_string("coordinator", None, "With --distributed: HOST:PORT at which process 0 listens.")
 flags.DEFINE_integer("num_processes", None, "With --distributed: the number of processes.", lower_bound=1)

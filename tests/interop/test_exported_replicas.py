@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -46,23 +47,23 @@ def folder(trainer, tmp_path_factory):
 
 
 def start(folder, workdir, *flags, devices=REPLICAS, num_steps=PRESET.num_steps):
-    """Starts `train_exported`, which cannot import TensorFlow."""
+    """Starts `train_exported`, which cannot import TensorFlow and prints into WORKDIR.log."""
     for name in ("tensorflow", "keras"):
         (folder / f"{name}.py").write_text("raise AssertionError('imported')")
     run = [folder, f"--workdir={workdir}", f"--npz={folder}/images.npz", "--held_out=0", f"--num_steps={num_steps}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments", "train_exported", *run, *flags],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(folder),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-m", "experiments", "train_exported", *run, *flags]
+    with log(workdir).open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+
+def log(workdir):
+    return pathlib.Path(f"{workdir}.log")
 
 
 @contextlib.contextmanager
@@ -74,14 +75,18 @@ def two_processes(folder, workdir, num_steps=PRESET.num_steps):
     cluster = ["--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     processes = [
         start(folder, path, *cluster, f"--process_id={index}", devices=REPLICAS // 2, num_steps=num_steps)
-        for index, path in enumerate((workdir, f"{workdir}_of_the_other"))
+        for index, path in enumerate(two_folders(workdir))
     ]
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
+
+
+def two_folders(workdir):
+    return workdir, f"{workdir}_of_the_other"
 
 
 def metrics(workdir):
@@ -96,10 +101,9 @@ def checkpoint(workdir, step):
 @pytest.mark.slow
 def test_eight_devices_train_as_one_under_tensorflow(folder, trainer, tmp_path):
     """Each step, in one process and in two, from the same weights on the same images with the same noise."""
-    process = start(folder, tmp_path / "one")
-    assert process.wait() == 0, process.stderr.read()
+    assert start(folder, tmp_path / "one").wait() == 0, log(tmp_path / "one").read_text()
     with two_processes(folder, tmp_path / "two") as processes:
-        assert [process.wait() for process in processes] == [0, 0], [process.stderr.read() for process in processes]
+        assert [process.wait() for process in processes] == [0, 0], log(tmp_path / "two").read_text()
     batches = trainer.batches(array_source(IMAGES))
     lines = [metrics(tmp_path / run) for run in ("one", "two")]
     for step in range(PRESET.num_steps):
@@ -119,7 +123,7 @@ def test_eight_devices_train_as_one_under_tensorflow(folder, trainer, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_ends_ends_both_and_the_run_resumes_bit_for_bit(folder, tmp_path):
     """Killed, of which JAX tells by SIGABRT or by an error, or with a notice, after which both stop at one step."""
-    num_steps = 400
+    num_steps = 150
     with two_processes(folder, tmp_path / "whole", num_steps) as processes:
         assert [process.wait() for process in processes] == [0, 0]
     parts = tmp_path / "parts"
@@ -132,7 +136,7 @@ def test_a_process_that_ends_ends_both_and_the_run_resumes_bit_for_bit(folder, t
             processes[which].send_signal(number)
             other = processes[1 - which]
             assert other.wait(timeout=90) == PreemptedError.exit_code
-            last = other.stderr.read().strip().splitlines()[-1]
+            last = log(two_folders(parts)[1 - which]).read_text().strip().splitlines()[-1]
             if number == signal.SIGKILL:
                 assert "another process is gone, or did not start: start all of them again" in last
             else:
@@ -148,14 +152,15 @@ def test_a_process_that_ends_ends_both_and_the_run_resumes_bit_for_bit(folder, t
 
 @pytest.mark.slow
 def test_processes_of_different_runs_refuse_to_train(folder, tmp_path):
-    with two_processes(folder, tmp_path / "run") as processes:
+    workdir = tmp_path / "run"
+    with two_processes(folder, workdir) as processes:
         processes[1].kill()
-        cluster = [flag for flag in processes[0].args if str(flag).startswith(("--dis", "--coord", "--num_proc"))]
-        other = start(folder, tmp_path / "x", *cluster, "--process_id=1", devices=REPLICAS // 2, num_steps=3)
-        for process in (processes[0], other):
+        flags = [flag for flag in processes[0].args if str(flag).startswith(("--distributed", "--coord", "--num_proc"))]
+        other = start(folder, tmp_path / "x", *flags, "--process_id=1", devices=REPLICAS // 2, num_steps=3)
+        for process in (processes[0], other):  # the one that leaves first may end the other
             assert process.wait(timeout=90) in (1, PreemptedError.exit_code)
-        lines = processes[0].stderr.read() + other.communicate()[1]
-        assert "the processes do not have the same recipe: give all of them the same export" in lines
+    lines = log(workdir).read_text() + log(tmp_path / "x").read_text()
+    assert "the processes do not have the same recipe: give all of them the same export" in lines
 
 
 def test_a_port_that_is_taken_is_named():
