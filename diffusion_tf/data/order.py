@@ -59,7 +59,7 @@ class EpochShuffle:
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(shuffle: EpochShuffle, seed: int) -> np.ndarray:
-    """The images of an epoch in their order, int64 [num_examples]. Takes 20 ms for 50,000 images."""
+    """The images of an epoch in their order, int64 [num_examples]. Takes 0.1 s for 50,000 images, 6 s for 3 million."""
     sizes = np.array(shuffle.file_sizes)
     firsts = np.cumsum(sizes) - sizes
     files = _shuffled(len(sizes), len(sizes), seed)

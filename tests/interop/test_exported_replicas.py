@@ -123,7 +123,7 @@ def test_eight_devices_train_as_one_under_tensorflow(folder, trainer, tmp_path):
 @pytest.mark.slow
 def test_a_process_that_ends_ends_both_and_the_run_resumes_bit_for_bit(folder, tmp_path):
     """Killed, of which JAX tells by SIGABRT or by an error, or with a notice, after which both stop at one step."""
-    num_steps = 150
+    num_steps = 60
     with two_processes(folder, tmp_path / "whole", num_steps) as processes:
         assert [process.wait() for process in processes] == [0, 0]
     parts = tmp_path / "parts"
