@@ -22,7 +22,9 @@ from diffusion_tf.errors import ConfigError, DamagedFileError, InputError
 from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import first_line
 
-_THREADS = 32  # that read at the same time: disks and object stores serve many as fast as one
+_FILES_AT_ONCE = 32
+_THREADS = 8
+_SMALL_IMAGE = 2**15  # bytes: to read smaller ones takes less time than threads lose to Python's global lock
 _HEADER_BYTES, _CRC_BYTES = 12, 4
 _CRC_ADDEND = 0xA282EAD8  # of the masked CRC of TFRecords
 # tensorflow/core/example/example.proto without the lists of floats; the entries of its map are messages on the wire.
@@ -82,7 +84,7 @@ class RecordImages:
     ):
         self.name, self.classes = name, classes
         self._image_shape = image_shape
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             self._files = list(pool.map(_measure, paths))
         sizes = tuple(file.num_records for file in self._files)
         self._firsts = np.cumsum(sizes) - sizes
@@ -95,12 +97,19 @@ class RecordImages:
         Raises:
           InputError: a record cannot be read; the message names it.
         """
-        with ThreadPoolExecutor(_THREADS) as pool:
-            records = list(pool.map(self._read, indices.ravel().tolist()))
-        images = np.stack([image for image, _ in records]).reshape(*indices.shape, *self._image_shape)
-        if not self.classes:
-            return images, None
-        return images, np.array([label for _, label in records], np.int32).reshape(indices.shape)
+        images = np.empty((indices.size, *self._image_shape), np.uint8)
+        labels = np.empty(indices.size, np.int32)
+
+        def read(places: np.ndarray) -> None:
+            for place in places:
+                images[place], labels[place] = self._read(indices.flat[place])
+
+        num_threads = _THREADS if np.prod(self._image_shape) >= _SMALL_IMAGE else 1
+        with ThreadPoolExecutor(num_threads) as pool:
+            for _ in pool.map(read, np.array_split(np.arange(indices.size), num_threads)):
+                pass  # raises the errors
+        images = images.reshape(*indices.shape, *self._image_shape)
+        return images, labels.reshape(indices.shape) if self.classes else None
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         """An image uint8 [H, W, C], and its label or -1."""
