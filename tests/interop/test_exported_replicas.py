@@ -163,6 +163,13 @@ def test_processes_of_different_runs_refuse_to_train(folder, tmp_path):
     assert "the processes do not have the same recipe: give all of them the same export" in lines
 
 
+def test_an_abort_of_jax_ends_the_process_with_one_line():
+    code = "import os, diffusion_tf.interop.processes as p; p._end_at_abort(); os.abort()"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == PreemptedError.exit_code
+    assert process.stderr == "another process is gone, or did not start: start all of them again\n"
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
