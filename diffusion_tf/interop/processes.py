@@ -17,6 +17,7 @@ from diffusion_tf.progress_bar import print_line
 from diffusion_tf.storage.files import first_line, listed
 
 _HEARTBEAT_SECONDS = 30  # without one, a process is gone
+_LOST_CODES = ("ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE", "UNKNOWN")  # XLA's
 _GONE = "another process is gone, or did not start: start all of them again"
 
 
@@ -56,14 +57,12 @@ def joined(
     except (PreemptedError, DivergedError):  # of all processes at the same step
         raise
     except BaseException as error:
-        lost = None
-        if isinstance(error, jax.errors.JaxRuntimeError) or (type(error) is ValueError and "Gloo" in str(error)):
-            lost = PreemptedError(f"{_GONE} ({first_line(error)})")
+        # Some functions of JAX raise ValueError with the same text.
+        if isinstance(error, (ValueError, jax.errors.JaxRuntimeError)) and str(error).startswith(_LOST_CODES):
+            error = PreemptedError(f"{_GONE} ({first_line(error)})")
         # At its end, JAX would first wait for the processes that wait for this one.
-        atexit.register(_leave, getattr(lost or error, "exit_code", 1))
-        if lost:
-            raise lost from error
-        raise
+        atexit.register(_leave, getattr(error, "exit_code", 1))
+        raise error
 
 
 def is_chief() -> bool:
