@@ -20,7 +20,6 @@ READ_ERRORS = (
     UnicodeDecodeError,
 )
 
-_SHUFFLE_BYTES = 2**30  # memory of a shuffle buffer; encoded records are no larger than their pixels
 _MAX_EPOCHS = 2**31
 
 
@@ -170,11 +169,6 @@ def identity(source: ImageSource) -> dict[str, Any]:
 def shuffled(dataset: tf.data.Dataset, buffer_size: int, seed: tf.Tensor | None) -> tf.data.Dataset:
     """Returns the dataset shuffled by `seed`, or in order if `seed` is None."""
     return dataset if seed is None else dataset.shuffle(buffer_size, seed=seed)
-
-
-def shuffle_buffer_size(num_examples: int, image_shape: tuple[int, int, int]) -> int:
-    """Returns how many encoded images a shuffle buffer holds: all, if their pixels fit in a gigabyte."""
-    return min(num_examples, _SHUFFLE_BYTES // int(np.prod(image_shape)))
 
 
 def check_shape(where: str, found: Sequence[int], wanted: tuple[int, int, int]) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.data.order import shuffle_buffer_size
 from diffusion_tf.data.record_files import (
     OVERHEAD_BYTES,
     check_lengths,
@@ -20,7 +21,7 @@ from diffusion_tf.data.record_files import (
     other_lengths,
     read_runs,
 )
-from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
+from diffusion_tf.data.source import ImageSource, check_shape, shuffled
 from diffusion_tf.errors import ConfigError
 
 _FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}

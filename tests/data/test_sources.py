@@ -15,8 +15,9 @@ from tensorboard.summary.writer.record_writer import masked_crc32c
 from diffusion_tf.data import conditional_preset, data_paths, open_source
 from diffusion_tf.data.arrays import array_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
+from diffusion_tf.data.order import shuffle_buffer_size
 from diffusion_tf.data.record_files import check_lengths
-from diffusion_tf.data.source import ImageReader, label_reader, shuffle_buffer_size, training_batches
+from diffusion_tf.data.source import ImageReader, label_reader, training_batches
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
