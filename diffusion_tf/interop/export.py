@@ -13,6 +13,8 @@ import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
 from diffusion_tf.interop import STEPS_PER_CALL
+from diffusion_tf.ops import backend
+from diffusion_tf.ops.backend import Backend
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import p_sample_loop, sample_noise
@@ -52,10 +54,15 @@ class Program:
     arguments: list[Array]
     results: list[Array]
 
-    def stablehlo(self) -> str:
-        """Returns the function as StableHLO text."""
+    def stablehlo(self, for_backend: Backend = backend.XLA) -> str:
+        """Returns the function as StableHLO text, computed as `for_backend` does."""
+
+        def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
+            with backend.entered(for_backend):
+                return self.function(*tensors)
+
         specs = [tf.TensorSpec(array.shape, array.dtype) for array in self.arguments]
-        compiled = tf.function(self.function, jit_compile=True, autograph=False)
+        compiled = tf.function(function, jit_compile=True, autograph=False)
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.ops import hashing, taps
+from diffusion_tf.ops import attention, hashing, taps
 
 normal, bernoulli = hashing.normal, hashing.bernoulli
 
@@ -84,11 +84,31 @@ def _dense_side_by_side(kernel: tf.Tensor, *maps: tf.Tensor) -> tuple[tf.Tensor,
     """Computes a gradient for each map: that of the concatenated maps would be written, then read again in slices."""
 
     def grad(grad_y: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        kernels = tf.split(kernel, [x.shape[-1] for x in maps], axis=0)
-        grad_kernel = tf.concat([tf.einsum("bhwi,bhwo->io", x, grad_y) for x in maps], axis=0)
-        return grad_kernel, *(tf.einsum("bhwo,io->bhwi", grad_y, k) for k in kernels)
+        return dense_side_by_side_gradients(kernel, maps, grad_y)
 
     return tf.einsum("bhwi,io->bhwo", tf.concat(maps, axis=-1), kernel), grad
+
+
+def dense_side_by_side_gradients(
+    kernel: tf.Tensor, maps: Sequence[tf.Tensor], grad_y: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """The gradients of `dense_side_by_side` with respect to the kernel and to each map."""
+    kernels = tf.split(kernel, [x.shape[-1] for x in maps], axis=0)
+    grad_kernel = tf.concat([tf.einsum("bhwi,bhwo->io", x, grad_y) for x in maps], axis=0)
+    return grad_kernel, *(tf.einsum("bhwo,io->bhwi", grad_y, k) for k in kernels)
+
+
+def self_attention(
+    h: tf.Tensor,
+    q: attention.Projection,
+    k: attention.Projection,
+    v: attention.Projection,
+    proj_out: attention.Projection,
+    *,
+    heads: int,
+) -> tf.Tensor:
+    """See `ops.self_attention`."""
+    return attention.self_attention(h, q, k, v, proj_out, heads=heads, dense=dense)
 
 
 def group_norm(
@@ -104,19 +124,43 @@ def group_norm(
     rate: float = 0.0,
 ) -> tf.Tensor:
     """See `ops.group_norm`."""
+    return normalized(
+        maps, gamma, beta, _over_groups, num_groups=num_groups, epsilon=epsilon, swish=swish, offset=offset, keep=keep,
+        rate=rate,
+    )  # fmt: skip
 
-    def over_groups(moments: tf.Tensor) -> tf.Tensor:
-        size = moments.shape[-1] // num_groups
-        groups = tf.reshape(moments, [-1, num_groups, size])
+
+def _over_groups(moments: Sequence[tf.Tensor], num_groups: int) -> list[tf.Tensor]:
+    """The means over the channels of each group, for moments [B, C] each, repeated to [B, C]."""
+
+    def mean(moment: tf.Tensor) -> tf.Tensor:
+        size = moment.shape[-1] // num_groups
+        groups = tf.reshape(moment, [-1, num_groups, size])
         return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
 
+    return [mean(moment) for moment in moments]
+
+
+def normalized(
+    maps: Sequence[tf.Tensor],
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    over_groups: Callable[[Sequence[tf.Tensor], int], Sequence[tf.Tensor]],
+    *,
+    num_groups: int,
+    epsilon: float,
+    swish: bool,
+    offset: tf.Tensor | None,
+    keep: tf.Tensor | None,
+    rate: float,
+) -> tf.Tensor:
+    """`ops.group_norm`, for any way `over_groups` to compute the means of moments [B, C] over groups of channels."""
     dtype = maps[0].dtype
     floats = [tf.cast(x, tf.float32) for x in maps]
     mean = tf.concat([tf.reduce_mean(x, axis=[1, 2]) for x in floats], axis=-1)
     mean_square = tf.concat([tf.reduce_mean(tf.square(x), axis=[1, 2]) for x in floats], axis=-1)
     offset = 0.0 if offset is None else tf.cast(offset, tf.float32)
-    mean_square = over_groups(mean_square + offset * (2.0 * mean + offset))
-    mean = over_groups(mean + offset)
+    mean_square, mean = over_groups([mean_square + offset * (2.0 * mean + offset), mean + offset], num_groups)
     variance = tf.maximum(mean_square - tf.square(mean), 0.0)
     scale = gamma * tf.math.rsqrt(variance + epsilon)
     shift = beta + (offset - mean) * scale
