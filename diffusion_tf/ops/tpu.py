@@ -94,9 +94,9 @@ def self_attention(
 ) -> tf.Tensor:
     """See `ops.self_attention`. One head takes 4 products of the map instead of 6.
 
-    With h in place of q(h), k(h) and v(h): the logits are h (W_q W_k^T) h^T and terms that depend on the key by the bias
-    of the queries only, since softmax ignores what all keys have in common. The weights of the values sum to one, so
-    W_v W_out and its bias follow after the mean over the values.
+    The logits are h (W_q W_k^T) h^T, plus terms that depend on the key by the bias of the queries only: softmax ignores
+    what all keys have in common. The weights of the values sum to one, so W_v W_out and its bias follow after the mean
+    over the values.
     """
     if heads > 1:
         return xla.self_attention(h, q, k, v, proj_out, heads=heads)
@@ -162,7 +162,7 @@ def _means(x: tf.Tensor, num_groups: int) -> tf.Tensor:
 
 
 def _in_three_parts(x: tf.Tensor) -> list[tf.Tensor]:
-    """Three float32 tensors whose sum is x exactly, and which bfloat16 holds: in this dtype a TPU multiplies float32."""
+    """Three float32 tensors that bfloat16, in which a TPU multiplies float32, holds exactly, and whose sum is x."""
     parts = []
     for _ in range(2):
         upper = tf.bitwise.bitwise_and(tf.bitcast(x, tf.uint32), tf.constant(0xFFFF0000, tf.uint32))
