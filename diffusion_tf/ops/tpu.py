@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from diffusion_tf.ops import xla
 from diffusion_tf.ops.attention import Projection
-from diffusion_tf.ops.xla import adam_in_place, bernoulli, dense, normal, side_by_side, upsampled_conv2d
+from diffusion_tf.ops.xla import adam_in_place, bernoulli, dense, group_norm, normal, side_by_side, upsampled_conv2d
 
 __all__ = [
     "adam_in_place",
@@ -116,56 +116,3 @@ def self_attention(
 def _pointwise(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     """A dense layer along the channels of x [B, H, W, C] as a 1x1 convolution, which keeps the layout of x."""
     return xla.conv2d(x, kernel[None, None], bias=bias)
-
-
-def group_norm(
-    maps: Sequence[tf.Tensor],
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    *,
-    num_groups: int,
-    epsilon: float,
-    swish: bool = False,
-    offset: tf.Tensor | None = None,
-    keep: tf.Tensor | None = None,
-    rate: float = 0.0,
-) -> tf.Tensor:
-    """See `ops.group_norm`."""
-    return xla.normalized(
-        maps, gamma, beta, _over_groups, num_groups=num_groups, epsilon=epsilon, swish=swish, offset=offset, keep=keep,
-        rate=rate,
-    )  # fmt: skip
-
-
-def _over_groups(moments: Sequence[tf.Tensor], num_groups: int) -> list[tf.Tensor]:
-    """As `xla._over_groups`, as one product: split into groups, the moments would lie in another layout."""
-    return tf.split(_means(tf.concat(moments, axis=0), num_groups), len(moments))
-
-
-def _means(x: tf.Tensor, num_groups: int) -> tf.Tensor:
-    """The means of x [N, C] over the channels of each group, repeated to [N, C].
-
-    The matrix of the product is symmetric, so the gradient is this function, too.
-    """
-    channels = x.shape[-1]
-    group = tf.range(channels) // (channels // num_groups)
-    # Zeros that TensorFlow cannot foresee: it would write the matrix into the program, C^2 numbers for each layer.
-    zeros = tf.bitwise.bitwise_and(tf.bitcast(x[0], tf.int32), 0)
-    same = tf.cast(group[:, None] == group + zeros, x.dtype)
-
-    @tf.custom_gradient
-    def means(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        products = tf.matmul(tf.concat(_in_three_parts(x), axis=0), same)
-        return tf.add_n(tf.split(products, 3)) * (num_groups / channels), means
-
-    return means(x)
-
-
-def _in_three_parts(x: tf.Tensor) -> list[tf.Tensor]:
-    """Three float32 tensors that bfloat16, in which a TPU multiplies float32, holds exactly, and whose sum is x."""
-    parts = []
-    for _ in range(2):
-        upper = tf.bitwise.bitwise_and(tf.bitcast(x, tf.uint32), tf.constant(0xFFFF0000, tf.uint32))
-        parts.append(tf.bitcast(upper, tf.float32))
-        x -= parts[-1]
-    return [*parts, x]

@@ -124,43 +124,19 @@ def group_norm(
     rate: float = 0.0,
 ) -> tf.Tensor:
     """See `ops.group_norm`."""
-    return normalized(
-        maps, gamma, beta, _over_groups, num_groups=num_groups, epsilon=epsilon, swish=swish, offset=offset, keep=keep,
-        rate=rate,
-    )  # fmt: skip
 
-
-def _over_groups(moments: Sequence[tf.Tensor], num_groups: int) -> list[tf.Tensor]:
-    """The means over the channels of each group, for moments [B, C] each, repeated to [B, C]."""
-
-    def mean(moment: tf.Tensor) -> tf.Tensor:
-        size = moment.shape[-1] // num_groups
-        groups = tf.reshape(moment, [-1, num_groups, size])
+    def over_groups(moments: tf.Tensor) -> tf.Tensor:
+        size = moments.shape[-1] // num_groups
+        groups = tf.reshape(moments, [-1, num_groups, size])
         return tf.repeat(tf.reduce_mean(groups, axis=2), size, axis=1)
 
-    return [mean(moment) for moment in moments]
-
-
-def normalized(
-    maps: Sequence[tf.Tensor],
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    over_groups: Callable[[Sequence[tf.Tensor], int], Sequence[tf.Tensor]],
-    *,
-    num_groups: int,
-    epsilon: float,
-    swish: bool,
-    offset: tf.Tensor | None,
-    keep: tf.Tensor | None,
-    rate: float,
-) -> tf.Tensor:
-    """`ops.group_norm`, for any way `over_groups` to compute the means of moments [B, C] over groups of channels."""
     dtype = maps[0].dtype
     floats = [tf.cast(x, tf.float32) for x in maps]
     mean = tf.concat([tf.reduce_mean(x, axis=[1, 2]) for x in floats], axis=-1)
     mean_square = tf.concat([tf.reduce_mean(tf.square(x), axis=[1, 2]) for x in floats], axis=-1)
     offset = 0.0 if offset is None else tf.cast(offset, tf.float32)
-    mean_square, mean = over_groups([mean_square + offset * (2.0 * mean + offset), mean + offset], num_groups)
+    mean_square = over_groups(mean_square + offset * (2.0 * mean + offset))
+    mean = over_groups(mean + offset)
     variance = tf.maximum(mean_square - tf.square(mean), 0.0)
     scale = gamma * tf.math.rsqrt(variance + epsilon)
     shift = beta + (offset - mean) * scale
