@@ -13,10 +13,9 @@ import tensorflow as tf
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
 from diffusion_tf.interop import ANY_DEVICE, STEPS_PER_CALL, TPU_DEVICE
-from diffusion_tf.ops import backend
-from diffusion_tf.ops.backend import Backend
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import computed_for_tpu
 from diffusion_tf.samplers import p_sample_loop, sample_noise
 from diffusion_tf.storage.files import check_writable, remove, replacing, write_file
 from diffusion_tf.storage.json_files import write_json
@@ -54,13 +53,9 @@ class Program:
     arguments: list[Array]
     results: list[Array]
 
-    def stablehlo(self, for_backend: Backend = backend.XLA) -> str:
-        """Returns the function as StableHLO text, computed as `for_backend` does."""
-
-        def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-            with backend.entered(for_backend):
-                return self.function(*tensors)
-
+    def stablehlo(self, *, for_tpu: bool = False) -> str:
+        """Returns the function as StableHLO text; `for_tpu`: with the operations as a TPU computes them."""
+        function = computed_for_tpu(self.function) if for_tpu else self.function
         specs = [tf.TensorSpec(array.shape, array.dtype) for array in self.arguments]
         compiled = tf.function(function, jit_compile=True, autograph=False)
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
@@ -268,8 +263,7 @@ def write(
     names = (f"{what}.stablehlo.mlir", "weights.safetensors", "saved_model", "manifest.json")
     program_path, weights_path, saved_model_path, manifest_path = (os.path.join(folder, name) for name in names)
     check_writable(manifest_path)  # before the work
-    for_backend = backend.TPU if device == TPU_DEVICE else backend.XLA
-    write_file(program_path, program.stablehlo(for_backend).encode())
+    write_file(program_path, program.stablehlo(for_tpu=device == TPU_DEVICE).encode())
     write_file(weights_path, safetensors.numpy.save(weights))
     paths = [program_path, weights_path]
     if what in WITH_SAVED_MODEL:

@@ -16,7 +16,6 @@ from diffusion_tf.interop.tpu_compiler import (
     largest_batch,
     roofline_seconds,
 )
-from diffusion_tf.ops import backend
 from diffusion_tf.presets import PRESETS, Preset
 from diffusion_tf.reports import paper_numbers as paper
 
@@ -44,7 +43,7 @@ def _lower(what: str, preset: Preset) -> _Lowered:
     index = {argument.name: i for i, argument in enumerate(program.arguments)}
     in_place = {index[result.feeds]: i for i, result in enumerate(program.results) if result.feeds}
     params = [math.prod(array.shape) for array in program.arguments if array.name.startswith("params/")]
-    return _Lowered(program.stablehlo(backend.TPU), in_place, sum(params))
+    return _Lowered(program.stablehlo(for_tpu=True), in_place, sum(params))
 
 
 class SliceProjector:
