@@ -43,7 +43,7 @@ def _lower(what: str, preset: Preset) -> _Lowered:
     index = {argument.name: i for i, argument in enumerate(program.arguments)}
     in_place = {index[result.feeds]: i for i, result in enumerate(program.results) if result.feeds}
     params = [math.prod(array.shape) for array in program.arguments if array.name.startswith("params/")]
-    return _Lowered(program.stablehlo(), in_place, sum(params))
+    return _Lowered(program.stablehlo(for_tpu=True), in_place, sum(params))
 
 
 class SliceProjector:
