@@ -26,11 +26,12 @@ flags.DEFINE_integer(
     lower_bound=1,
 )  # fmt: skip
 flags.DEFINE_boolean("find_batch", False, "Find the largest training batch that fits.")
+flags.DEFINE_boolean("profile", False, "Print the ten operations of each program that take the most cycles.")
 _flags.define_path("out", None, "JSON file to write.")
 
 _program.parse_flags(__name__, _flags.preset_from_flags)
 
-from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_table
+from diffusion_tf.interop.tpu_projection import NOTE, SliceProjector, compare_with_paper, to_profile, to_table
 from diffusion_tf.storage.json_files import write_json
 
 
@@ -58,6 +59,9 @@ def main() -> None:
         if FLAGS.find_batch:
             columns["largest train_step"] = projector.project_largest_batch(train_preset)
         print(f"\n{to_table(projector.name, columns)}")
+        if FLAGS.profile:
+            for what, row in columns.items():
+                print(f"\n{to_profile(f'{projector.name}, {what}', row, TOPOLOGIES[projector.name].chip.clock_hertz)}")
         topologies[projector.name] = columns
     print(f"\n{NOTE}")
     if out:

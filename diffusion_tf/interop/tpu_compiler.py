@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_tf.errors import InputError
+from diffusion_tf.interop.tpu_cycles import Operation, operations
 
 _GIB = 2**30  # bytes
 _MAX_ERROR_LENGTH = 300  # characters of the compiler's error that are kept
@@ -106,6 +107,7 @@ class Compiled:
       bytes_accessed: bytes that all operations read from and write to HBM.
       estimated_seconds: the sum over operations of the time at the chip's peak or bandwidth, whichever is longer.
       cycles_seconds: the sum of the scheduler's estimated cycles of each operation, at the chip's clock.
+      operations: all operations that take cycles, the longest first.
     """
 
     compile_seconds: float
@@ -115,6 +117,7 @@ class Compiled:
     bytes_accessed: float | None = None
     estimated_seconds: float | None = None
     cycles_seconds: float | None = None
+    operations: tuple[Operation, ...] = ()
 
 
 def require_compiler() -> None:
@@ -207,6 +210,7 @@ def _read_answer(answer: dict[str, Any], chip: Chip) -> Compiled:
     if "error" in answer:
         return Compiled(answer["seconds"], answer["error"])
     flops, bytes_accessed = answer["flops"], answer["bytes_accessed"]
+    by_cycles = sorted((Operation(**fields) for fields in answer["operations"]), key=lambda op: -op.cycles)
     # The compiler counts each custom call, which only moves data, as -1 second.
     estimate = answer["optimal_seconds"] + (answer["custom_calls"] if answer["optimal_seconds"] < 0 else 0)
     roofline = roofline_seconds(flops, bytes_accessed, chip)
@@ -216,7 +220,8 @@ def _read_answer(answer: dict[str, Any], chip: Chip) -> Compiled:
         flops=flops,
         bytes_accessed=bytes_accessed,
         estimated_seconds=estimate if _MIN_ESTIMATE * roofline <= estimate <= _MAX_ESTIMATE * roofline else None,
-        cycles_seconds=answer["cycles"] / chip.clock_hertz if chip.clock_hertz else None,
+        cycles_seconds=sum(op.cycles for op in by_cycles) / chip.clock_hertz if chip.clock_hertz else None,
+        operations=tuple(by_cycles),
     )
 
 
@@ -259,7 +264,7 @@ def _describe(executable: Any) -> dict[str, Any]:
         "bytes_accessed": costs["bytes accessed"],
         "optimal_seconds": costs["optimal_seconds"],
         "custom_calls": len(re.findall(r"\bcustom_call_target=", entry)),
-        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
+        "operations": [dataclasses.asdict(operation) for operation in operations(text)],
         "hbm_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes

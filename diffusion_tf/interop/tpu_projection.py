@@ -24,6 +24,7 @@ NOTE = (
     "A projected step is the compiler's estimate, with each operation at peak FLOPS or bandwidth, or the roofline if\n"
     "there is none, plus the all-reduce. The scheduler expects more cycles, and a real step is hardly shorter."
 )
+TOP = 10  # operations of a profile
 _NETWORK = ("image_shape", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_timesteps")
 
 
@@ -76,6 +77,7 @@ class SliceProjector:
         batch_size = preset.batch_size * topology.num_devices
         sizes = {"batch_size": batch_size, "images_per_device": preset.batch_size}
         row = {**sizes, "hbm_available_bytes": topology.hbm_bytes, **dataclasses.asdict(compiled)}
+        row["operations"] = row["operations"][:TOP]
         if compiled.flops is None or compiled.bytes_accessed is None:
             return row
         row["roofline_seconds"] = roofline_seconds(compiled.flops, compiled.bytes_accessed, topology.chip)
@@ -177,3 +179,12 @@ def to_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(f"{label:32}" + "".join(f"{'-' if value is None else text(value):>20}" for value in values))
     errors = {name: column["error"] for name, column in columns.items() if column.get("error")}
     return "\n".join([*lines, *(f"{name} does not compile: {error}" for name, error in errors.items())])
+
+
+def to_profile(title: str, row: Mapping[str, Any], clock_hertz: float | None) -> str:
+    """A text table of the operations of a projection that take the most cycles."""
+    lines = [f"{title}: the operations that take the most cycles"]
+    for op in row["operations"]:
+        time = f"{1e3 * op['cycles'] / clock_hertz:8.3f} ms" if clock_hertz else ""
+        lines.append(f"{op['cycles']:12,} {time}  {op['source'] or '-'}  {op['result']}  {op['name']}")
+    return "\n".join(lines)
