@@ -1,13 +1,13 @@
 """Exports the programs of one replica as StableHLO, the sampler and the denoiser also as SavedModels.
 
   python -m experiments.export --dataset=cifar10 --what=train_step --per_replica_batch=16 --precision=bfloat16 --out=DIR
-  python -m experiments.export --dataset=cifar10 --what=train_loop --precision=bfloat16 --out=DIR
+  python -m experiments.export --dataset=cifar10 --what=train_loop --replicas=8 --precision=bfloat16 --out=DIR
   python -m experiments.export --workdir=runs/cifar10 --what=denoiser --out=DIR
 
 The folder gets WHAT.stablehlo.mlir, the weights as safetensors, and a manifest.json of arguments and results: names,
 shapes, dtypes, the initial value of each argument, and which result feeds which argument. The weights are the EMA
 weights of the run's checkpoint, or with --dataset initial ones. train_loop takes many training steps in a call; the
-program train_exported trains with it. A SavedModel needs only TensorFlow: its serving_default
+program train_exported trains with it, on as many devices as --replicas says. A SavedModel needs only TensorFlow: its serving_default
 takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
 """
 
@@ -30,7 +30,13 @@ flags.DEFINE_enum("what", None, PROGRAMS, "Program to export.")
 flags.DEFINE_integer(
     "per_replica_batch",
     None,
-    "Images that the program computes. Default: 16; the batch of the recipe for train_loop, which has one replica.",
+    "Images that the program computes. Default: 16; for train_loop, the batch of the recipe divided by --replicas.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "replicas",
+    1,
+    "train_loop: the devices that share the batch, over all machines, each with this program.",
     lower_bound=1,
 )
 flags.DEFINE_integer(
@@ -43,8 +49,9 @@ def _check() -> None:
     _flags.require_flags("what", "out")
     if FLAGS.batch_size is not None:
         raise InputError("--batch_size is for all replicas: give --per_replica_batch instead")
-    if FLAGS["steps_per_call"].present and FLAGS.what != "train_loop":
-        raise InputError("--steps_per_call goes with --what=train_loop")
+    for name in ("steps_per_call", "replicas"):
+        if FLAGS[name].present and FLAGS.what != "train_loop":
+            raise InputError(f"--{name} goes with --what=train_loop")
     if FLAGS.checkpoint is not None and FLAGS.workdir is None:
         raise InputError("--checkpoint goes with --workdir")
     if FLAGS.workdir is None:
@@ -64,7 +71,7 @@ from diffusion_tf.unet import UNet
 
 def main() -> None:
     if FLAGS.per_replica_batch or FLAGS.what != "train_loop":
-        FLAGS["batch_size"].value = FLAGS.per_replica_batch or _BATCH_SIZE
+        FLAGS["batch_size"].value = (FLAGS.per_replica_batch or _BATCH_SIZE) * FLAGS.replicas
     init_from = None
     if FLAGS.workdir is None:
         preset = _flags.preset_from_flags()
@@ -77,7 +84,13 @@ def main() -> None:
         load_ema(model, checkpoint)
         init_from = {"path": os.path.abspath(checkpoint), "sha256": checkpoints.load_digest(checkpoint)}
     for path in export.write(
-        FLAGS.out, FLAGS.what, preset, model, steps_per_call=FLAGS.steps_per_call, init_from=init_from
+        FLAGS.out,
+        FLAGS.what,
+        preset,
+        model,
+        steps_per_call=FLAGS.steps_per_call,
+        replicas=FLAGS.replicas,
+        init_from=init_from,
     ):
         print(path)
 

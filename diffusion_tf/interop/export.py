@@ -1,6 +1,7 @@
 """Exports training and sampling for one replica, as StableHLO and as SavedModels that do not need this package.
 
-A program is a pure function of named arrays. Integer scalars are int32, since TPUs have no 64-bit integers.
+A program is a pure function of named arrays. Integer scalars are int32, since TPUs have no 64-bit integers. Several
+replicas run the same train_loop on their shares of the batch, and sum their gradients in it.
 """
 
 import dataclasses
@@ -10,8 +11,10 @@ from typing import Any
 
 import safetensors.numpy
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # TensorFlow has no public name for XLA's collectives
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop import STEPS_PER_CALL
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
@@ -59,21 +62,27 @@ class Program:
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
 
 
-def build(what: str, preset: Preset, model: UNet | None = None, steps_per_call: int = STEPS_PER_CALL) -> Program:
-    """Returns one of PROGRAMS for one replica, which computes `preset.batch_size` images.
+def build(
+    what: str, preset: Preset, model: UNet | None = None, steps_per_call: int = STEPS_PER_CALL, replicas: int = 1
+) -> Program:
+    """Returns one of PROGRAMS for one replica, which computes `preset.batch_size` / `replicas` images.
 
     Args:
       what: the program.
       preset: the recipe.
       model: its network, whose weights do not matter here; default: a new one.
       steps_per_call: the most steps that train_loop takes in a call.
+      replicas: the number of devices that run a train_loop together.
 
     Raises:
+      ConfigError: the batch size is not divisible by the replicas.
       InputError: the preset's network cannot be built.
     """
+    if preset.batch_size % replicas:
+        raise ConfigError("replicas", f"={replicas} do not divide the batch of {preset.batch_size} images")
     model = model or UNet.from_preset(preset)
     if what == "train_loop":
-        return _train_loop(preset, model, steps_per_call)
+        return _train_loop(preset, model, steps_per_call, replicas)
     builders = {"train_step": _train_step, "sample_step": _sample_step, "sampler": _sampler, "denoiser": _denoiser}
     return builders[what](preset, model)
 
@@ -93,9 +102,9 @@ def _weights(model: UNet, dtypes: Sequence[str], group: str = "params", initial:
     ]
 
 
-def _labels(preset: Preset, leading: tuple[int, ...] = ()) -> list[Array]:
+def _labels(preset: Preset, *shape: int) -> list[Array]:
     """Returns the argument `labels`, the label of each image or -1, if the preset has classes."""
-    return [Array("labels", (*leading, preset.batch_size), "int32")] if preset.num_classes else []
+    return [Array("labels", shape or (preset.batch_size,), "int32")] if preset.num_classes else []
 
 
 def _denoise_fn(model: UNet, params: Sequence[tf.Tensor], labels: Sequence[tf.Tensor]) -> DenoiseFn:
@@ -121,16 +130,39 @@ def _fed_back(arrays: Sequence[Array]) -> list[Array]:
     return [dataclasses.replace(array, initial=None, feeds=array.name) for array in arrays]
 
 
-def _step(preset: Preset, model: UNet, state: Sequence[tf.Tensor], examples: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Returns the tensors of `_state` after a step on images and, with classes, labels; its loss and gradient norm."""
+def _step(
+    preset: Preset, model: UNet, state: Sequence[tf.Tensor], examples: Sequence[tf.Tensor], replicas: int = 1
+) -> list[tf.Tensor]:
+    """Returns the tensors of `_state` after a step on a replica's images and, with classes, labels; loss; gradient norm.
+
+    Args:
+      preset: the recipe.
+      model: its network.
+      state: the tensors of `_state`.
+      examples: the replica's share of the batch.
+      replicas: the number of replicas.
+    """
     *weights, step = state
     count = len(model.weight_names)
     params, ema, adam_m, adam_v = (list(weights[i : i + count]) for i in range(0, 4 * count, count))
     before = StateTensors(params, ema, adam_m, adam_v, tf.cast(step, tf.int64))
-    rng = CounterRng(preset.seed, before.step, tf.constant(0, tf.int64))
     images, *labels = examples
-    after, loss, grad_norm = train_step(model, preset, before, images, rng, lambda x: x, *labels)
+    first_example = tf.constant(0, tf.int64)
+    if replicas > 1:
+        first_example = tf.cast(gen_xla_ops.xla_replica_id(), tf.int64) * images.shape[0]
+    rng = CounterRng(preset.seed, before.step, first_example)
+    after, loss, grad_norm = train_step(model, preset, before, images, rng, _all_reduce(replicas), *labels)
     return [*tf.nest.flatten(after[:4]), tf.cast(after.step, tf.int32), loss, grad_norm]
+
+
+def _all_reduce(replicas: int) -> Callable[[Any], Any]:
+    """Returns the function that sums a structure of tensors over the replicas."""
+    if replicas == 1:
+        return lambda structure: structure
+    groups = [list(range(replicas))]  # one, of all replicas
+    return lambda structure: tf.nest.map_structure(
+        lambda x: gen_xla_ops.xla_all_reduce(x, groups, reduce_op="Add", mode="CrossReplica"), structure
+    )
 
 
 def _train_step(preset: Preset, model: UNet) -> Program:
@@ -148,20 +180,27 @@ def _train_step(preset: Preset, model: UNet) -> Program:
     )
 
 
-def _train_loop(preset: Preset, model: UNet, steps_per_call: int) -> Program:
+def _train_loop(preset: Preset, model: UNet, steps_per_call: int, replicas: int) -> Program:
     """Returns a loop of training steps: (state, num_steps, images, labels if any) to the state after `num_steps` steps.
 
-    Step i of a call takes images[i]. Further results are the loss and gradient norm of each step, [steps_per_call] with
-    zeros from `num_steps` on, and the global norm of the weights after the last one.
+    Step i of a call takes images[i], of which each replica has its share. Further results are the loss and gradient
+    norm of each step, [steps_per_call] with zeros from `num_steps` on, and the global norm of the weights after the
+    last one. All results are equal on all replicas.
+
+    Args:
+      preset: the recipe.
+      model: its network.
+      steps_per_call: the most steps of a call.
+      replicas: the number of replicas.
     """
-    state, count = _state(model), len(model.weight_names)
+    state, count, share = _state(model), len(model.weight_names), preset.batch_size // replicas
 
     def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
         num_steps, *examples = tensors[len(state) :]
         zeros = tf.zeros([steps_per_call])
 
         def step(i: tf.Tensor, before: list, losses: tf.Tensor, norms: tf.Tensor) -> tuple:
-            *after, loss, norm = _step(preset, model, before, [array[i] for array in examples])
+            *after, loss, norm = _step(preset, model, before, [array[i] for array in examples], replicas)
             is_now = tf.range(steps_per_call) == i
             return i + 1, after, tf.where(is_now, loss, losses), tf.where(is_now, norm, norms)
 
@@ -173,11 +212,11 @@ def _train_loop(preset: Preset, model: UNet, steps_per_call: int) -> Program:
         )
         return [*after, losses, norms, tf.linalg.global_norm(after[:count])]
 
-    images = Array("images", (steps_per_call, preset.batch_size, *preset.image_shape), "uint8")
+    images = Array("images", (steps_per_call, share, *preset.image_shape), "uint8")
     of_steps = [Array(name, (steps_per_call,), "float32") for name in ("loss", "grad_norm")]
     return Program(
         function,
-        [*state, Array("num_steps", (), "int32"), images, *_labels(preset, (steps_per_call,))],
+        [*state, Array("num_steps", (), "int32"), images, *_labels(preset, steps_per_call, share)],
         [*_fed_back(state), *of_steps, Array("param_norm", (), "float32")],
     )
 
@@ -236,6 +275,7 @@ def write(
     model: UNet,
     *,
     steps_per_call: int = STEPS_PER_CALL,
+    replicas: int = 1,
     init_from: dict[str, str] | None = None,
 ) -> list[str]:
     """Writes `WHAT.stablehlo.mlir`, `weights.safetensors`, `saved_model/` (for WITH_SAVED_MODEL) and `manifest.json`.
@@ -246,15 +286,17 @@ def write(
       preset: the recipe.
       model: the network, with the weights to write.
       steps_per_call: as for `build`.
+      replicas: as for `build`.
       init_from: `path` and `sha256` of the checkpoint that holds the weights; None: they are initial ones.
 
     Returns:
       The paths, the manifest last.
 
     Raises:
+      ConfigError: the batch size is not divisible by the replicas.
       InputError: a file cannot be written.
     """
-    program = build(what, preset, model, steps_per_call)
+    program = build(what, preset, model, steps_per_call, replicas)
     weights = {f"params/{n}": v.numpy() for n, v in zip(model.weight_names, model.trainable_variables, strict=True)}
     names = (f"{what}.stablehlo.mlir", "weights.safetensors", "saved_model", "manifest.json")
     program_path, weights_path, saved_model_path, manifest_path = (os.path.join(folder, name) for name in names)
@@ -274,7 +316,7 @@ def write(
         "results": [_describe(array) for array in program.results],
     }
     if what == "train_loop":
-        manifest |= {"steps_per_call": steps_per_call, "init_from": init_from}
+        manifest |= {"steps_per_call": steps_per_call, "replicas": replicas, "init_from": init_from}
     write_json(manifest_path, manifest)
     return [*paths, manifest_path]
 

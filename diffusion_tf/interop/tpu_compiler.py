@@ -249,7 +249,7 @@ def _compile(request: dict[str, Any]) -> Any:
     config = {"chip_config_name": request["chip_config"]} if request["chip_config"] else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=request["libtpu_name"], **config)
     in_place = {int(argument): result for argument, result in request["in_place"].items()}
-    return stablehlo.compile_for(topology.devices[0], request["text"], in_place, load=False)
+    return stablehlo.compile_for(topology.devices[:1], request["text"], in_place, load=False)
 
 
 def _describe(executable: Any) -> dict[str, Any]:

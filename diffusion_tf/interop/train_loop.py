@@ -1,4 +1,4 @@
-"""An exported train_loop on a device of JAX: the program and the state of training. Needs no TensorFlow."""
+"""An exported train_loop on the devices of JAX: the program and the state of training. Needs no TensorFlow."""
 
 import contextlib
 import importlib.util
@@ -39,6 +39,7 @@ class _Manifest(TypedDict):
     arguments: list[_Array]
     results: list[_Array]
     steps_per_call: NotRequired[int]
+    replicas: NotRequired[int]
     init_from: NotRequired[dict[str, str] | None]
 
 
@@ -51,6 +52,8 @@ class TrainLoop:
     Attributes:
       preset: the recipe of the export.
       steps_per_call: the most steps of a call.
+      replicas: the number of devices, each of which computes an equal share of the batch.
+      shares: which of these shares this process computes, after `compile`.
       init_from: `path` and `sha256` of the checkpoint whose weights the export holds; None: they are initial ones.
 
     Raises:
@@ -69,29 +72,43 @@ class TrainLoop:
             self.preset = Preset(**manifest["preset"])
         except (InputError, TypeError) as error:
             raise InputError(f"{path} is not an export of this version ({first_line(error)})") from error
+        self.replicas = manifest.get("replicas", 1)
+        self.shares = range(self.replicas)
         self.init_from = manifest.get("init_from")
         self._text = read_file(os.path.join(folder, manifest["program"])).decode()
         self._weights = os.path.join(folder, manifest["weights"])
         self._arguments = {array["name"]: array for array in manifest["arguments"]}
-        self._results = [array["name"] for array in manifest["results"]]
+        self._results = {array["name"]: tuple(array["shape"]) for array in manifest["results"]}
         self._initial = {name: array["initial"] for name, array in self._arguments.items() if "initial" in array}
         self._state: dict[str, Any] = {}
 
     def compile(self) -> str:
-        """Compiles the program for the first device of JAX, which takes up to minutes, and returns its name.
+        """Compiles the program, which takes up to minutes, and returns the name of the devices.
 
         Raises:
-          InputError: the memory of the device is too small.
+          InputError: there are too few devices, or the memory of a device is too small.
         """
         import jax
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        self._device = jax.devices()[0]
-        in_place = {
-            place: self._results.index(name) for place, name in enumerate(self._arguments) if name in self._initial
-        }
+        # Those of a process are neighbours, as the shares of the batch that it reads are.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        if len(devices) < self.replicas or (jax.process_count() > 1 and len(devices) > self.replicas):
+            raise InputError(
+                f"the export is for {self.replicas} devices, and there are {len(devices)}:"
+                f" export with `replicas={len(devices)}`"
+            )
+        devices = devices[: self.replicas]
+        mine = [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
+        self.shares = range(mine[0], mine[-1] + 1)
+        mesh = Mesh(np.array(devices), ("replica",))
+        self._on_all = NamedSharding(mesh, PartitionSpec())
+        self._shared = NamedSharding(mesh, PartitionSpec(None, "replica"))
+        results = list(self._results)
+        in_place = {place: results.index(name) for place, name in enumerate(self._arguments) if name in self._initial}
         with memory_errors():
-            self._executable = stablehlo.compile_for(self._device, self._text, in_place)
-        return self._device.device_kind
+            self._executable = stablehlo.compile_for(devices, self._text, in_place)
+        return f"{self.replicas} x {devices[0].device_kind}" if self.replicas > 1 else devices[0].device_kind
 
     def start(self) -> None:
         """Starts from the export's weights.
@@ -123,31 +140,40 @@ class TrainLoop:
     @property
     def step(self) -> int:
         """Training steps taken."""
-        return int(self._state["step"])
+        return int(_local(self._state["step"]))
 
     def to_arrays(self) -> Arrays:
         """Returns the state by the names and dtypes of a checkpoint."""
         # Copies: on a CPU, the arrays may be the memory that the next call overwrites.
-        return {name: np.array(value, self._spec(name).dtype) for name, value in self._state.items()}
+        return {name: np.array(_local(value), self._spec(name).dtype) for name, value in self._state.items()}
 
     def put(self, **examples: np.ndarray) -> dict[str, Any]:
-        """Sends the arguments `images` and, with classes, `labels` of a call to the device, and does not wait."""
-        import jax
+        """Sends the arguments `images` and, with classes, `labels` of a call to the devices, and does not wait.
 
-        return {name: jax.device_put(array, self._device) for name, array in examples.items()}
+        Each holds the examples of this process: [steps_per_call, `len(shares)` equal shares of the batch, ...].
+        """
+        return {name: self._send(self._shared, array) for name, array in examples.items()}
 
     def run_steps(self, num_steps: int, examples: Mapping[str, Any]) -> dict[str, Any]:
         """Starts a call of `num_steps` training steps on what `put` returned, and does not wait for its end.
 
         Returns:
           `loss` and `grad_norm` of each step, float32 [steps_per_call] with zeros from `num_steps` on, and `param_norm`
-          of the weights after them, as arrays on the device.
+          of the weights after them, as arrays on a device.
         """
-        values = {**self._state, **examples, **self.put(num_steps=np.asarray(num_steps, np.int32))}
-        outputs = self._executable.execute([values[name] for name in self._arguments])
+        steps = self._send(self._on_all, np.asarray(num_steps, np.int32))
+        values = {**self._state, **examples, "num_steps": steps}
+        arguments = [values[name] for name in self._arguments]
+        outputs = stablehlo.call(self._executable, arguments, list(self._results.values()), self._on_all)
         results = dict(zip(self._results, outputs, strict=True))
         self._state = {name: results.pop(name) for name in self._state}
-        return results
+        return {name: _local(value) for name, value in results.items()}
+
+    def _send(self, sharding: Any, array: np.ndarray) -> Any:
+        """Sends the part of an array that this process has."""
+        import jax
+
+        return jax.make_array_from_process_local_data(sharding, array)
 
     def _spec(self, name: str) -> ArraySpec:
         """The dtype and shape of an array of the state in a checkpoint."""
@@ -155,10 +181,19 @@ class TrainLoop:
         return ArraySpec(_STEP_DTYPE.get(array["dtype"], array["dtype"]), tuple(array["shape"]))
 
     def _assign(self, arrays: Mapping[str, np.ndarray]) -> None:
-        # Copies: a call overwrites what it is given, and two arguments may start with the same weights.
-        self._state = self.put(
-            **{name: np.array(arrays[name], self._arguments[name]["dtype"]) for name in self._initial}
-        )
+        import jax
+
+        def on_each_device(array: np.ndarray, dtype: str) -> Any:
+            # Copies, as a call overwrites what it is given: on CPUs, the array would be the memory of all devices.
+            copies = [jax.device_put(np.array(array, dtype), device) for device in self._on_all.addressable_devices]
+            return jax.make_array_from_single_device_arrays(array.shape, self._on_all, copies)
+
+        self._state = {name: on_each_device(arrays[name], self._arguments[name]["dtype"]) for name in self._initial}
+
+
+def _local(array: Any) -> Any:
+    """The copy on a device of this process of an array that is equal on all devices."""
+    return array.addressable_data(0)
 
 
 def _specs(arrays: Arrays) -> dict[str, ArraySpec]:

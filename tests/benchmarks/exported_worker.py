@@ -42,7 +42,7 @@ def make_call(manifest: dict, text: str, device: jax.Device, steps: int) -> Call
     """
     names = [argument["name"] for argument in manifest["arguments"]]
     feeds = {names.index(r["feeds"]): i for i, r in enumerate(manifest["results"]) if "feeds" in r}
-    executable = compile_for(device, text, feeds)
+    executable = compile_for([device], text, feeds)
     random = np.random.default_rng(0)
     # The values do not matter, except that a GPU takes less time for zeros.
     first = [np.asarray(_initial(random, manifest, argument)) for argument in manifest["arguments"]]

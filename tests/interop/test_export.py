@@ -42,7 +42,7 @@ class Exported:
         self.manifest = json.loads((folder / "manifest.json").read_text())
         weights = safetensors.numpy.load_file(folder / self.manifest["weights"])
         device = jax.devices("cpu")[0]
-        self.executable = compile_for(device, (folder / self.manifest["program"]).read_text(), {})
+        self.executable = compile_for([device], (folder / self.manifest["program"]).read_text(), {})
         self.put = lambda array: jax.device_put(array, device)
         self.arrays = {}
         for argument in self.manifest["arguments"]:
