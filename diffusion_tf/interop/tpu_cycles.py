@@ -1,6 +1,7 @@
 """Reads the scheduler's cycles of each operation from an optimised program of the TPU compiler."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -61,3 +62,15 @@ def _walk(computations: dict[str, list[str]], name: str, *, loop: bool) -> Itera
             branches = [called.strip(" %") for found in _BRANCHES.findall(line) for called in found.split(",")]
             for called in [*_CALLED.findall(line), *branches]:
                 yield from _walk(computations, called, loop=loop or instruction[3] == "while")
+
+
+def all_reduces(text: str) -> list[int]:
+    """Returns the bytes that each all-reduce of an optimised program sums over the devices."""
+    found = (_INSTRUCTION.match(line) for line in text.splitlines())
+    return [_num_bytes(match[2]) for match in found if match and match[3] in ("all-reduce", "all-reduce-start")]
+
+
+def _num_bytes(shapes: str) -> int:
+    """Returns the size of the arrays of a result, such as `(f32[32]{0}, bf16[3,32]{1,0})`."""
+    arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", shapes)
+    return sum(int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n) for bits, dims in arrays)

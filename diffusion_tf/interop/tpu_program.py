@@ -12,13 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # registers XlaAllReduce
 from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.handle_data_util import get_resource_handle_data
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
-from diffusion_tf.errors import InputError
-from diffusion_tf.interop import TPU_PROGRAMS
+from diffusion_tf.interop.tpu_compiler import Lowered
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import tensorflow_packages
 from diffusion_tf.samplers import Sampler
@@ -77,15 +75,7 @@ class TracingStrategy(tf.distribute.TPUStrategy):
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """A program of one device as StableHLO; `in_place` maps arguments to the results that take over their memory."""
-
-    stablehlo: str
-    in_place: dict[int, int]
-
-
-def lower(program: FuncGraph, num_replicas: int) -> Lowered:
+def to_stablehlo(program: FuncGraph, num_replicas: int) -> Lowered:
     """Lowers a program of `TracingStrategy`: a function of the tensors and then the variables that it takes.
 
     Its results are those of the replica, then the new values of the variables that it assigns, in place of the old ones.
@@ -114,7 +104,8 @@ def lower(program: FuncGraph, num_replicas: int) -> Lowered:
     compiled = tf.function(function, jit_compile=True, autograph=False)
     text = compiled.experimental_get_compiler_ir(*map(_spec, arguments))(stage="stablehlo", platform_name=platform)
     places = [x.name for x in arguments]
-    return Lowered(text, {places.index(name): len(outputs) + i for i, name in enumerate(assigned)})
+    in_place = {places.index(name): len(outputs) + i for i, name in enumerate(assigned)}
+    return Lowered(text, in_place, kernels=platform)
 
 
 def in_program(op: tf.Operation) -> bool:
@@ -177,3 +168,44 @@ def _sum_over_all(node: Any) -> None:
     if "tensorflow-tpu" not in tensorflow_packages():
         node.op = "XlaAllReduce"
         node.attr["reduce_op"].s, node.attr["mode"].s = b"Add", b"CrossReplica"
+
+
+def train_step(preset: Preset, num_replicas: int) -> Lowered:
+    """Lowers what `Trainer.run_steps` starts for each training step, on a device with `preset.batch_size` images."""
+    strategy = TracingStrategy()
+    trainer = Trainer(_of_all(preset, strategy), strategy)
+    shape = (preset.batch_size, *preset.image_shape)
+    examples = (tf.zeros(shape, tf.uint8), tf.zeros(shape[:1], tf.int32))[: 2 if preset.num_classes else 1]
+    batch = examples if preset.num_classes else examples[0]
+    source = strategy.distribute_datasets_from_function(lambda _: tf.data.Dataset.from_tensors(batch).repeat())
+    trainer.run_steps(iter(source), tf.constant(1))
+    return to_stablehlo(strategy.programs[0], num_replicas)
+
+
+def sample(preset: Preset, num_replicas: int) -> Lowered:
+    """Lowers what `Sampler` starts for each of the calls that draw a batch, `preset.batch_size` images on a device."""
+    strategy = TracingStrategy()
+    preset = _of_all(preset, strategy)
+    sampler = Sampler(TrainedModel(preset, strategy), batch_size=preset.batch_size, seed=preset.seed)
+    sampler(0)
+    noise_and_steps = strategy.programs
+    lowered = to_stablehlo(noise_and_steps[-1], num_replicas)
+    return dataclasses.replace(
+        lowered, num_steps=sampler.steps_per_call, calls=-(-sampler.num_steps // sampler.steps_per_call)
+    )
+
+
+def _of_all(preset: Preset, strategy: tf.distribute.Strategy) -> Preset:
+    """Returns the preset for all replicas, given that for one."""
+    return dataclasses.replace(preset, batch_size=preset.batch_size * strategy.num_replicas_in_sync)
+
+
+def _worker() -> None:
+    """Reads a request of `tpu_compiler.lower` from stdin and prints the answer as one line of JSON."""
+    request = json.load(sys.stdin)
+    program = {"train_step": train_step, "sample": sample}[request["what"]]
+    print(json.dumps(dataclasses.asdict(program(Preset(**request["preset"]), request["num_replicas"]))))
+
+
+if __name__ == "__main__":
+    _worker()
