@@ -20,8 +20,8 @@ from absl import flags
 
 from diffusion_tf.errors import InputError
 from diffusion_tf.interop.tpu_compiler import require_compiler
+from diffusion_tf.interop.tpu_projection import START_SECONDS
 from diffusion_tf.interop.tpu_slices import CHIPS, TOPOLOGIES
-from diffusion_tf.storage.json_files import read_json, write_json
 
 from . import _flags, _program
 
@@ -36,7 +36,10 @@ flags.DEFINE_boolean("find_batch", False, "Find the largest training batch that 
 flags.DEFINE_boolean("profile", False, "Print the ten operations of each program that take the most cycles.")
 flags.DEFINE_string("tpu_python", None, "Python with tensorflow-tpu, JAX and libtpu, which lowers and compiles.")
 flags.DEFINE_float(
-    "start_ms", 1.0, "Assumed milliseconds in which the host starts a program on the TPU.", lower_bound=0.0
+    "start_ms",
+    1000 * START_SECONDS,
+    "Assumed milliseconds in which the host starts a program on the TPU.",
+    lower_bound=0.0,
 )
 _flags.define_path("prices", None, "JSON file with the price of an hour of a chip by its type: see docs/tpu-speed.md.")
 _flags.define_path("out", None, "JSON file to write.")
@@ -52,6 +55,7 @@ from diffusion_tf.interop.tpu_projection import (
     to_summary,
     to_table,
 )
+from diffusion_tf.storage.json_files import read_json, write_json
 
 
 def _log(line: str) -> None:
@@ -68,8 +72,7 @@ def _prices() -> dict[str, float | None]:
 
 
 def main() -> None:
-    if not FLAGS.tpu_python:
-        require_compiler()
+    require_compiler(FLAGS.tpu_python)
     preset, prices = _flags.preset_from_flags(), _prices()
     out = _flags.out_path("", ".json") if FLAGS.out else None
     sample_batch_size = FLAGS.sample_batch_size or (256 if preset.image_pixels <= 64 * 64 else 128)

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -78,8 +79,12 @@ class Compiled:
     operations: tuple[Operation, ...] = ()
 
 
-def require_compiler() -> None:
-    """Raises InputError if JAX or libtpu is not installed."""
+def require_compiler(python: str | None = None) -> None:
+    """Raises InputError if JAX or libtpu is not installed, or if another `python` is to compile and is no program."""
+    if python:
+        if not shutil.which(python):
+            raise InputError(f"{python} is no program: name the Python of an environment with tensorflow-tpu and JAX")
+        return
     missing = [name for name in ("jax", "libtpu") if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"compiling for TPUs needs {' and '.join(missing)}: pip install '.[tpu_report]'")
@@ -154,8 +159,7 @@ def compile_stablehlo(
     Raises:
       InputError: JAX or libtpu is not installed.
     """
-    if python is None:
-        require_compiler()
+    require_compiler(python)
     request = {
         "text": text,
         "libtpu_name": topology.libtpu_name,
@@ -173,19 +177,16 @@ def compile_stablehlo(
 def _ask(module: str, request: dict[str, Any], python: str | None) -> tuple[dict[str, Any], str]:
     """Runs a module of this package with a request on stdin; returns its answer, or {} and an error."""
     root = pathlib.Path(__file__).parents[2]
-    try:
-        process = subprocess.run(
-            [python or sys.executable, "-m", f"diffusion_tf.interop.{module}"],
-            input=json.dumps(request),
-            # A checkout may not be installed. Site-packages must not hide those of another Python.
-            cwd=root if python is None or (root / "setup.py").exists() else None,
-            env={**os.environ, "TPU_LOAD_LIBRARY": "0", "TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError as error:
-        raise InputError(f"cannot run {python} ({error.strerror}): name the Python of an environment") from error
+    process = subprocess.run(
+        [python or sys.executable, "-m", f"diffusion_tf.interop.{module}"],
+        input=json.dumps(request),
+        # A checkout may not be installed. Site-packages must not hide those of another Python.
+        cwd=root if python is None or (root / "setup.py").exists() else None,
+        env={**os.environ, "TPU_LOAD_LIBRARY": "0", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if process.returncode != 0:
         says = (process.stderr.strip().splitlines() or ["nothing"])[-1].strip()
         return {}, f"ended with code {process.returncode} and said: {says}"

@@ -1,8 +1,9 @@
 """The programs that a TPUStrategy sends to TPUs, traced and lowered to StableHLO without a TPU.
 
-`TPUStrategy.run` marks the operations that a TPU computes, and TensorFlow compiles them when it runs the function around
-them. `TracingStrategy` is a TPUStrategy up to that point. What it traces is lowered by the kernels for TPUs if TensorFlow
-is `tensorflow-tpu`, else by those for CPUs, which have no name for the all-reduce and get another for the same.
+`TPUStrategy.run` marks the operations that a TPU computes; TensorFlow compiles them when the function around them runs.
+`TracingStrategy` is a TPUStrategy up to that point. What it traces is lowered by the kernels for TPUs if TensorFlow is
+`tensorflow-tpu`. Otherwise the kernels for CPUs lower it, and XlaAllReduce takes the place of CrossReplicaSum, which
+they lack.
 """
 
 import dataclasses
@@ -64,6 +65,7 @@ class TracingStrategy(tf.distribute.TPUStrategy):
         self.programs: list[FuncGraph] = []
 
     def run(self, fn: Callable, args: Any = (), kwargs: Any = None, options: Any = None) -> Any:
+        """As the strategy's, for `fn` whose results are tensors of static shape."""
         graph = FuncGraph("program")
         with graph.as_default():
             results = super().run(fn, args, kwargs, options)
@@ -78,7 +80,7 @@ class TracingStrategy(tf.distribute.TPUStrategy):
 def to_stablehlo(program: FuncGraph, num_replicas: int) -> Lowered:
     """Lowers a program of `TracingStrategy`: a function of the tensors and then the variables that it takes.
 
-    Its results are those of the replica, then the new values of the variables that it assigns, in place of the old ones.
+    Its results are those of the replica, and then the new value of each variable that it assigns, in its place.
 
     Args:
       program: the graph.
@@ -124,7 +126,7 @@ def _spec(x: tf.Tensor) -> tf.TensorSpec:
 def _without_variables(
     program: FuncGraph, names: set[str], variables: list[str]
 ) -> tuple[tf.compat.v1.GraphDef, dict[str, str]]:
-    """Returns the operations called `names` as a graph without side effects, and where each variable's value is at last.
+    """Returns the operations called `names` as a graph without side effects, and the last value of each variable.
 
     Tracing creates operations in the order in which they take effect, so a variable's value is that of its last
     assignment before.

@@ -17,6 +17,7 @@ clock, and no less than the roofline and than the compiler's own estimate, plus 
 links. The host starts the next training step while the device computes one, and waits for the device after
 `steps_per_loop` of them, and after each call that samples; a start is assumed to take {start_ms:g} ms. Not counted:
 reading data, checkpoints, samples during training."""
+START_SECONDS = 1e-3  # in which the host starts a program: an assumption
 TOP = 10  # operations of a profile
 _NETWORK = ("image_shape", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "num_timesteps")
 
@@ -31,7 +32,9 @@ class SliceProjector:
       python: the Python that lowers and compiles; default: this one.
     """
 
-    def __init__(self, name: str, log: Callable[[str], None], start_seconds: float, python: str | None = None):
+    def __init__(
+        self, name: str, log: Callable[[str], None], start_seconds: float = START_SECONDS, python: str | None = None
+    ):
         self.name = name
         self._topology, self._log, self._start_seconds, self._python = TOPOLOGIES[name], log, start_seconds, python
         self._compiled: dict[tuple[str, Preset], tuple[Lowered, Compiled]] = {}
@@ -201,7 +204,14 @@ def to_profile(title: str, row: Mapping[str, Any]) -> str:
 
 def to_summary(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A Markdown table with a line for each slice, from the projections `train_step` and `sample`."""
-    titles = ("slice", "fits", "train: cycles", "steps/s, at most", "hours, at least", "price, at least")
+    titles: tuple[str, ...] = (
+        "slice",
+        "fits",
+        "train: cycles",
+        "steps/s, at most",
+        "hours, at least",
+        "price, at least",
+    )
     titles += ("sample: images", "cycles of a call", "seconds, at least")
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, columns in slices.items():
