@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from diffusion_tf.presets import PRESETS, Preset, get_preset
     from diffusion_tf.recipes import choose_preset
     from diffusion_tf.run import Run, load, train
+    from diffusion_tf.solvers import SamplerSettings
     from diffusion_tf.unet import UNet
 
 _MODULES = {
@@ -47,6 +48,7 @@ _MODULES = {
     "PreemptedError": "errors",
     "Preset": "presets",
     "Run": "run",
+    "SamplerSettings": "solvers",
     "UNet": "unet",
     "choose_preset": "recipes",
     "get_preset": "presets",
@@ -63,6 +65,7 @@ __all__ = [
     "PreemptedError",
     "Preset",
     "Run",
+    "SamplerSettings",
     "UNet",
     "choose_preset",
     "get_preset",

@@ -24,6 +24,8 @@ from diffusion_tf.storage.resumable import ResumableBatches
 from diffusion_tf.trained_model import TrainedModel
 
 _IMAGES_READ = 256  # at once, to count levels
+_LEAST_SIGNAL = 1e-6  # of alphas_cumprod: beyond it the terms of the bound are near 0, and the log SNR may be infinite
+_UNIFORM_SHARE = 0.1  # of the timesteps that an estimate draws: no term gets a large weight
 
 # --- Terms of a batch ------------------------------------------------------------------------------------------
 
@@ -77,6 +79,41 @@ def calc_bpd_loop(
     return BoundTerms(tf.transpose(terms.stack()), diffusion.prior_bpd(x_start), tf.transpose(mse.stack()))
 
 
+class TimestepStrata:
+    """Draws timesteps of the bound by strata of the log signal-to-noise ratio.
+
+    L_t is about the change of log SNR in step t times the mean squared error of the predicted noise over 2, and that
+    error is of the same order at all t. Strata of equal log SNR therefore estimate the sum well, where strata of equal
+    t miss the first few steps, which have most of it (Kingma et al. 2021, Section 4).
+
+    Args:
+      schedule: the schedule.
+    """
+
+    def __init__(self, schedule: NoiseSchedule):
+        signal = np.maximum(schedule.alphas_cumprod, _LEAST_SIGNAL)
+        share = -np.diff(np.log(signal / (1.0 - schedule.alphas_cumprod)))
+        share = (1.0 - _UNIFORM_SHARE) * share / share.sum() + _UNIFORM_SHARE / len(share)
+        self._ends = tf.constant(np.cumsum(share)[:-1], tf.float32)
+        self._share = tf.constant(share, tf.float32)
+
+    def draw(self, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Timestep 0, and one of 1, ..., T - 1 in each of K strata.
+
+        Args:
+          u: float32 [B, K], uniform in [0, 1).
+
+        Returns:
+          The timesteps int32 [B, K + 1], and the weights float32 [B, K + 1]: the sum over k of weights[:, k] times the
+          term at timesteps[:, k] has the sum of all T terms as its expectation.
+        """
+        num_strata = u.shape[1]
+        position = (tf.range(num_strata, dtype=tf.float32) + u) / num_strata
+        index = tf.reduce_sum(tf.cast(position[:, :, None] >= self._ends, tf.int32), axis=-1)
+        weights = 1.0 / (num_strata * tf.gather(self._share, index))
+        return tf.pad(1 + index, [[0, 0], [1, 0]]), tf.pad(weights, [[0, 0], [1, 0]], constant_values=1.0)
+
+
 class BoundEvaluator:
     """Evaluates terms of the bound; those of image i depend on the seed and i only.
 
@@ -84,32 +121,33 @@ class BoundEvaluator:
       trained: the network, its weights, and where to run; each replica computes its share of every batch.
       batch_size: images of one call, over all replicas.
       seed: int in [0, 2^32).
-      num_timesteps_estimate: K - 1. Besides L_0, evaluate one term in each of K - 1 equal stretches of
-        t = 1, ..., T - 1, at a timestep drawn for each image. None: all T terms.
+      num_timesteps_estimate: K. Besides L_0, evaluate K terms of each image, at timesteps that `TimestepStrata` draws,
+        and multiply each by its weight. None: all T terms.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas.
     """
 
     def __init__(self, trained: TrainedModel, *, batch_size: int, seed: int, num_timesteps_estimate: int | None = None):
-        last, stretches = trained.diffusion.num_timesteps - 1, num_timesteps_estimate
-        self._trained, self._terms_are_timesteps = trained, stretches is None
+        num_terms = num_timesteps_estimate
+        self._trained, self._terms_are_timesteps = trained, num_terms is None
         per_replica = per_replica_batch_size(batch_size, trained.strategy)
 
         def evaluate(first_image: tf.Tensor, images: tf.Tensor, labels: tf.Tensor) -> BoundTerms:
             def noise_fn(k: tf.Tensor) -> tf.Tensor:
                 return CounterRng(seed, k, first_image).normal("likelihood", images.shape)
 
-            def timesteps_fn(k: tf.Tensor) -> tf.Tensor:
-                if stretches is None:
-                    return tf.fill([per_replica], k)
-                u = CounterRng(seed, k, first_image).uniform("likelihood/t", (per_replica,))
-                position = (tf.cast(k - 1, tf.float32) + u) * (last / stretches)
-                return tf.where(k == 0, 0, 1 + tf.minimum(tf.cast(position, tf.int32), last - 1))
+            def bound_at(timesteps_fn: Callable[[tf.Tensor], tf.Tensor], num_terms: int) -> BoundTerms:
+                denoise_fn = trained.denoise_fn(labels)
+                x_start = images_to_x(images)
+                return calc_bpd_loop(trained.diffusion, denoise_fn, x_start, noise_fn, timesteps_fn, num_terms)
 
-            num_terms = last + 1 if stretches is None else stretches + 1
-            denoise_fn = trained.denoise_fn(labels)
-            return calc_bpd_loop(trained.diffusion, denoise_fn, images_to_x(images), noise_fn, timesteps_fn, num_terms)
+            if num_terms is None:
+                return bound_at(lambda k: tf.fill([per_replica], k), trained.diffusion.num_timesteps)
+            u = CounterRng(seed, 0, first_image).uniform("likelihood/t", (per_replica, num_terms))
+            timesteps, weights = TimestepStrata(trained.diffusion.schedule).draw(u)
+            bound = bound_at(lambda k: timesteps[:, k], num_terms + 1)
+            return bound._replace(terms_bpd=weights * bound.terms_bpd)
 
         self._evaluate = trained.over_replicas(evaluate, batch_size)
 
@@ -203,7 +241,7 @@ def bound_of_images(
         _batch_bound(evaluator, first, *(array[first : first + batch_size] for array in (images, of_images)))
         for first in firsts
     ]
-    return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
+    return _combine(batches, estimated=num_timesteps_estimate is not None)
 
 
 def measure_bound(
@@ -245,6 +283,7 @@ def measure_bound(
         "precision": trained.preset.precision,
         "seed": seed,
         "num_timesteps_estimate": num_timesteps_estimate,
+        **({} if num_timesteps_estimate is None else {"strata": "log_snr"}),
         **({"given": "labels"} if read_labels else {}),
     }
     kept = ResumableBatches(partial, description, num_examples=num_images, batch_size=batch_size)
@@ -254,7 +293,7 @@ def measure_bound(
         return _batch_bound(evaluator, first, read_images(first, count), labels)
 
     batches = list(kept.compute(bound_of, "bits/dim"))
-    return _combine(batches, trained.diffusion.num_timesteps, num_timesteps_estimate)
+    return _combine(batches, estimated=num_timesteps_estimate is not None)
 
 
 def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray, labels: ArrayLike) -> Arrays:
@@ -272,11 +311,10 @@ def _batch_bound(evaluator: BoundEvaluator, first: int, images: np.ndarray, labe
     }
 
 
-def _combine(batches: Sequence[Arrays], num_timesteps: int, num_timesteps_estimate: int | None) -> Bound:
+def _combine(batches: Sequence[Arrays], *, estimated: bool) -> Bound:
     names = ("prior_bpd", "middle_bpd", "decoder_bpd", "mean_square")
     per_image = {name: np.concatenate([batch[name] for batch in batches]) for name in names}
-    if num_timesteps_estimate is not None:
-        per_image["middle_bpd"] *= (num_timesteps - 1) / num_timesteps_estimate
+    if estimated:
         return Bound(**per_image)
     count = len(per_image["prior_bpd"])
     terms, squares, mse = (

@@ -78,7 +78,7 @@ class Run:
         self._weights_digest = weights_digest
         self._data = data
         self._denoise_calls: dict[int, Callable] = {}
-        self._samplers: dict[tuple[int, str | None, int | None, float, bool], Sampler] = {}
+        self._samplers: dict[tuple[int, SamplerSettings, float, bool], Sampler] = {}
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {self.preset.dataset} {self.preset.image_shape}, step {self.step}>"
@@ -102,7 +102,7 @@ class Run:
         num_samples: int,
         *,
         seed: int = 0,
-        sampler: str | None = None,
+        sampler: str | SamplerSettings | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (),
@@ -118,7 +118,7 @@ class Run:
           num_samples: N.
           seed: in [0, 2^32).
           sampler: `ancestral` (Algorithm 2), `ddim`, `dpm_solver++`, `sde_dpm_solver++` or `heun`; default: `ancestral`
-            for all T steps, `sde_dpm_solver++` for fewer.
+            for all T steps, `sde_dpm_solver++` for fewer. A `SamplerSettings` also chooses eta, spacing and clipping.
           steps: network evaluations per sample, in [1, T]; default: T, 50, 20, 20 and 35 for these samplers.
           batch_size: images computed at once, over all replicas; default: at most 64.
           labels: the classes that the samples take in turn, as indices of `classes`, -1 for none; default: all classes.
@@ -137,9 +137,9 @@ class Run:
             raise ConfigError("num_samples", f"={num_samples} must be greater than 0")
         seed, batch_size = _check_seed(seed), self._batch_size(batch_size, num_samples)
         condition = Condition(tuple(labels), guidance).resolve(self.preset)
-        compiled = batch_size, sampler, steps, guidance, calibrate
+        settings = _sampler_settings(sampler, steps)
+        compiled = batch_size, settings, guidance, calibrate
         if compiled not in self._samplers:
-            settings = SamplerSettings(sampler, steps)
             trained = self._calibrated() if calibrate else self._trained
             self._samplers[compiled] = Sampler(
                 trained, batch_size=batch_size, seed=seed, settings=settings, condition=condition
@@ -153,7 +153,7 @@ class Run:
         *,
         strength: float = 0.6,
         seed: int = 0,
-        sampler: str | None = None,
+        sampler: str | SamplerSettings | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -182,7 +182,7 @@ class Run:
           NotFiniteError: a picture is not finite, since the network overflows.
         """
         check_images(images, self.preset.image_shape)
-        settings = SamplerSettings(sampler, steps, strength=strength)
+        settings = dataclasses.replace(_sampler_settings(sampler, steps), strength=strength)
         batch_size = self._batch_size(batch_size, len(images))
         sampler_from = Sampler(
             self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=settings,
@@ -198,7 +198,7 @@ class Run:
         resamplings: int = RESAMPLINGS,
         jump_length: int = JUMP_LENGTH,
         seed: int = 0,
-        sampler: str | None = None,
+        sampler: str | SamplerSettings | None = None,
         steps: int | None = None,
         batch_size: int | None = None,
         labels: Sequence[int] = (NO_LABEL,),
@@ -230,7 +230,7 @@ class Run:
         check_images(images, self.preset.image_shape)
         batch_size, painted = self._batch_size(batch_size, len(images)), check_masks(masks, images)
         inpainter = Inpainter(
-            self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=SamplerSettings(sampler, steps),
+            self._trained, batch_size=batch_size, seed=_check_seed(seed), settings=_sampler_settings(sampler, steps),
             condition=Condition(tuple(labels), guidance), resamplings=resamplings, jump_length=jump_length,
         )  # fmt: skip
         starts = progress_bar(range(0, len(images), batch_size), unit="batch", desc="inpainting")
@@ -574,6 +574,13 @@ def _resolve_strategy(strategy: str | tf.distribute.Strategy) -> tf.distribute.S
             "strategy", "=multi_worker trains by the command `diffusion-tf train`, one process per worker"
         )
     return make_strategy(strategy) if isinstance(strategy, str) else strategy
+
+
+def _sampler_settings(sampler: str | SamplerSettings | None, steps: int | None) -> SamplerSettings:
+    """The settings of a sampler by name, or these settings with other `steps` if those are given."""
+    if isinstance(sampler, SamplerSettings):
+        return sampler if steps is None else dataclasses.replace(sampler, steps=steps)
+    return SamplerSettings(sampler, steps)
 
 
 def _check_seed(seed: int) -> int:

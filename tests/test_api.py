@@ -126,6 +126,11 @@ def test_ddim_in_one_step_is_the_predicted_image(run):
     samples = run.sample(2, seed=1, sampler="ddim", steps=1)
     # The same x_T: one step of another deterministic sampler from it shows the same image.
     np.testing.assert_array_equal(run.sample(2, seed=1, sampler="dpm_solver++", steps=1), samples)
+    settings = dtf.SamplerSettings("ddim", steps=4, spacing="leading")
+    np.testing.assert_array_equal(
+        run.sample(2, seed=1, sampler=dataclasses.replace(settings, spacing="trailing"), steps=1), samples
+    )
+    assert (run.sample(2, seed=1, sampler=settings, steps=1) != samples).any()  # it starts at t = 0
     for arguments, message in (
         ({"sampler": "euler"}, "sampler=euler: choose one of"),
         ({"steps": 9}, "steps=9 must be from 1 to"),
