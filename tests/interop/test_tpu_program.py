@@ -24,6 +24,7 @@ from diffusion_tf.training.trainer import Trainer
 NETWORK = dataclasses.replace(TINY, num_res_blocks=1, batch_size=2)  # one block at one resolution, with attention
 WITH_CLASSES = dataclasses.replace(NETWORK, num_classes=3)
 IMAGES = np.zeros((2, *NETWORK.image_shape), np.uint8)
+X_T = np.zeros(IMAGES.shape, np.float32)
 
 
 def trained_model(preset=NETWORK):
@@ -50,14 +51,14 @@ CALLS = {
     **{f"sample by {name}": lambda m, name=name: draw(m, settings=SamplerSettings(name, 4)) for name in SAMPLERS},
     "sample from images": lambda m: Sampler(m, batch_size=2, seed=0, settings=SamplerSettings(strength=0.5))(0, IMAGES),
     "clip dynamically": lambda m: draw(m, settings=SamplerSettings("ddim", 4, clip_sample="dynamic")),
-    "stretches of the reverse process": lambda m: ReverseProcess(m, batch_size=2, seed=0)(np.zeros(IMAGES.shape), 8, 0),
-    "predicted x_0": lambda m: ReverseProcess(m, batch_size=2, seed=0).predict_xstart(np.zeros(IMAGES.shape), 3),
+    "stretches of the reverse process": lambda m: ReverseProcess(m, batch_size=2, seed=0)(X_T, 8, 0),
+    "predicted x_0": lambda m: ReverseProcess(m, batch_size=2, seed=0).predict_xstart(X_T, 3),
     "inversion": lambda m: ddim_inversion(m, IMAGES, steps=4, spacing="trailing", batch_size=2),
     "inpainting": lambda m: Inpainter(m, batch_size=2, seed=0)(IMAGES, np.ones((2, 8, 8, 1), bool)),
     "the bound": lambda m: BoundEvaluator(m, batch_size=2, seed=0)(0, IMAGES),
     "some terms of the bound": lambda m: BoundEvaluator(m, batch_size=2, seed=0, num_timesteps_estimate=3)(0, IMAGES),
     "calibration": lambda m: measure_calibration(m, IMAGES, timesteps=[0, 5], seed=0, batch_size=2),
-    "the codec's predictions": lambda m: predictor(m, 2)(np.zeros(IMAGES.shape, np.float32), 3),
+    "the codec's predictions": lambda m: predictor(m, 2)(X_T, 3),
     "features": lambda m: in_batches(pixels_network(NETWORK.image_shape), m.strategy, 2)(IMAGES.astype(np.float32)),
 }
 
