@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.python.framework.func_graph import FuncGraph
@@ -77,37 +77,58 @@ class TracingStrategy(tf.distribute.TPUStrategy):
         )
 
 
-def to_stablehlo(program: FuncGraph, num_replicas: int) -> Lowered:
-    """Lowers a program of `TracingStrategy`: a function of the tensors and then the variables that it takes.
+class Function(NamedTuple):
+    """A program as a function of tensors.
 
-    Its results are those of the replica, and then the new value of each variable that it assigns, in its place.
+    Attributes:
+      call: the function.
+      arguments: what it takes, as tensors of the program: its inputs, then the variables that it uses.
+      in_place: index of a variable that it assigns to the index of the result that is the new value.
+    """
+
+    call: Callable[..., list[tf.Tensor]]
+    arguments: list[tf.Tensor]
+    in_place: dict[int, int]
+
+
+def as_function(program: FuncGraph, num_replicas: int) -> Function:
+    """Returns a program of `TracingStrategy` as a function that has no side effects.
+
+    Its results are those of the replica, and then the new values of the variables.
 
     Args:
       program: the graph.
       num_replicas: the number of devices that sum over their replicas.
     """
     inside = [op for op in program.get_operations() if in_program(op)]
-    inputs = list({x.ref(): x for op in inside for x in op.inputs if not in_program(x.op)}.values())
+    names = {op.name for op in inside}
+    inputs = list({x.ref(): x for op in inside for x in op.inputs if x.op.name not in names}.values())
     variables = [x for x in inputs if x.dtype == tf.resource]
     arguments = [x for x in inputs if x.dtype != tf.resource] + variables
     outputs = [op.inputs[0].name for op in program.get_operations() if op.type == "TPUReplicatedOutput"]
-    graph, values = _without_variables(program, {op.name for op in inside}, [x.name for x in variables])
+    graph, values = _without_variables(program, names, [x.name for x in variables])
     replicas = graph.node.add(name=_REPLICAS, op="Const")
     replicas.attr["dtype"].type = tf.int32.as_datatype_enum
     replicas.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([list(range(num_replicas))]))
     assigned = [x.name for x in variables if values[x.name] != x.name]
     results = [*outputs, *(values[name] for name in assigned)]
 
-    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
+    def call(*tensors: tf.Tensor) -> list[tf.Tensor]:
         fed = {x.name: tensor for x, tensor in zip(arguments, tensors, strict=True)}
         return tf.graph_util.import_graph_def(graph, fed, results, name="")
 
-    platform = "TPU" if "tensorflow-tpu" in tensorflow_packages() else "CPU"
-    compiled = tf.function(function, jit_compile=True, autograph=False)
-    text = compiled.experimental_get_compiler_ir(*map(_spec, arguments))(stage="stablehlo", platform_name=platform)
     places = [x.name for x in arguments]
-    in_place = {places.index(name): len(outputs) + i for i, name in enumerate(assigned)}
-    return Lowered(text, in_place, kernels=platform)
+    return Function(call, arguments, {places.index(name): len(outputs) + i for i, name in enumerate(assigned)})
+
+
+def to_stablehlo(program: FuncGraph, num_replicas: int) -> Lowered:
+    """Lowers a program of `TracingStrategy` for one of `num_replicas` devices."""
+    function = as_function(program, num_replicas)
+    platform = "TPU" if "tensorflow-tpu" in tensorflow_packages() else "CPU"
+    compiled = tf.function(function.call, jit_compile=True, autograph=False)
+    specs = map(_spec, function.arguments)
+    text = compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo", platform_name=platform)
+    return Lowered(text, function.in_place, kernels=platform)
 
 
 def in_program(op: tf.Operation) -> bool:

@@ -14,12 +14,18 @@ from diffusion_tf.compression.tables import predictor
 from diffusion_tf.conditioning import Condition
 from diffusion_tf.evaluation.feature_networks import in_batches, inception_input, pixels_network
 from diffusion_tf.inpainting import Inpainter
-from diffusion_tf.interop.tpu_program import TracingStrategy, in_program, sample, train_step
+from diffusion_tf.interop.tpu_program import TracingStrategy, as_function, in_program
+from diffusion_tf.interop.tpu_program import sample as lower_sample
+from diffusion_tf.interop.tpu_program import train_step as lower_train_step
 from diffusion_tf.likelihood import BoundEvaluator
+from diffusion_tf.rng import CounterRng
 from diffusion_tf.samplers import ReverseProcess, Sampler, ddim_inversion
 from diffusion_tf.solvers import SAMPLERS, SamplerSettings
 from diffusion_tf.trained_model import TrainedModel
+from diffusion_tf.training.optimizer import StateTensors
+from diffusion_tf.training.step import train_step
 from diffusion_tf.training.trainer import Trainer
+from diffusion_tf.unet import UNet
 
 NETWORK = dataclasses.replace(TINY, num_res_blocks=1, batch_size=2)  # one block at one resolution, with attention
 WITH_CLASSES = dataclasses.replace(NETWORK, num_classes=3)
@@ -132,8 +138,27 @@ def test_a_tpu_refuses_nothing_in_the_preprocessing_of_inception():
 
 
 @pytest.mark.slow
-def test_the_lowered_step_computes_what_training_computes_and_sums_over_all_devices():
-    lowered = train_step(dataclasses.replace(NETWORK, batch_size=2), num_replicas=8)
+def test_the_program_of_a_step_computes_the_training_step():
+    (program,) = train(NETWORK)
+    function = as_function(program, num_replicas=1)  # so the sum is that of the first replica alone
+    network, rng = UNet.from_preset(NETWORK), np.random.RandomState(0)
+    groups = [[0.1 * rng.normal(size=w.shape) for w in network.trainable_variables] for _ in range(3)]
+    params, ema, adam_m = [[tf.constant(w, tf.float32) for w in group] for group in groups]
+    before = StateTensors(params, ema, adam_m, [tf.square(m) for m in adam_m], tf.constant(7, tf.int64))
+    images = tf.constant(rng.randint(0, 256, (1, *NETWORK.image_shape)), tf.uint8)
+    loss, norm, *state = tf.function(function.call, jit_compile=True, autograph=False)(
+        tf.constant(0), images, *tf.nest.flatten(before)
+    )
+    expected = train_step(network, NETWORK, before, images, CounterRng(NETWORK.seed, before.step, 0), lambda x: x)
+    np.testing.assert_allclose([loss, norm], [expected.loss, expected.grad_norm], rtol=1e-5)
+    assert function.in_place == {i + 2: i + 2 for i in range(len(state))}
+    for after, value in zip(tf.nest.flatten(expected.state), state, strict=True):
+        np.testing.assert_allclose(value, after, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_lowered_step_sums_over_all_devices():
+    lowered = lower_train_step(dataclasses.replace(NETWORK, batch_size=1), num_replicas=8)
     groups = re.findall(r"replica_groups = dense<(.*?)>", lowered.stablehlo)
     assert groups and set(groups) == {"[[0, 1, 2, 3, 4, 5, 6, 7]]"}
     assert len(lowered.in_place) == 4 * (len(groups) - 1) + 1 and lowered.kernels == "CPU"
@@ -141,6 +166,6 @@ def test_the_lowered_step_computes_what_training_computes_and_sums_over_all_devi
 
 @pytest.mark.slow
 def test_the_lowered_sampler_takes_a_twentieth_of_the_steps():
-    lowered = sample(dataclasses.replace(NETWORK, num_timesteps=50), num_replicas=8)
+    lowered = lower_sample(dataclasses.replace(NETWORK, num_timesteps=50), num_replicas=8)
     assert (lowered.num_steps, lowered.calls, lowered.in_place) == (3, 17, {})
     assert "stablehlo.while" in lowered.stablehlo and "all_reduce" not in lowered.stablehlo
