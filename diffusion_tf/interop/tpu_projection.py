@@ -52,23 +52,15 @@ class SliceProjector:
 
     def project(self, what: str, preset: Preset) -> dict[str, Any]:
         """Projects one of TPU_PROGRAMS with `preset.batch_size` images per device, as JSON values."""
-        topology = self._topology
         lowered, compiled = self._compile(what, preset)
-        batch_size = preset.batch_size * topology.num_devices
+        batch_size = preset.batch_size * self._topology.num_devices
         sizes = {"batch_size": batch_size, "images_per_device": preset.batch_size, "kernels": lowered.kernels}
-        row = {**sizes, "hbm_available_bytes": topology.hbm_bytes, **dataclasses.asdict(compiled)}
+        row = {**sizes, "hbm_available_bytes": self._topology.hbm_bytes, **dataclasses.asdict(compiled)}
         row["operations"] = row["operations"][:TOP]
-        if compiled.cycles is None or compiled.flops is None or compiled.bytes_accessed is None:
+        if compiled.error:
             return row
-        steps = lowered.num_steps
-        roofline = steps * roofline_seconds(compiled.flops, compiled.bytes_accessed, topology.chip)
-        estimate = steps * (compiled.estimated_seconds or 0.0)
-        clock = topology.chip.clock_hertz
-        cycles = compiled.cycles / clock if clock else None
-        all_reduce = all_reduce_seconds(sum(compiled.all_reduce_bytes), topology)
-        program = max(roofline, estimate, cycles or 0.0) + all_reduce
-        row |= {"cycles_seconds": cycles, "estimated_seconds": estimate or None, "roofline_seconds": roofline}
-        row |= {"all_reduce_seconds": all_reduce, "program_seconds": program, "program_steps": steps}
+        row |= self._bounds(compiled, lowered.num_steps)
+        program = row["program_seconds"]
         if what == "train_step":
             seconds = max(program, self._start_seconds) + self._start_seconds / preset.steps_per_loop
             row |= {"step_seconds": seconds, "steps_per_second": 1 / seconds, "images_per_second": batch_size / seconds}
@@ -77,6 +69,23 @@ class SliceProjector:
             seconds = lowered.calls * (program + self._start_seconds)
             row |= {"calls": lowered.calls, "all_steps_seconds": seconds, "images_per_second": batch_size / seconds}
         return row
+
+    def _bounds(self, compiled: Compiled, steps: int) -> dict[str, Any]:
+        """Lower bounds of the time of a program with a loop of `steps`."""
+        assert compiled.cycles is not None and compiled.flops is not None and compiled.bytes_accessed is not None
+        chip = self._topology.chip
+        cycles = compiled.cycles / chip.clock_hertz if chip.clock_hertz else None
+        estimate = steps * compiled.estimated_seconds if compiled.estimated_seconds else None
+        roofline = steps * roofline_seconds(compiled.flops, compiled.bytes_accessed, chip)
+        all_reduce = all_reduce_seconds(sum(compiled.all_reduce_bytes), self._topology)
+        return {
+            "program_steps": steps,
+            "cycles_seconds": cycles,
+            "estimated_seconds": estimate,
+            "roofline_seconds": roofline,
+            "all_reduce_seconds": all_reduce,
+            "program_seconds": max(cycles or 0.0, estimate or 0.0, roofline) + all_reduce,
+        }
 
     def project_largest_batch(self, preset: Preset) -> dict[str, Any]:
         """Projects a training step with the most images per device that fit; compiles about eight programs."""
@@ -196,7 +205,7 @@ def to_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
 def to_profile(title: str, row: Mapping[str, Any]) -> str:
     """A text table of the operations of a projection that take the most cycles; those of a loop count once."""
     lines = [f"{title}: the operations with the most cycles"]
-    for op in row["operations"]:
+    for op in row.get("operations", ()):
         source = op["source"] or "-"
         lines.append(f"{op['cycles']:12,}  {'loop' if op['loop'] else '    '}  {source}  {op['result']}  {op['name']}")
     return "\n".join(lines)
