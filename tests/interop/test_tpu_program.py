@@ -12,7 +12,8 @@ from support.tpu_kernels import refusals
 from diffusion_tf.calibration import measure_calibration
 from diffusion_tf.compression.tables import predictor
 from diffusion_tf.conditioning import Condition
-from diffusion_tf.evaluation.feature_networks import in_batches, inception_input, pixels_network
+from diffusion_tf.evaluation.checkup import Checkup, Pictures
+from diffusion_tf.evaluation.feature_networks import digits_network, in_batches, inception_input, pixels_network
 from diffusion_tf.inpainting import Inpainter
 from diffusion_tf.interop.tpu_program import TracingStrategy, as_function, in_program
 from diffusion_tf.interop.tpu_program import sample as lower_sample
@@ -52,6 +53,11 @@ def draw(trained, **options):
     Sampler(trained, batch_size=2, seed=0, **options)(0)
 
 
+def checkup(trained):
+    pictures = Pictures.of(np.arange(128, dtype=np.uint8).reshape(IMAGES.shape), np.full(2, -1, np.int32))
+    return Checkup(trained, pictures, num_images=2, num_samples=2, steps=4, batch_size=2, seed=0)
+
+
 # Each calls what a TPU would run, with the zeros that TracingStrategy returns.
 CALLS = {
     **{f"sample by {name}": lambda m, name=name: draw(m, settings=SamplerSettings(name, 4)) for name in SAMPLERS},
@@ -65,6 +71,8 @@ CALLS = {
     "some terms of the bound": lambda m: BoundEvaluator(m, batch_size=2, seed=0, num_timesteps_estimate=3)(0, IMAGES),
     "calibration": lambda m: measure_calibration(m, IMAGES, timesteps=[0, 5], seed=0, batch_size=2),
     "the codec's predictions": lambda m: predictor(m, 2)(X_T, 3),
+    "the doctor's walk": lambda m: checkup(m).algorithm_2(),
+    "features of digits": lambda m: in_batches(digits_network(), m.strategy, 2)(IMAGES.astype(np.float32)),
     "features": lambda m: in_batches(pixels_network(NETWORK.image_shape), m.strategy, 2)(IMAGES.astype(np.float32)),
 }
 
