@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.interop.tpu_cycles import Operation, all_reduces, operations
 from diffusion_tf.interop.tpu_slices import Chip, Topology, roofline_seconds
 from diffusion_tf.presets import Preset
@@ -128,12 +128,15 @@ def lower(what: str, preset: Preset, num_replicas: int, python: str | None = Non
       python: the Python whose TensorFlow lowers; default: this one.
 
     Raises:
-      InputError: the preset's network cannot be built, or `python` cannot lower it.
+      ConfigError: the preset's network cannot be built.
+      InputError: `python` cannot lower the program.
     """
     request = {"what": what, "preset": dataclasses.asdict(preset), "num_replicas": num_replicas}
     answer, error = _ask("tpu_program", request, python)
     if error:
         raise InputError(f"{python or sys.executable} cannot lower {what}: {error}")
+    if isinstance(answer, list):
+        raise ConfigError(*answer)
     return Lowered(**{**answer, "in_place": {int(i): result for i, result in answer["in_place"].items()}})
 
 
@@ -174,8 +177,8 @@ def compile_stablehlo(
     return _read_answer(answer, topology.chip, num_steps)
 
 
-def _ask(module: str, request: dict[str, Any], python: str | None) -> tuple[dict[str, Any], str]:
-    """Runs a module of this package with a request on stdin; returns its answer, or {} and an error."""
+def _ask(module: str, request: dict[str, Any], python: str | None) -> tuple[Any, str]:
+    """Runs a module of this package with a request on stdin; returns its answer, or None and an error."""
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.run(
         [python or sys.executable, "-m", f"diffusion_tf.interop.{module}"],
@@ -189,7 +192,7 @@ def _ask(module: str, request: dict[str, Any], python: str | None) -> tuple[dict
     )
     if process.returncode != 0:
         says = (process.stderr.strip().splitlines() or ["nothing"])[-1].strip()
-        return {}, f"ended with code {process.returncode} and said: {says}"
+        return None, f"ended with code {process.returncode} and said: {says}"
     return json.loads(process.stdout.splitlines()[-1]), ""
 
 

@@ -17,6 +17,7 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.handle_data_util import get_resource_handle_data
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.interop.tpu_compiler import Lowered
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.strategies import tensorflow_packages
@@ -227,7 +228,11 @@ def _worker() -> None:
     """Reads a request of `tpu_compiler.lower` from stdin and prints the answer as one line of JSON."""
     request = json.load(sys.stdin)
     program = {"train_step": train_step, "sample": sample}[request["what"]]
-    print(json.dumps(dataclasses.asdict(program(Preset(**request["preset"]), request["num_replicas"]))))
+    try:
+        answer: Any = dataclasses.asdict(program(Preset(**request["preset"]), request["num_replicas"]))
+    except ConfigError as error:
+        _, answer = error.__reduce__()  # what makes the same error in the other process
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -167,10 +167,19 @@ def test_the_report_bounds_the_speed_of_training_and_sampling(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interpreter_that_cannot_lower_gives_one_line():
-    result = run_fork("tpu_report", "--dataset=digits", f"--tpu_python={sys.base_prefix}/bin/python3")
-    lines = result.stderr.strip().splitlines()
-    assert result.returncode == 1 and "cannot lower train_step: ended with code 1 and said: Module" in lines[-1]
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            [f"--tpu_python={sys.base_prefix}/bin/python3"],
+            "cannot lower train_step: ended with code 1 and said: Module",
+        ),
+        (["--attn_resolutions=5"], "tpu_report: --attn_resolutions=5 never occurs"),
+    ],
+)
+def test_what_cannot_be_lowered_gives_one_line(args, message):
+    result = run_fork("tpu_report", "--dataset=digits", *args)
+    assert result.returncode == 1 and message in result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
