@@ -10,7 +10,7 @@ from support.forked_programs import run_fork
 from diffusion_tf.errors import InputError
 from diffusion_tf.interop.tpu_compiler import compile_stablehlo, largest_batch
 from diffusion_tf.interop.tpu_cycles import all_reduces, operations
-from diffusion_tf.interop.tpu_projection import price
+from diffusion_tf.interop.tpu_projection import price, to_summary
 from diffusion_tf.interop.tpu_slices import CHIPS, TOPOLOGIES, all_reduce_seconds, roofline_seconds
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -132,6 +132,22 @@ def test_the_price_of_a_run_is_that_of_all_chips_and_unknown_without_the_chips()
         is price(None, "v3-8", {"v3": 1.0})
         is None
     )
+
+
+def test_the_table_leaves_empty_what_is_unknown():
+    fits = {"error": None, "cycles": 1500, "steps_per_second": 2.0, "run_hours": 100.0, "price": None}
+    sample = {"error": None, "cycles": 7, "all_steps_seconds": 9.5, "batch_size": 256}
+    too_large = {"error": "RESOURCE_EXHAUSTED", "cycles": None, "batch_size": 256}
+    table = to_summary(
+        {
+            "v3-8": {"train_step": fits, "sample": sample},
+            "v2-8": {"train_step": too_large, "sample": sample},
+        }
+    )
+    assert table.splitlines()[2:] == [
+        "| v3-8 | yes | 1,500 | 2 | 100 |  | 256 | 7 | 9.5 |",
+        "| v2-8 | no |  |  |  |  | 256 | 7 | 9.5 |",
+    ]
 
 
 def test_the_price_file_of_the_documentation_names_every_chip():
