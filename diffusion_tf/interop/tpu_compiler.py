@@ -6,6 +6,7 @@ another Python environment, such as one that holds what runs on a TPU VM.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -118,6 +119,7 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
     return choices[left]
 
 
+@functools.lru_cache(maxsize=4)  # slices with equally many devices share a program
 def lower(what: str, preset: Preset, num_replicas: int, python: str | None = None) -> Lowered:
     """Lowers a program for one of `num_replicas` devices, each with `preset.batch_size` images; takes up to minutes.
 
