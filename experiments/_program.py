@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
+from diffusion_tf.storage.gfile import store_reason
 
 from . import _process
 from ._flags import flag_names
@@ -82,6 +83,8 @@ def _one_line_errors() -> Iterator[None]:
     except UnicodeEncodeError as error:  # TensorFlow takes no other paths
         sys.exit(f"{_process.program_name()}: the path {error.object!r} is not UTF-8: rename it")
     except Exception as error:
+        if reason := store_reason(error):
+            sys.exit(f"{_process.program_name()}: {reason}")
         if not _is_out_of_memory(error):
             raise
         sys.exit(f"{_process.program_name()}: out of memory: a smaller --batch_size, or more replicas, may fit")

@@ -64,6 +64,7 @@ _program.parse_flags(__name__, _check)
 
 from diffusion_tf.interop import export
 from diffusion_tf.storage import checkpoints
+from diffusion_tf.storage.files import is_local
 from diffusion_tf.storage.workdir import Workdir
 from diffusion_tf.trained_model import load_ema
 from diffusion_tf.unet import UNet
@@ -82,7 +83,8 @@ def main() -> None:
         model = UNet.from_preset(preset)
         checkpoint = checkpoints.find(workdir.checkpoints, FLAGS.checkpoint)[1]
         load_ema(model, checkpoint)
-        init_from = {"path": os.path.abspath(checkpoint), "sha256": checkpoints.load_digest(checkpoint)}
+        path = os.path.abspath(checkpoint) if is_local(checkpoint) else checkpoint
+        init_from = {"path": path, "sha256": checkpoints.load_digest(checkpoint)}
     for path in export.write(
         FLAGS.out,
         FLAGS.what,

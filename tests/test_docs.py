@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.forked_programs import ROOT, start_fork
+from support.gcloud import NOT_FOR_USERS
 
 from diffusion_tf.presets import PRESETS, get_preset
 from diffusion_tf.runtime.strategies import make_strategy
@@ -18,7 +19,7 @@ from diffusion_tf.training.state import TrainState
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py") if path.stem != "common")
-SCRIPTS = sorted(path.stem for path in (ROOT / "tpu_scripts").glob("*.sh") if path.stem not in ("common", "background"))
+SCRIPTS = sorted({path.stem for path in (ROOT / "tpu_scripts").glob("*.sh")} - NOT_FOR_USERS)
 OTHER_COMMANDS = ("tensorboard", "tfds", "head")  # not of this project
 FOLDERS = ("diffusion_tf", "experiments", "tests", "docs", "tpu_scripts")
 
@@ -113,7 +114,8 @@ def command_problems(words: list[str], flags: Flags) -> Iterator[str]:
         own, separator, passed_on = (rest, None, []) if "--" not in rest else _split(rest)
         yield from flag_problems(own[1:], flags[path.name])
         if separator:
-            yield from flag_problems(passed_on, flags[path.stem])
+            program = "train_exported" if "--runner=jax" in own else path.stem
+            yield from flag_problems(passed_on, flags[program])
     elif head == "pip":
         for extra in [
             name for word in rest for names in re.findall(r"^\.\[(.+)\]$", word) for name in names.split(",")

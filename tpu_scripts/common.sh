@@ -11,7 +11,7 @@ usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT:-} dry_run='' pjrt=''
+name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT:-} dry_run='' runner=tensorflow
 
 # Reads one of the flags that all scripts with gcloud share.
 common_flag() {
@@ -22,6 +22,14 @@ common_flag() {
     --dry_run) dry_run=yes ;;
     --help) usage && exit ;;
     *) die "unknown argument $1: see --help" ;;
+  esac
+}
+
+# Checks the flag --runner=RUNNER of the scripts that have it.
+check_runner() {
+  case $runner in
+    tensorflow | jax) ;;
+    *) die "--runner=$runner: choose tensorflow or jax" ;;
   esac
 }
 
@@ -73,14 +81,50 @@ suggest() {
   }
 }
 
-# start_job JOB WORD...: starts a command in the VM's checkout that keeps running after the connection ends (see
-# background.sh).
-start_job() {
-  job=$1
+# Makes a folder for the rest of the script the current one; --dry_run needs none.
+enter_temporary_folder() {
+  [ -z "$dry_run" ] || return 0
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+  cd "$folder" || exit
+}
+
+# Runs another script of this folder on the same TPU VM.
+sibling() {
+  script=$1
   shift
-  [ -z "$pjrt" ] ||
-    set -- env NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=.venv/libtpu.so "$@"
-  tpus tpu-vm ssh "$name" --worker=0 --command="sh diffusion_tf/tpu_scripts/background.sh $(quote "$job" "$@")"
-  suggest "Started. To follow its output:" tpu-vm ssh "$name" --worker=0 --command="tail -F diffusion_tf/$job.log"
-  suggest "To stop it:" tpu-vm ssh "$name" --worker=0 --command="kill \$(cat diffusion_tf/$job.pid)"
+  sh "$(dirname "$0")/$script.sh" --name="$name" ${zone:+"--zone=$zone"} ${project:+"--project=$project"} \
+    ${dry_run:+--dry_run} "$@"
+}
+
+# on_workers WORKER COMMAND: runs a line of sh on a worker, or on all.
+on_workers() {
+  tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
+}
+
+# Says how to follow and to stop a job that has been started on worker 0, or by JAX on all workers.
+suggest_for_job() {
+  suggest "Started. To follow its output:" tpu-vm ssh "$name" --worker=0 --command="tail -F diffusion_tf/$1.log"
+  [ "$runner" = jax ] && workers=all || workers=0
+  suggest "To stop it:" tpu-vm ssh "$name" --worker="$workers" --command="kill \$(cat diffusion_tf/$1.pid)"
+}
+
+# start_job JOB WORD...: starts a command in the checkout of worker 0 (see background.sh).
+start_job() {
+  on_workers 0 "sh diffusion_tf/tpu_scripts/background.sh $(quote "$@")"
+  suggest_for_job "$1"
+}
+
+# start_on_chips [FLAG...] JOB PROGRAM ARGUMENT...: starts a program on all chips of the slice (see on_chips.sh).
+start_on_chips() {
+  on_workers all "sh diffusion_tf/tpu_scripts/on_chips.sh $(quote "$@")" || return
+  while [ "$1" != "${1#--}" ]; do
+    shift
+  done
+  suggest_for_job "$1"
+}
+
+# Whether a job of this worker is running (see background.sh), in the checkout.
+job_is_running() {
+  [ ! -f "$1.rc" ] && kill -0 "$(cat "$1.pid" 2>/dev/null)" 2>/dev/null
 }

@@ -1,9 +1,11 @@
 #!/bin/sh
 # Installs this checkout for a TPU: on the TPU VM (setup.sh calls this script there), or anywhere to try it out.
 #
-#   sh tpu_scripts/install.sh [--venv=DIR] [--python=PYTHON]
+#   sh tpu_scripts/install.sh [--runner=jax] [--venv=DIR] [--python=PYTHON]
 #
-#   --venv=DIR       the virtual environment, created if missing (default: .venv of the checkout)
+#   --runner=jax     JAX for TPUs instead of TensorFlow, for experiments.train_exported alone
+#   --venv=DIR       the virtual environment, created if missing (default: .venv of the checkout; for JAX, whose libtpu
+#                    is newer, .venv_jax)
 #   --python=PYTHON  a Python 3.11 or 3.12 (default: the first on the PATH; if there is none, uv downloads 3.11)
 #
 # tensorflow-tpu and tensorflow overwrite each other's files, so packages that depend on tensorflow are installed
@@ -13,9 +15,10 @@ set -eu
 . "$(dirname "$0")/common.sh"
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-venv=$root/.venv python=''
+venv='' python=''
 while [ $# -gt 0 ]; do
   case $1 in
+    --runner=*) runner=${1#*=} ;;
     --venv=*) venv=${1#*=} ;;
     --python=*) python=${1#*=} ;;
     --help) usage && exit ;;
@@ -23,6 +26,10 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+check_runner
+if [ -z "$venv" ]; then
+  [ "$runner" = jax ] && venv=$root/.venv_jax || venv=$root/.venv
+fi
 
 # Whether a Python has the right version, and ensurepip: Ubuntu's python3.11 may lack it, and venv then fails.
 fits() {
@@ -52,10 +59,27 @@ fi
 pip() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
+if [ "$runner" = jax ]; then
+  pip "${root}[tpu-jax]" # not tpu_jax: until 23.2 pip finds an extra only by its normalised name
+  # JAX_PLATFORMS=cpu: another process may use the TPU.
+  JAX_PLATFORMS=cpu "$venv/bin/python" -c '
+import importlib.metadata
+import importlib.util
+import sys
+
+import diffusion_tf.interop.train_loop
+
+if importlib.util.find_spec("tensorflow"):
+    sys.exit("install: the environment holds TensorFlow, whose libtpu is older: delete it and install again")
+names = ("jax", "libtpu")
+print("install:", " with ".join(f"{name} {importlib.metadata.version(name)}" for name in names), "and no TensorFlow")
+'
+  exit
+fi
 pip "${root}[tpu]"
 pip --no-deps tensorflow-gan==2.1.0 tensorflow-hub==0.16.1 tensorflow-probability==0.25.0 tf-keras==2.20.1
 pip cloudpickle decorator dm-tree lmdb # for TensorFlow Probability, and lmdb for LSUN's own files
-ln -sf "$("$venv/bin/python" -c 'import libtpu; print(libtpu.get_library_path())')" "$venv/libtpu.so" # for --pjrt
+ln -sf "$("$venv/bin/python" -c 'import libtpu; print(libtpu.get_library_path())')" "$venv/libtpu.so" # for PJRT
 
 # TPU_LOAD_LIBRARY=0: another process may use the TPU, and without a TPU TensorFlow searches for one for minutes.
 TPU_LOAD_LIBRARY=0 TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/python" - <<'END'

@@ -1,8 +1,10 @@
 #!/bin/sh
-# Copies the last commit of this checkout to ~/diffusion_tf of a TPU VM and installs it there with install.sh.
+# Copies the last commit of this checkout to ~/diffusion_tf of a TPU VM, on every worker of a slice, and installs it
+# there with install.sh.
 #
-#   sh tpu_scripts/setup.sh --name=NAME
+#   sh tpu_scripts/setup.sh --name=NAME [--runner=jax]
 #
+#   --runner=jax  install JAX instead of TensorFlow (train.sh --runner=jax calls this script so)
 #   --zone=ZONE, --project=PROJECT, --dry_run (only print the commands)
 #   The variables TPU_NAME, ZONE and PROJECT replace flags.
 #
@@ -12,19 +14,20 @@ set -eu
 . "$(dirname "$0")/common.sh"
 
 while [ $# -gt 0 ]; do
-  common_flag "$1"
+  case $1 in
+    --runner=*) runner=${1#*=} ;;
+    *) common_flag "$1" ;;
+  esac
   shift
 done
+check_runner
 require_tpu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-if [ -z "$dry_run" ]; then
-  folder=$(mktemp -d)
-  trap 'rm -rf "$folder"' EXIT
-  cd "$folder"
-fi
+install='sh diffusion_tf/tpu_scripts/install.sh'
+[ "$runner" = tensorflow ] || install="$install --runner=$runner"
+enter_temporary_folder
 # A file, not a pipe: all workers of gcloud would share one standard input.
 run git --git-dir="$root/.git" archive --format=tar.gz --output=diffusion_tf.tar.gz HEAD
 tpus tpu-vm scp diffusion_tf.tar.gz "$name:" --worker=all
-tpus tpu-vm ssh "$name" --worker=all --command="mkdir -p diffusion_tf && tar -xzf diffusion_tf.tar.gz -C diffusion_tf \
-&& sh diffusion_tf/tpu_scripts/install.sh"
+on_workers all "mkdir -p diffusion_tf && tar -xzf diffusion_tf.tar.gz -C diffusion_tf && $install"

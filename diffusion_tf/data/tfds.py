@@ -19,6 +19,7 @@ from diffusion_tf.data.source import READ_ERRORS, ImageSource, check_shape, shuf
 from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line, is_local, list_folder
+from diffusion_tf.storage.gfile import folder_of, is_bucket
 
 TFDS_NAMES = {"cifar10": "cifar10", "cifar10_small": "cifar10", "celebahq256": "celeb_a_hq/256"}
 
@@ -237,7 +238,9 @@ def _neighbors(data_dir: str) -> Iterator[str]:
         yield os.path.join(data_dir, name.rstrip("/"))
     around = os.path.abspath(data_dir) if is_local(data_dir) else data_dir.rstrip("/")
     for _ in range(3):  # DATASET/CONFIG/VERSION
-        around = os.path.dirname(around)
+        around = folder_of(around)
+        if is_bucket(around):
+            return
         yield around
 
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorboard.plugins.image.metadata import create_summary_metadata as image_metadata
 from tensorboard.plugins.scalar.metadata import create_summary_metadata as scalar_metadata
 
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import list_folder, replacing, writing
 
 _NAME = "events.out.tfevents."
@@ -66,7 +67,7 @@ class EventFile:
         started = f"{int(time.time()):010d}.{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"
         self._path = os.path.join(folder, f"{_NAME}{started}.v2")
         with writing(self._path):
-            tf.io.gfile.makedirs(folder)
+            gfile.makedirs(folder)
             self._writer = tf.io.TFRecordWriter(self._path)
         self.write(file_version="brain.Event:2")
 

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffusion_tf.storage.gfile import file_errors, is_local
 Arrays = dict[str, np.ndarray]  # by name, as a checkpoint or an .npz file holds them
 MAX_BYTES = 2**30  # the default limit of a file that is read at once
 _PROCESS = secrets.token_hex(4)  # tells this process from an earlier one of its number
+_ABANDONED_SECONDS = 86400.0
 # What a network mount answers that lacks locks, or flushing to the disk.
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -34,7 +36,7 @@ def write_file(path: str, data: bytes) -> None:
     Raises:
       InputError: the file cannot be written; an existing file stays as it was.
     """
-    with replacing(path) as temporary, gfile.open_binary(temporary, "xb") as file:
+    with replacing(path) as temporary, gfile.patience(path), gfile.open_binary(temporary, "xb") as file:
         file.write(data)
 
 
@@ -83,7 +85,7 @@ def replacing(path: str) -> Iterator[str]:
       InputError: the place cannot be written; `path` stays as it was.
     """
     path = os.path.expanduser(path).rstrip("/")
-    folder, temporary = os.path.dirname(path) or ".", _temporary(path)
+    folder, temporary = gfile.folder_of(path), _temporary(path)
     with writing(path):
         gfile.makedirs(folder)
         _remove_abandoned(folder)
@@ -119,23 +121,36 @@ def remove(path: str) -> None:
 
 def _temporary(path: str) -> str:
     """Returns the place where this process writes a file or folder before it is renamed to `path`."""
-    return f"{path}.{os.uname().nodename}-{os.getpid()}-{_PROCESS}.tmp"
+    return f"{path}.{process_name()}.tmp"
+
+
+def process_name() -> str:
+    """Returns a name that only this process has: its machine, its number, and what tells it from an earlier one."""
+    return f"{os.uname().nodename}-{os.getpid()}-{_PROCESS}"
 
 
 @functools.cache
 def _remove_abandoned(folder: str) -> None:
-    """Removes, once in each process, what killed processes of this machine left in a local folder."""
-    if not is_local(folder):
-        return  # an object store shows a file when it is complete
-    pattern = re.compile(rf"(.+)\.{re.escape(os.uname().nodename)}-(\d{{1,9}})-[0-9a-f]{{8}}\.tmp")
-    for name in os.listdir(folder):
-        match = pattern.fullmatch(name)
-        if match and name != _temporary(match[1]) and not _is_other_process(int(match[2])):
-            with contextlib.suppress(*file_errors()):  # it may be another user's
-                remove(os.path.join(folder, name))
+    """Removes, once in each process, what killed processes left in a folder.
+
+    In a local one, these are processes of this machine that no longer run. In a store, where a file is there only when
+    it is complete and is renamed at once, it is what has been there for a day.
+    """
+    pattern = re.compile(r"(.+)\.(.+)-(\d{1,9})-[0-9a-f]{8}\.tmp")
+    for name in os.listdir(folder) if is_local(folder) else list_folder(folder):
+        match, path = pattern.fullmatch(name), os.path.join(folder, name)
+        if not match or name == _temporary(match[1]):
+            continue
+        with contextlib.suppress(*file_errors()):  # it may be another user's
+            if is_local(folder):
+                abandoned = match[2] == os.uname().nodename and not is_other_process(int(match[3]))
+            else:
+                abandoned = time.time() - gfile.modified(path) > _ABANDONED_SECONDS
+            if abandoned:
+                remove(path)
 
 
-def _is_other_process(number: int) -> bool:
+def is_other_process(number: int) -> bool:
     """Whether another process with this number runs; after a container restarts, its processes have the old numbers."""
     try:
         os.kill(number, 0)
@@ -175,7 +190,7 @@ def check_writable(path: str) -> None:
     if gfile.isdir(path):
         raise InputError(f"cannot write {path}: it is a folder")
     with writing(path):
-        gfile.makedirs(os.path.dirname(path) or ".")
+        gfile.makedirs(gfile.folder_of(path))
         with gfile.open_binary(_temporary(path), "xb") as file:
             file.write(b"")
         remove(_temporary(path))
@@ -205,7 +220,7 @@ def read_file(path: str, max_bytes: int = MAX_BYTES) -> bytes:
         there = os.path.expanduser(path)
         if (num_bytes := gfile.size(there)) > max_bytes:
             raise InputError(f"{path} holds {num_bytes:,} bytes, and may hold {max_bytes:,} at most")
-        with gfile.open_binary(there, "rb") as file:
+        with gfile.patience(there), gfile.open_binary(there, "rb") as file:
             return file.read()
     except file_errors() as error:
         raise InputError(f"cannot read {path} ({first_line(error)})") from error
@@ -223,7 +238,7 @@ def append_line(path: str, line: str) -> None:
         if is_local(path):
             _append_local(path, f"{line}\n".encode())
         else:
-            with gfile.open_binary(path, "ab") as file:
+            with gfile.patience(path), gfile.open_binary(path, "ab") as file:
                 file.write(f"{line}\n".encode())
 
 
@@ -245,8 +260,11 @@ def _append_local(path: str, data: bytes) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an exception's message; TensorFlow puts details on further lines."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Returns the first line of an exception's message, or what to do about a refusal of Google Cloud Storage.
+
+    TensorFlow puts details on further lines.
+    """
+    return gfile.store_reason(error) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 
 from diffusion_tf.errors import DamagedFileError
 from diffusion_tf.progress_bar import progress_bar
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import Arrays, remove
 from diffusion_tf.storage.npz_files import digest_arrays, read_npz, write_npz
 
@@ -45,7 +45,7 @@ class ResumableBatches:
             for first in range(0, self.num_examples, self.batch_size):
                 count = min(self.batch_size, self.num_examples - first)
                 path = os.path.join(self.folder, f"part_{first:08d}.npz")
-                arrays = _read(path) if tf.io.gfile.exists(path) else None
+                arrays = _read(path) if gfile.exists(path) else None
                 if arrays is None:
                     arrays = compute(first, count)
                     write_npz(path, **arrays, sha256=np.array(digest_arrays(arrays)))

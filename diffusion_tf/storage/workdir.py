@@ -25,6 +25,7 @@ from diffusion_tf.storage.files import (
     writing,
 )
 from diffusion_tf.storage.json_files import parse_json, read_json, to_json, write_json
+from diffusion_tf.storage.object_lock import ObjectLock
 from diffusion_tf.storage.records import Config, Evaluation, Metrics
 
 
@@ -76,20 +77,24 @@ class Workdir:
         self._flags = os.path.join(self.path, "flags.txt")
         self._evaluations = os.path.join(self.path, "evaluations.jsonl")
         self._metrics = os.path.join(self.path, "metrics.jsonl")
+        self._object_lock: ObjectLock | None = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the folder and locks it against other training processes; the lock ends with the process.
 
-        There is no lock on gs://, where two processes in one folder overwrite each other's metrics.
+        `object_lock.ObjectLock` locks folders on gs://. Other stores have no lock.
 
         Raises:
           InputError: another process holds the lock, or the folder cannot be written.
         """
-        if not is_local(self.path):
-            yield
-            return
         self._refuse_file()
+        if not is_local(self.path):
+            if self.path.startswith("gs://"):
+                self._object_lock = ObjectLock(self.path)
+            with self._object_lock.held() if self._object_lock else contextlib.nullcontext():
+                yield
+            return
         path = os.path.join(self.path, "lock")
         with writing(path):
             os.makedirs(self.path, exist_ok=True)
@@ -262,7 +267,13 @@ class Workdir:
         write_file(self._metrics, b"".join(kept))
 
     def sync_metrics(self) -> None:
-        """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint."""
+        """Flushes `metrics.jsonl` to the disk: a resumed run relies on the lines before its checkpoint.
+
+        Raises:
+          InputError: it cannot be written, or another process has taken over this folder.
+        """
+        if self._object_lock:
+            self._object_lock.check()
         if gfile.exists(self._metrics):
             with writing(self._metrics):
                 sync(self._metrics)
@@ -297,7 +308,9 @@ class Workdir:
         append_line(self._evaluations, to_json(evaluation))
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        """Appends one line to `metrics.jsonl`."""
+        """Appends one line to `metrics.jsonl`; raises InputError if another process has taken over this folder."""
+        if self._object_lock:
+            self._object_lock.check()
         append_line(self._metrics, to_json(metrics))
 
 

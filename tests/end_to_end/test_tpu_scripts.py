@@ -1,23 +1,20 @@
-"""The scripts for Cloud TPU VMs, run with a gcloud that records its calls or simulates the VM."""
+"""The scripts for Cloud TPU VMs: their arguments, with a gcloud that records its calls, and the installation."""
 
-import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
+from support.gcloud import NOT_FOR_USERS, SCRIPTS, Machine, write_program
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
-SCRIPTS = ROOT / "tpu_scripts"
+ROOT = SCRIPTS.parent
 CREATE = ["gcloud", "compute", "tpus", "tpu-vm", "create", "tpu"]
 QUEUE = ["gcloud", "compute", "tpus", "queued-resources", "create", "tpu", "--node-id=tpu"]
 SSH = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "tpu"]
 START = "--command=sh diffusion_tf/tpu_scripts/background.sh"
+START_ON_CHIPS = "--command=sh diffusion_tf/tpu_scripts/on_chips.sh"
 PYTHON = ".venv/bin/python -m experiments"
-PJRT = "env NEXT_PLUGGABLE_DEVICE_USE_C_API=true TF_PLUGGABLE_DEVICE_LIBRARY_PATH=.venv/libtpu.so"
 ZIP = "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip"
 # Arguments that a shell changes unless they are quoted.
 ODD = ["--a=two words", "--b=it's", '--c="$HOME" `id` \\ *', "--d=line\nends\n", "", "~", "#", "--e=&;|<>()"]
@@ -29,7 +26,7 @@ CALLS = [
         "create --type=v5litepod-8 --spot",
         [[*CREATE, "--accelerator-type=v5litepod-8", "--version=v2-alpha-tpuv5-lite", "--spot"]],
     ),
-    ("create --type=v9-8 --version=new", [[*CREATE, "--accelerator-type=v9-8", "--version=new"]]),
+    ("create --type=v3-32 --version=new", [[*CREATE, "--accelerator-type=v3-32", "--version=new"]]),
     (
         "create --queued --type=v6e-8 --zone=z --project=p",
         [[*QUEUE, "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e", "--zone=z", "--project=p"]],
@@ -57,13 +54,12 @@ CALLS = [
         [
             [
                 *SSH,
-                "--worker=0",
-                f"{START} train {PYTHON}.train --tpu=local --workdir=gs://b/r --dry_run",
+                "--worker=all",
+                f"{START_ON_CHIPS} train train --workdir=gs://b/r --dry_run",
                 "--project=p",
             ]
         ],
     ),
-    ("train --pjrt -- --x", [[*SSH, "--worker=0", f"{START} train {PJRT} {PYTHON}.train --tpu=local --x"]]),
     (
         "evaluate -- --workdir=r",
         [
@@ -76,7 +72,7 @@ CALLS = [
     ),
     (
         "evaluate --tpu -- --workdir=r",
-        [[*SSH, "--worker=0", f"{START} evaluate {PYTHON}.evaluate --follow --tpu=local --workdir=r"]],
+        [[*SSH, "--worker=all", f"{START_ON_CHIPS} evaluate evaluate --follow --workdir=r"]],
     ),
     ("tensorboard --logdir=gs://b/r", [["tensorboard", "--logdir=gs://b/r", "--port=6006"]]),
     (
@@ -112,54 +108,31 @@ CALLS = [
             ]
         ],
     ),
+    (
+        "status",
+        [
+            [
+                *SSH[:4],
+                "describe",
+                "tpu",
+                "--format=yaml(state,health,acceleratorType,runtimeVersion,schedulingConfig.spot)",
+            ],
+            [*SSH, "--worker=all", "--command=sh diffusion_tf/tpu_scripts/jobs.sh"],
+        ],
+    ),
+    (
+        "logs --job=train --follow",
+        [
+            [
+                *SSH,
+                "--worker=all",
+                "--command=cd diffusion_tf && hostname && tail -F -v -n 20 train.log 2>/dev/null || true",
+            ]
+        ],
+    ),
     ("delete", [[*SSH[:4], "delete", "tpu", "--quiet"]]),
     ("delete --queued", [[*SSH[:3], "queued-resources", "delete", "tpu", "--force", "--quiet"]]),
 ]
-
-
-def write_program(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-class Machine:
-    """The user's machine: gcloud, git and tensorboard record their arguments; gcloud exits with GCLOUD_EXIT."""
-
-    def __init__(self, folder):
-        self.record, self.bin = folder / "calls", folder / "bin"
-        unset = ("TPU_NAME", "ZONE", "PROJECT", "TPU_LOAD_LIBRARY")  # importing diffusion_tf sets the last
-        self.env = {key: value for key, value in os.environ.items() if key not in unset}
-        self.env |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "GCLOUD_EXIT": "0"}
-        recorder = f"""#!{sys.executable} -S
-import json, os, sys
-call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-open({str(self.record)!r}, "a").write(json.dumps(call) + "\\n")
-sys.exit(int(os.environ["GCLOUD_EXIT"]) if call[0] == "gcloud" else 0)
-"""
-        for name in ("gcloud", "git", "tensorboard"):
-            write_program(self.bin / name, recorder)
-
-    def run(self, script, *args, **env):
-        return self.sh([str(SCRIPTS / f"{script}.sh"), *map(str, args)], **env)
-
-    def sh(self, args, **env):
-        return subprocess.run(
-            ["sh", *args],
-            env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    def calls(self):
-        """The calls since the last time."""
-        if not self.record.exists():
-            return []
-        calls = [json.loads(line) for line in self.record.read_text().splitlines()]
-        self.record.unlink()
-        return calls
 
 
 @pytest.fixture
@@ -229,11 +202,22 @@ def test_environment_variables_replace_flags(machine):
         ("create --name=tpu --sport", "create: unknown argument --sport"),
         ("create --name=tpu --type=v5e-8", "create: --type=v5e-8: gcloud calls it v5litepod-8"),
         ("create --name=tpu --type=h100", "create: --type=h100 is not known here"),
+        ("create --name=tpu --type=v9-8 --version=new", "create: --type=v9-8 is not known here"),
+        ("create --name=tpu --type=v3-", "create: --type=v3- is not known here"),
+        ("create --name=tpu --type=v3-16", "create: --type=v3-16 is no size of v3: choose v3-8, v3-32"),
+        ("create --name=tpu --type=tpu7x-8", "create: --type=tpu7x-8: Compute Engine and GKE create TPU7x"),
         ("setup --name=tpu --venv=d", "setup: unknown argument --venv=d"),
         ("train --name=tpu --workdir=r", "train: unknown argument --workdir=r"),
         ("train --name=tpu", "train: what to train is missing"),
         ("train --name=tpu --", "train: what to train is missing"),
-        ("evaluate --name=tpu --pjrt -- --workdir=r", "evaluate: --pjrt goes with --tpu"),
+        ("train --name=tpu --runner=torch -- --x", "train: --runner=torch: choose tensorflow or jax"),
+        ("train --name=tpu --keep_alive -- --workdir=r", "train: --keep_alive needs --workdir=gs://BUCKET/RUN"),
+        ("train --name=tpu --keep_alive --runner=jax -- e --x", "train: --keep_alive needs a run in gs://"),
+        ("train --name=tpu --runner=jax -- nowhere --x", "train: nowhere is no folder that `export"),
+        ("setup --name=tpu --runner=torch", "setup: --runner=torch: choose tensorflow or jax"),
+        ("status", "status: --name is required"),
+        ("logs --name=tpu --lines=a", "logs: --lines=a is no number"),
+        ("logs --name=tpu --job=../x", "logs: --job=../x: choose train"),
         ("evaluate --name=tpu", "evaluate: what to score is missing"),
         ("tensorboard --name=tpu", "tensorboard: --logdir is required"),
         ("prepare_lsun --name=tpu", "prepare_lsun: what to prepare is missing"),
@@ -260,93 +244,13 @@ def test_a_missing_gcloud_gets_one_line_and_a_dry_run_does_without(machine):
     assert machine.run("create", "--name=tpu", "--dry_run", PATH=path).stdout == " ".join(CALLS[0][1][0]) + "\n"
 
 
-@pytest.mark.parametrize("script", sorted({path.stem for path in SCRIPTS.glob("*.sh")} - {"common", "background"}))
+@pytest.mark.parametrize("script", sorted({path.stem for path in SCRIPTS.glob("*.sh")} - NOT_FOR_USERS))
 def test_help_is_the_comment_at_the_top(machine, script):
     result = machine.run(script, "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert f"sh tpu_scripts/{script}.sh" in result.stdout and "shellcheck" not in result.stdout
     for flag in ["--zone", "--project", "--dry_run"] if script != "install" else ["--venv", "--python"]:
         assert flag in result.stdout
-
-
-def test_setup_copies_the_last_commit(machine, tmp_path):
-    checkout = tmp_path / "check out"
-    shutil.copytree(SCRIPTS, checkout / "tpu_scripts")
-    (machine.bin / "git").unlink()
-    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
-    for args in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "--message=m"]):
-        subprocess.run(["git", *args], cwd=checkout, check=True, env=machine.env)
-    (checkout / "not_committed").touch()
-    write_program(
-        machine.bin / "gcloud", f'#!/bin/sh\n[ "$4" = ssh ] || tar -tzf "$5" >>{str(tmp_path / "copied")!r}\n'
-    )
-    result = machine.sh([str(checkout / "tpu_scripts/setup.sh"), "--name=tpu"], TMPDIR=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    copied = {name for name in (tmp_path / "copied").read_text().splitlines() if not name.endswith("/")}
-    assert copied == {f"tpu_scripts/{path.name}" for path in SCRIPTS.iterdir()}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "check out", "copied"]
-
-
-@pytest.fixture
-def vm(machine, tmp_path):
-    """A folder as the VM's home, where gcloud runs its --command; its Python prints its arguments."""
-    home = tmp_path / "vm"
-    shutil.copytree(SCRIPTS, home / "diffusion_tf/tpu_scripts")
-    write_program(machine.bin / "gcloud", f'#!/bin/sh\ncd {home} && sh -c "${{7#--command=}}"\n')
-    write_program(
-        home / "diffusion_tf/.venv/bin/python",
-        f"""#!{sys.executable} -S
-import json, os, sys
-print(json.dumps([os.getcwd(), os.environ.get("TPU_LOAD_LIBRARY"), *sys.argv[1:]]), flush=True)
-""",
-    )
-    return home / "diffusion_tf"
-
-
-def read_log(path, count):
-    """The first `count` JSON lines of a log that a background process writes."""
-    for _ in range(1000):
-        lines = path.read_text().splitlines() if path.exists() else []
-        if len(lines) >= count:
-            break
-        time.sleep(0.01)
-    return [json.loads(line) for line in lines]
-
-
-def test_arguments_reach_the_programs_on_the_vm(machine, vm):
-    result = machine.run("train", "--name=tpu", "--", *ODD)
-    assert result.returncode == 0, result.stderr
-    assert read_log(vm / "train.log", 1) == [[str(vm), None, "-m", "experiments.train", "--tpu=local", *ODD]]
-    assert "tail -F diffusion_tf/train.log" in result.stdout
-    machine.run("evaluate", "--name=tpu", "--", *ODD)
-    program = ["-m", "experiments.evaluate", "--follow", "--strategy=mirrored"]
-    assert read_log(vm / "evaluate.log", 1) == [[str(vm), "0", *program, *ODD]]
-    write_program(machine.bin / "wget", '#!/bin/sh\n[ "$2" = "http://host/it\'s.zip" ]\n')
-    machine.run("prepare_lsun", "--name=tpu", "--download=http://host/it's.zip", "--", *ODD)
-    assert read_log(vm / "prepare_lsun.log", 2) == [
-        [str(vm), None, "-m", "zipfile", "-e", "it's.zip", "."],
-        [str(vm), "0", "-m", "experiments.prepare_lsun", "--source=it's", *ODD],
-    ]
-
-
-def test_a_job_outlives_the_connection_and_is_started_once(machine, vm):
-    write_program(vm / ".venv/bin/python", '#!/bin/sh\necho "[]"\nexec sleep 60\n')
-    train = ["train", "--name=tpu", "--", "--workdir=r"]
-    assert machine.run(*train).returncode == 0
-    read_log(vm / "train.log", 1)
-    pid = int((vm / "train.pid").read_text())
-    try:
-        os.kill(pid, 0)
-        assert only_line(machine.run(*train)) == f"background: train is still running, as process {pid}"
-    finally:
-        os.kill(pid, 9)
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    (vm / "train.pid").write_text(f"{ended.pid}\n")
-    again = machine.run(*train)
-    lines = read_log(vm / "train.log", 2)
-    os.kill(int((vm / "train.pid").read_text()), 9)
-    assert again.returncode == 0 and lines == [[], []]
 
 
 @pytest.fixture
@@ -388,6 +292,24 @@ def test_install_keeps_tensorflow_away_from_tensorflow_tpu(machine, fake_venv, t
     (tmp_path / "site/tensorflow-2.20.0.dist-info/METADATA").write_text("Name: tensorflow\nVersion: 2.20.0")
     both = machine.run("install", f"--venv={fake_venv}")
     assert only_line(both).startswith("install: tensorflow is from tensorflow and tensorflow-tpu, which overwrite")
+
+
+def test_install_for_jax_is_without_tensorflow(machine, fake_venv, tmp_path):
+    site = tmp_path / "site"
+    for file, text in {
+        "diffusion_tf/interop/train_loop.py": "",
+        "jax-0.10.2.dist-info/METADATA": "Name: jax\nVersion: 0.10.2",
+    }.items():
+        (site / file).parent.mkdir(parents=True)
+        (site / file).write_text(text)
+    both = machine.run("install", "--runner=jax", f"--venv={fake_venv}")
+    assert only_line(both).startswith("install: the environment holds TensorFlow")
+    shutil.rmtree(site / "tensorflow")
+    result = machine.run("install", "--runner=jax", f"--venv={fake_venv}")
+    assert result.stdout.splitlines() == [
+        f"-m pip install --quiet --disable-pip-version-check {ROOT}[tpu-jax]",
+        "install: jax 0.10.2 with libtpu 0.0.21 and no TensorFlow",
+    ]
 
 
 def test_install_uses_a_suitable_python_or_downloads_one_with_uv(machine, fake_venv, tmp_path):

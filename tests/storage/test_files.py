@@ -15,6 +15,7 @@ import tensorflow as tf
 from support.full_disks import mounted
 
 from diffusion_tf.errors import DamagedFileError, InputError
+from diffusion_tf.storage import gfile
 from diffusion_tf.storage.files import (
     append_line,
     check_writable,
@@ -286,3 +287,26 @@ def test_a_mount_that_cannot_flush_is_warned_about_once(tmp_path, monkeypatch, c
     with pytest.raises(InputError, match="cannot write .*/c .Input/output error"):
         write_file(str(tmp_path / "c"), b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("gs://bucket/run/x", "gs://bucket/run"),
+        ("gs://bucket/x", "gs://bucket"),
+        ("ram://x", "ram://"),
+        ("/x", "/"),
+        ("run/x", "run"),
+        ("x", "."),
+    ],
+)
+def test_the_folder_of_a_path(path, folder):
+    assert gfile.folder_of(path) == folder
+
+
+def test_a_path_with_a_scheme_never_makes_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_file("ram://top", b"1")
+    check_writable("ram://top")
+    assert read_file("ram://top") == b"1" and not os.listdir(tmp_path)
+    assert gfile.is_local("folder/a://b") and not gfile.is_local("hdfs://host/x")
