@@ -231,7 +231,7 @@ def to_summary(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
             "yes" if fits else "no",
             _cell(train.get("cycles"), "{:,}"),
             _cell(train.get("steps_per_second"), "{:.3g}"),
-            _cell(train.get("run_hours"), "{:.0f}"),
+            _cell(train.get("run_hours"), "{:.3g}"),
             _cell(train.get("price"), "{:,.0f}"),
             str(sample["batch_size"]),
             _cell(sample.get("cycles"), "{:,}"),
