@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "absl-py>=2.3,<3",
         "constriction>=0.5,<0.6",  # entropy coding of compressed images
+        "google-crc32c>=1.5,<2",  # TFRecords without TensorFlow; in Python a CRC takes longer than a training step
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "keras==3.15.*",
         "matplotlib>=3.10,<4",  # pictures of curves
@@ -34,6 +35,7 @@ setup(
         "numpy>=2,<3",
         "pillow>=11,<14",  # PNG grids
         "safetensors>=0.5,<1",  # checkpoints, read without running code
+        "protobuf>=5",  # the records of TFRecords without TensorFlow
         "scikit-learn>=1.6,<2",  # the digits, nearest neighbours
         "scipy>=1.15",  # tests of the distances to training pictures
         "setuptools<81",  # tensorboard imports pkg_resources

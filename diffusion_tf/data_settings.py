@@ -8,7 +8,7 @@ from diffusion_tf.errors import ConfigError
 RESIZE_MODES = ("crop", "pad", "stretch", "none")
 PICTURES_SHAPE = (64, 64, 3)  # the default (H, W, C) of a run on pictures of different sizes
 SOURCES = ("images", "npz", "tfds", "tfrecord")  # the settings that name images
-IN_MEMORY = ("images", "npz", "resize", "held_out")  # the settings of images that are read into memory
+WITHOUT_TENSORFLOW = ("images", "npz", "tfrecord", "resize", "held_out", "cache_dir")  # what can be read without it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion, check_fin
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.microbatches import map_microbatches
 from diffusion_tf.runtime.replicas import cpu_backend, over_replicas
+from diffusion_tf.runtime.workers import assign_on_hosts
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
 from diffusion_tf.unet import UNet
@@ -171,4 +172,4 @@ def load_weights(model: UNet, path: str, group: str) -> None:
     # A checkpoint holds four such groups of variables, and the step.
     size = 4 * sum(4 * v.shape.num_elements() for v in variables.values()) + 8
     arrays = {name: array for name, array in checkpoints.load(path, size).items() if name.startswith(prefix)}
-    assign_arrays(variables, arrays, path)
+    assign_arrays(variables, arrays, path, assign_on_hosts)

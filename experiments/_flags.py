@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from diffusion_tf.conditioning import Condition, parse_labels
-from diffusion_tf.data_settings import IN_MEMORY, PRESETS_OWN, RESIZE_MODES, DataSettings
+from diffusion_tf.data_settings import PRESETS_OWN, RESIZE_MODES, WITHOUT_TENSORFLOW, DataSettings
 from diffusion_tf.errors import InputError
 from diffusion_tf.presets import CHOICES, PRESETS, PRETRAINED, Preset, get_preset
 from diffusion_tf.runtime import STRATEGIES
@@ -62,7 +62,12 @@ def define_strategy_flags() -> None:
         "Where to run. auto: a TPU if --tpu is given or one is attached, else all GPUs if there are several, else one"
         " device. multi_worker reads TF_CONFIG.",
     )
-    flags.DEFINE_string("tpu", None, "`local` on a TPU VM, or the name of a TPU.")
+    flags.DEFINE_string(
+        "tpu",
+        None,
+        "`local`: the chips of this TPU VM. `slice`: those of all hosts of its slice, and grpc://HOST:PORT,HOST:PORT:"
+        " those of these hosts, where serve_tpu must run. Or the name of a TPU.",
+    )
 
 
 def define_precision_flag() -> None:
@@ -71,16 +76,18 @@ def define_precision_flag() -> None:
     flags.DEFINE_enum("precision", None, CHOICES["precision"], doc)
 
 
-def define_data_flags(*, images: bool = True, in_memory: bool = False) -> None:
+def define_data_flags(*, images: bool = True, without_tensorflow: bool = False) -> None:
     """Defines the flags that say where images come from: the fields of `DataSettings`.
 
     Args:
       images: False for a program whose flag --images means something else.
-      in_memory: whether the program reads the images into memory, as only pictures and arrays can be.
+      without_tensorflow: whether only those that need no TensorFlow.
     """
     run = " Default for measurements: as in training."
     names = [field.name for field in dataclasses.fields(DataSettings)]
-    _data_flags[:] = [name for name in (IN_MEMORY if in_memory else names) if images or name != "images"]
+    _data_flags[:] = [
+        name for name in (WITHOUT_TENSORFLOW if without_tensorflow else names) if images or name != "images"
+    ]
     if images:
         define_path("images", None, f"Folder of pictures, at any depth; train/ and test/ in it are its splits.{run}")
     define_path("npz", None, f"An .npz file of uint8 `images` or `samples` [N, H, W, C], and maybe `labels` [N].{run}")
@@ -99,16 +106,16 @@ def define_data_flags(*, images: bool = True, in_memory: bool = False) -> None:
         f" Default: {PRESETS_OWN.held_out}; for measurements, as in training.",
         lower_bound=0.0,
     )
-    if in_memory:
-        return
-    flags.DEFINE_string("tfds", None, f"A prepared TFDS dataset of images: NAME or NAME:VERSION.{run}")
     define_path("tfrecord", None, f"StyleGAN TFRecords: a file, or a glob of shards.{run}")
-    define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
     define_path(
         "cache_dir",
         None,
         "Folder where pictures are kept as TFRecords. Default: ~/.cache/diffusion_tf, or in XDG_CACHE_HOME.",
     )
+    if without_tensorflow:
+        return
+    flags.DEFINE_string("tfds", None, f"A prepared TFDS dataset of images: NAME or NAME:VERSION.{run}")
+    define_path("data_dir", None, "Folder of prepared TFDS datasets. Default: ~/tensorflow_datasets.")
     flags.DEFINE_integer(
         "skip_bad_records",
         None,

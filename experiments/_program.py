@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from diffusion_tf.errors import ConfigError, InputError, PreemptedError, StoppedError
+from diffusion_tf.runtime.slices import names_servers, slice_workers
 from diffusion_tf.storage.gfile import store_reason
 
 from . import _process
@@ -48,6 +49,8 @@ def parse_flags(
     with _one_line_errors():
         _arguments[:] = _check_arguments(rest, commands, argument)
         check(*_arguments)
+    if "tpu" in FLAGS and names_servers(FLAGS.tpu):
+        os.environ["TPU_LOAD_LIBRARY"] = "0"  # TensorFlow's import must not claim the chips that serve_tpu has
 
 
 def run(main: Callable[..., None]) -> None:
@@ -85,9 +88,24 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:
         if reason := store_reason(error):
             sys.exit(f"{_process.program_name()}: {reason}")
+        if lost := _lost_server(error):
+            print(f"{_process.program_name()}: {_error_line(lost)}", file=sys.stderr)
+            sys.exit(lost.exit_code)
         if not _is_out_of_memory(error):
             raise
         sys.exit(f"{_process.program_name()}: out of memory: a smaller --batch_size, or more replicas, may fit")
+
+
+def _lost_server(error: Exception) -> PreemptedError | None:
+    """The error that says that a worker of the TPU slice that --tpu names is gone, if `error` means that."""
+    tf = sys.modules.get("tensorflow")
+    if tf is None or not isinstance(error, tf.errors.OpError) or "tpu" not in FLAGS:
+        return None
+    from diffusion_tf.runtime.workers import lost_server  # imports TensorFlow
+
+    with contextlib.suppress(InputError):  # the metadata server may fail too
+        return lost_server(slice_workers(FLAGS.tpu), error)
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -7,8 +7,8 @@
 The folder gets WHAT.stablehlo.mlir, the weights as safetensors, and a manifest.json of arguments and results: names,
 shapes, dtypes, the initial value of each argument, and which result feeds which argument. The weights are the EMA
 weights of the run's checkpoint, or with --dataset initial ones. train_loop takes many training steps in a call; the
-program train_exported trains with it, on as many devices as --replicas says. A SavedModel needs only TensorFlow: its serving_default
-takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
+program train_exported trains with it, on as many devices as --replicas says. A SavedModel needs only TensorFlow: its
+serving_default takes x_t [B, H, W, C] and t [B] (denoiser), or first_image (sampler).
 """
 
 import os

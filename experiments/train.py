@@ -4,6 +4,9 @@
   python -m experiments.train --workdir=runs/mine --images=FOLDER --image_size=64
   python -m experiments.train --workdir=gs://bucket/cifar10 --dataset=cifar10 --data_dir=gs://bucket/tfds --tpu=local
 
+On a TPU slice of several hosts, run serve_tpu on every worker, and on worker 0 also this program, with --tpu=slice and
+with gs:// for workdir and data.
+
 The same command resumes from the newest checkpoint. A folder with a run of another recipe is refused.
 """
 
@@ -17,6 +20,7 @@ from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.interop.tpu_slices import TOPOLOGIES
 from diffusion_tf.presets import CHANGEABLE, PRETRAINED
 from diffusion_tf.recipes import choose_preset
+from diffusion_tf.runtime.slices import check_shared_paths, slice_workers
 
 from . import _flags, _program
 
@@ -62,6 +66,7 @@ def _check() -> None:
         parse_budget(FLAGS.fit, list(TOPOLOGIES))
     if not FLAGS.dry_run:
         _flags.require_flags("workdir")
+        check_shared_paths(slice_workers(FLAGS.tpu), {"workdir": FLAGS.workdir, "tfrecord": data.tfrecord})
 
 
 def _chooses(data: DataSettings) -> bool:

@@ -8,7 +8,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ("diffusion_tf", "experiments", "tests")
 SOURCES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))
-PACKAGES = importlib.metadata.packages_distributions()
+# Other packages, of which nothing here imports any, share the name `google` with protobuf.
+PACKAGES = {**importlib.metadata.packages_distributions(), "google": ["protobuf"]}
 
 
 def load_rules():

@@ -86,6 +86,19 @@ def open_images(data: DataSettings, split: str, choose_shape: ChooseShape) -> "I
     )
 
 
+def data_paths(preset: Preset, data: DataSettings) -> dict[str, str | None]:
+    """The paths from which the images of a run are read, by the settings that name them; None where there is none."""
+    from diffusion_tf.data.tfds import TFDS_NAMES
+
+    in_tfds = data.tfds or (preset.dataset in TFDS_NAMES and not data.names_images)
+    return {
+        "npz": data.npz,
+        "tfrecord": data.tfrecord,
+        "data_dir": (data.data_dir or "~/tensorflow_datasets") if in_tfds else None,
+        "cache_dir": (data.cache_dir or "~/.cache/diffusion_tf") if data.images else None,
+    }
+
+
 def conditional_preset(preset: Preset, source: "ImageSource") -> Preset:
     """`preset` with the classes of the images.
 

@@ -94,8 +94,9 @@ def check_images(images: np.ndarray, image_shape: tuple[int, int, int] | None = 
 
 def _source(images: np.ndarray, name: str, labels: np.ndarray | None, classes: tuple[str, ...]) -> ImageSource:
     """A source of images with the indices of their classes, if they have some."""
-    pixels = tf.constant(images)
-    indices = None if labels is None else tf.constant(labels, tf.int32)
+    with tf.device(None):  # in this process, and not on a TPU slice's worker 0
+        pixels = tf.constant(images)
+        indices = None if labels is None else tf.constant(labels, tf.int32)
 
     def records(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
         return shuffled(tf.data.Dataset.range(len(images)), len(images), epoch_seed)

@@ -9,18 +9,16 @@ stopped.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
+from diffusion_tf.data.cache_layout import MANIFEST, MAX_THREADS, cache_digest, cache_root, num_cache_shards
 from diffusion_tf.data.fitting import Fitting
 from diffusion_tf.data.image_folders import EncodedImages, counts
 from diffusion_tf.data.prepare_tfrecords import (
-    IMAGES_PER_SHARD,
     all_skipped,
     check_manifest,
     make_shards,
@@ -32,14 +30,9 @@ from diffusion_tf.data.source import ImageSource
 from diffusion_tf.data.tfrecords import tfrecord_source
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.progress_bar import print_line
-from diffusion_tf.storage.files import UNSUPPORTED, cache_folder, check_writable, is_local, listed, remove
+from diffusion_tf.storage.files import UNSUPPORTED, check_writable, listed, remove
 
-_VERSION = 1  # of the conversion of pictures: a cache of another version is not used
-# Decoding and scaling release Python's global lock: two threads are nearly twice as fast as one. A process would first
-# import TensorFlow, and run the script that called `train` again. Each thread may hold a picture of 1 GB.
-_MAX_THREADS = 8
 _LOCK = "lock"
-_SMALL_SHARD = 64  # images: few pictures still become several shards, for the threads
 
 
 def cached_source(
@@ -64,13 +57,12 @@ def cached_source(
     Raises:
       InputError: a picture cannot be read, or the cache cannot be written.
     """
-    root, digest, count = _root(cache_dir), _digest(images, fitting), len(images.keys)
+    root, digest, count = cache_root(cache_dir), cache_digest(images, fitting), len(images.keys)
     folder = os.path.join(root, digest)
-    manifest_path, settings = os.path.join(folder, "images.json"), {"num_images": count, "sha256": digest}
-    num_shards = max(min(_MAX_THREADS, -(-count // _SMALL_SHARD)), -(-count // IMAGES_PER_SHARD))
+    manifest_path, settings = os.path.join(folder, MANIFEST), {"num_images": count, "sha256": digest}
     prefix = os.path.join(folder, "images-")
     pattern = f"{prefix}*.tfrecords"
-    shards = make_shards(images, prefix, num_shards, fitting, skip_bad_images, threading.Event())
+    shards = make_shards(images, prefix, num_cache_shards(count), fitting, skip_bad_images, threading.Event())
     manifest = read_manifest(manifest_path, settings, shards)
     is_new = manifest is None or bool(missing_shards(shards, manifest))
     if manifest is None or is_new:
@@ -81,35 +73,13 @@ def cached_source(
         with _lock(folder):
             if not read_manifest(manifest_path, settings, shards):
                 _empty(folder)  # what is there is damaged
-            executor = make_executor(min(_MAX_THREADS, os.cpu_count() or 1))
+            executor = make_executor(min(MAX_THREADS, os.cpu_count() or 1))
             manifest = write_shards(shards, pattern, manifest_path, settings, executor)
     check_manifest(manifest, images, skip_bad_images)
     print_line(_summary(images, name, fitting, manifest, folder, is_new=is_new))
     advice = f"remove the folder {folder}, and it is written again"
     source = tfrecord_source(pattern, fitting.image_shape, 0, classes=images.classes, advice=advice)
     return dataclasses.replace(source, name=name)
-
-
-def _digest(images: EncodedImages, fitting: Fitting) -> str:
-    """The SHA-256 of all that the contents of a cache depend on."""
-    digest = hashlib.sha256()
-    facts = (_VERSION, os.path.realpath(images.path), fitting, images.classes, list(images.labels))
-    for fact in (*facts, *images.keys, *images.stamps()):
-        digest.update(f"{fact}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _root(cache_dir: str | None) -> str:
-    """The folder of all caches.
-
-    Raises:
-      ConfigError: TensorFlow cannot open files there.
-    """
-    cache_dir = cache_dir or cache_folder()
-    root = os.path.abspath(os.path.expanduser(cache_dir))
-    if not is_local(cache_dir) or re.search(r"[\udc80-\udcff]", root):  # Python's stand-ins for other bytes
-        raise ConfigError("cache_dir", f"={cache_dir} must be a local folder with a name in UTF-8")
-    return root
 
 
 @contextlib.contextmanager

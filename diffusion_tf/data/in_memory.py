@@ -1,17 +1,17 @@
-"""Training images read into memory without TensorFlow: an .npz file, a folder of pictures, or the digits."""
+"""Images read into memory without TensorFlow: an .npz file, a folder of pictures, or the digits."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from diffusion_tf.data.cache_layout import num_cache_shards, shard_bounds
 from diffusion_tf.data.digits import load_digit_labels, load_digits
 from diffusion_tf.data.fitting import ChooseShape, Fitting
+from diffusion_tf.data.image_folders import EncodedImages
+from diffusion_tf.data.order import EpochShuffle, shuffle_buffer_size
 from diffusion_tf.data.partition import hold_out, index_classes
-from diffusion_tf.data.picture_folder import find_split
-from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
-from diffusion_tf.presets import Preset
 from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.npz_files import MAX_ARRAY_BYTES, describe_arrays, read_npz
 
@@ -28,38 +28,26 @@ class ImageArray:
       images: uint8 [N, H, W, C].
       labels: the index of the class of each image, int32 [N]; None: the images have no labels.
       classes: the names of the classes; none without labels.
+      file_sizes: the images of each file from which `train` would read them; none: `train` has them in memory too.
     """
 
     name: str
     images: np.ndarray
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    file_sizes: tuple[int, ...] = ()
 
+    @property
+    def shuffle(self) -> EpochShuffle:
+        """How `train` shuffles them."""
+        count, *image_shape = self.images.shape
+        if not self.file_sizes:
+            return EpochShuffle((count,), count)
+        return EpochShuffle(self.file_sizes, shuffle_buffer_size(count, tuple(image_shape)))
 
-def load_images(preset: Preset, data: DataSettings) -> ImageArray:
-    """Reads the training images of a run.
-
-    Args:
-      preset: the recipe, which states their shape and their classes.
-      data: where they are: `images` or `npz`, or neither for the digits.
-
-    Raises:
-      InputError: they cannot be read, do not fit the recipe or in memory, or need TensorFlow.
-    """
-    if data.npz:
-        found = npz_images(data.npz, "train", data.held_out, data.resize, lambda _: preset.image_shape)
-    elif data.images:
-        found = _pictures(data.images, data.held_out, Fitting(preset.image_shape, data.resize))
-    elif preset.dataset == "digits" and not data.names_images:
-        images, labels = load_digits("train"), load_digit_labels("train")
-        found = ImageArray("scikit-learn digits, train", images, *class_indices(labels, len(images)))
-    else:
-        raise ConfigError("images", ": name the training images by `images=FOLDER` or `npz=FILE`")
-    if preset.num_classes and len(found.classes) != preset.num_classes:
-        raise ConfigError(
-            "num_classes", f"={preset.num_classes} in the export, and {found.name} has {len(found.classes)} classes"
-        )
-    return found
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns images uint8 [..., H, W, C] by their indices, int [...], and their labels, int32 [...]."""
+        return self.images[indices], None if self.labels is None else self.labels[indices]
 
 
 def npz_images(path: str, split: str, held_out: float, resize: str, choose_shape: ChooseShape) -> ImageArray:
@@ -100,10 +88,24 @@ def npz_images(path: str, split: str, held_out: float, resize: str, choose_shape
     )
 
 
-def _pictures(folder: str, held_out: float, fitting: Fitting) -> ImageArray:
-    """Reads the training split of a folder of pictures, in the order of their paths."""
-    pictures = find_split(folder, "train", held_out)
-    count = len(pictures.keys)
+def digit_images() -> ImageArray:
+    """Returns the training split of the digits."""
+    images, labels = load_digits("train"), load_digit_labels("train")
+    return ImageArray("scikit-learn digits, train", images, *class_indices(labels, len(images)))
+
+
+def read_pictures(pictures: EncodedImages, name: str, fitting: Fitting) -> ImageArray:
+    """Reads pictures, in the order of their paths.
+
+    Args:
+      pictures: the pictures.
+      name: what they are, for messages.
+      fitting: how they are converted.
+
+    Raises:
+      InputError: one cannot be read, or they do not fit in memory.
+    """
+    folder, count = pictures.path, len(pictures.keys)
     if (num_bytes := count * int(np.prod(fitting.image_shape))) > MAX_ARRAY_BYTES:
         raise ConfigError(
             "images", f"={folder} takes {num_bytes:,} bytes as images, and {MAX_ARRAY_BYTES:,} fit: name fewer pictures"
@@ -121,7 +123,8 @@ def _pictures(folder: str, held_out: float, fitting: Fitting) -> ImageArray:
         for place, image in enumerate(progress_bar(loaded, total=count, unit="picture", desc=folder)):
             images[place] = image
     labels = np.array(pictures.labels, np.int32) if pictures.labels else None
-    return ImageArray(f"{folder}, train", images, labels, pictures.classes)
+    bounds = shard_bounds(count, num_cache_shards(count))
+    return ImageArray(name, images, labels, pictures.classes, tuple(np.diff(bounds).tolist()))
 
 
 def class_indices(labels: np.ndarray, num_images: int) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_tf.data.cache_layout import IMAGES_PER_SHARD, shard_bounds
 from diffusion_tf.data.fitting import Fitting
 from diffusion_tf.data.image_folders import EncodedImages
 from diffusion_tf.data.tfrecord_shards import Shard, check_skipped, write_shard
@@ -31,8 +32,6 @@ from diffusion_tf.progress_bar import progress_bar
 from diffusion_tf.storage.files import check_writable, writing
 from diffusion_tf.storage.json_files import read_json, write_json
 
-# A killed run loses at most one shard per worker, and training's shuffle buffer holds 5,461 images of 256x256.
-IMAGES_PER_SHARD = 4096
 _MIN_SHARDS = 16
 
 
@@ -114,7 +113,7 @@ def make_shards(
       skip_bad_images: the number of unreadable images to leave out.
       stopped: ends the writing when it is set, for workers that are threads.
     """
-    bounds = [shard * len(images.keys) // num_shards for shard in range(num_shards + 1)]
+    bounds = shard_bounds(len(images.keys), num_shards)
     return [
         Shard(
             f"{prefix}{shard:05d}-of-{num_shards:05d}.tfrecords",

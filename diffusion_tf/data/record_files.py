@@ -110,8 +110,9 @@ def find_bad_records(
     while len(bad) < limit:
         stop = min((i for i in known or () if i >= index), default=None)
         count = -1 if stop is None else stop - index
-        run = tf.data.Dataset.from_tensors((file, index * (record_bytes or 0), count))
-        images = read_runs(run).map(decode, tf.data.AUTOTUNE).as_numpy_iterator()
+        with tf.device(None):  # in this process, and not on a TPU slice's worker 0
+            run = tf.data.Dataset.from_tensors((file, index * (record_bytes or 0), count))
+            images = read_runs(run).map(decode, tf.data.AUTOTUNE).as_numpy_iterator()
         try:
             for _ in images:
                 index += 1

@@ -20,7 +20,6 @@ READ_ERRORS = (
     UnicodeDecodeError,
 )
 
-_SHUFFLE_BYTES = 2**30  # memory of a shuffle buffer; encoded records are no larger than their pixels
 _MAX_EPOCHS = 2**31
 
 
@@ -40,6 +39,10 @@ class ImageSource:
       find_bad: reads all records and returns the name of the first one that cannot be read, with the reason; None if
         all can.
       bad_records: the number of unreadable records that are replaced by others.
+      places: where each record is that `records` gives for the same seed, in the same order, as int64 scalars; None if
+        records can only be read one after the other.
+      read: maps a place to its record.
+      in_python: whether Python reads the records, so that no other process can.
     """
 
     name: str
@@ -51,6 +54,9 @@ class ImageSource:
     classes: tuple[str, ...] = ()
     find_bad: Callable[[], str | None] = lambda: None
     bad_records: int = 0
+    places: Callable[[tf.Tensor | None], tf.data.Dataset] | None = None
+    read: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+    in_python: bool = False
 
     def decode_with_label(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps an encoded image to uint8 [H, W, C] and its label, an int32 scalar."""
@@ -87,7 +93,9 @@ def training_batches(
     """Returns endless batches for one worker: uint8 [per_replica, H, W, C], or pairs of these and labels int32.
 
     The global batch of step s is records s * batch_size, ... of the shuffled stream, however many workers and replicas
-    share it: worker w takes the w-th of `workers` equal slices. Resuming reads, but does not decode, up to one epoch.
+    share it: worker w takes the w-th of `workers` equal slices. Several workers read only their own records, if the
+    source knows the places of all; then resuming reads none again. Otherwise each reads every record, and resuming
+    reads, but does not decode, up to one epoch.
 
     Args:
       source: the images.
@@ -102,14 +110,17 @@ def training_batches(
     decode = source.decode_with_label if with_labels else source.decode
     first = start_step * batch_size
     share = batch_size // workers
+    records, read = source.records, tf.identity
+    if workers > 1 and source.places:
+        records, read = source.places, source.read
     epochs = tf.data.Dataset.range(first // source.num_examples, _MAX_EPOCHS)
     return (
-        epochs.flat_map(lambda epoch: source.records((seed << 31) + epoch))
+        epochs.flat_map(lambda epoch: records((seed << 31) + epoch))
         .skip(first % source.num_examples)
         .batch(batch_size)
-        .map(lambda records: records[worker * share : (worker + 1) * share])
+        .map(lambda batch: batch[worker * share : (worker + 1) * share])
         .unbatch()
-        .map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        .map(lambda record: decode(read(record)), num_parallel_calls=tf.data.AUTOTUNE)
         .batch(per_replica, drop_remainder=True, num_parallel_calls=tf.data.AUTOTUNE)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -130,8 +141,9 @@ class ImageReader:
           InputError: an image cannot be read, or there are too few.
         """
         if first != self._position:
-            images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
-            self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+            with tf.device(None):  # in this process, and not where a TPU slice's worker 0 computes
+                images = self._source.records(None).skip(first).map(self._source.decode, tf.data.AUTOTUNE)
+                self._images = images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
         try:
             images = list(itertools.islice(self._images, count))
         except READ_ERRORS as error:
@@ -157,11 +169,6 @@ def identity(source: ImageSource) -> dict[str, Any]:
 def shuffled(dataset: tf.data.Dataset, buffer_size: int, seed: tf.Tensor | None) -> tf.data.Dataset:
     """Returns the dataset shuffled by `seed`, or in order if `seed` is None."""
     return dataset if seed is None else dataset.shuffle(buffer_size, seed=seed)
-
-
-def shuffle_buffer_size(num_examples: int, image_shape: tuple[int, int, int]) -> int:
-    """Returns how many encoded images a shuffle buffer holds: all, if their pixels fit in a gigabyte."""
-    return min(num_examples, _SHUFFLE_BYTES // int(np.prod(image_shape)))
 
 
 def check_shape(where: str, found: Sequence[int], wanted: tuple[int, int, int]) -> None:

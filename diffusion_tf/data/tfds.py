@@ -14,8 +14,9 @@ from diffusion_tf.data.array_record_files import ArrayRecords
 from diffusion_tf.data.fitting import ChooseShape, Fitting
 from diffusion_tf.data.image_cache import cached_source
 from diffusion_tf.data.image_folders import EncodedImages
+from diffusion_tf.data.order import shuffle_buffer_size
 from diffusion_tf.data.record_files import check_lengths, find_bad_records
-from diffusion_tf.data.source import READ_ERRORS, ImageSource, check_shape, shuffle_buffer_size, shuffled
+from diffusion_tf.data.source import READ_ERRORS, ImageSource, check_shape, shuffled
 from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.storage.files import first_line, is_local, list_folder
@@ -162,6 +163,7 @@ class _Prepared:
             label=label if self.classes else None,
             classes=self.classes,
             find_bad=find_bad,
+            in_python=self._array_records is not None,
         )
 
     def _deserialize(self, record: tf.Tensor) -> dict[str, tf.Tensor]:

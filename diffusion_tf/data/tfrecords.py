@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_tf.data.order import shuffle_buffer_size
 from diffusion_tf.data.record_files import (
     OVERHEAD_BYTES,
     check_lengths,
@@ -20,7 +21,7 @@ from diffusion_tf.data.record_files import (
     other_lengths,
     read_runs,
 )
-from diffusion_tf.data.source import ImageSource, check_shape, shuffle_buffer_size, shuffled
+from diffusion_tf.data.source import ImageSource, check_shape, shuffled
 from diffusion_tf.errors import ConfigError
 
 _FEATURES = {"shape": tf.io.FixedLenFeature([3], tf.int64), "data": tf.io.FixedLenFeature([], tf.string)}
@@ -106,6 +107,16 @@ def tfrecord_source(
         in_order = shuffled_paths.flat_map(lambda path: read_runs(all_runs.filter(lambda of, *_: of == path)))
         return shuffled(in_order, buffer_size, epoch_seed)
 
+    # What `records` gives, without reading: the number of each record among those of all files.
+    starts = np.cumsum([0, *(file.num_records for file in files)])
+
+    def places(epoch_seed: tf.Tensor | None) -> tf.data.Dataset:
+        numbers = tf.data.Dataset.range(len(files))
+        in_order = shuffled(numbers, len(files), epoch_seed).flat_map(
+            lambda file: tf.data.Dataset.range(tf.gather(starts, file), tf.gather(starts, file + 1))
+        )
+        return shuffled(in_order, buffer_size, epoch_seed)
+
     def find_bad() -> str | None:
         for path in paths:
             for text in find_bad_records(path, decode, limit=1).values():
@@ -123,7 +134,39 @@ def tfrecord_source(
         classes=classes,
         find_bad=find_bad,
         bad_records=num_bad,
+        places=places,
+        read=_reader(files, bad, starts),
     )
+
+
+def _reader(
+    files: Sequence[_File], bad: Sequence[Collection[int]], starts: np.ndarray
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    """The function from the number of a record, among those of all files, to the record or what replaces a bad one.
+
+    Args:
+      files: the files.
+      bad: the indices of the bad records of each file.
+      starts: the number of each file's first record, and that of all records.
+    """
+    replaced = {}
+    for file, bad_here, start in zip(files, bad, starts, strict=False):
+        index = 0
+        for begin, count in _runs(file.num_records, bad_here):
+            if begin != index:
+                replaced[start + index] = start + begin
+            index += count
+    paths, record_bytes = [file.path for file in files], [file.record_bytes for file in files]
+
+    def read(number: tf.Tensor) -> tf.Tensor:
+        for one, other in replaced.items():
+            number = tf.where(number == one, other, number)
+        file = tf.searchsorted(starts, [number], side="right")[0] - 1
+        offset = (number - tf.gather(starts, file)) * tf.gather(np.array(record_bytes, np.int64), file)
+        run = tf.data.Dataset.from_tensors((tf.gather(paths, file), offset, 1))
+        return read_runs(run).get_single_element()
+
+    return read
 
 
 def first_shape(pattern: str) -> tuple[int, int, int]:
@@ -204,7 +247,8 @@ def _first_record(path: str) -> tuple[int, tuple[int, int, int], int]:
         # TensorFlow would allocate as many bytes as the record states.
         if size and stated + OVERHEAD_BYTES > size:
             raise tf.errors.DataLossError(None, None, "longer than its file")
-        first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
+        with tf.device(None):  # in this process, and not on a TPU slice's worker 0
+            first = next(iter(tf.data.TFRecordDataset(path).take(1)), None)
         if first is None:
             raise ConfigError("tfrecord", f"={path} holds no records")
         example = tf.io.parse_single_example(first, _FEATURES)

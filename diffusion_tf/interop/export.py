@@ -79,7 +79,9 @@ def build(
       InputError: the preset's network cannot be built.
     """
     if preset.batch_size % replicas:
-        raise ConfigError("replicas", f"={replicas} do not divide the batch of {preset.batch_size} images")
+        raise ConfigError(
+            "replicas", f"={replicas} do not divide the batch of {preset.batch_size} images: give `per_replica_batch`"
+        )
     model = model or UNet.from_preset(preset)
     if what == "train_loop":
         return _train_loop(preset, model, steps_per_call, replicas)
@@ -133,7 +135,7 @@ def _fed_back(arrays: Sequence[Array]) -> list[Array]:
 def _step(
     preset: Preset, model: UNet, state: Sequence[tf.Tensor], examples: Sequence[tf.Tensor], replicas: int = 1
 ) -> list[tf.Tensor]:
-    """Returns the tensors of `_state` after a step on a replica's images and, with classes, labels; loss; gradient norm.
+    """Returns the tensors of `_state` after a step on images and, with classes, labels; its loss and gradient norm.
 
     Args:
       preset: the recipe.

@@ -1,7 +1,8 @@
 """The training loop around an exported train_loop: as `training/loop.py`, under JAX and without TensorFlow.
 
 It takes the images in the order of `train`, writes the same lines of metrics and the same checkpoints, and either
-program goes on from those of the other. It draws no samples and writes nothing for TensorBoard.
+program goes on from those of the other. It draws no samples and writes nothing for TensorBoard. Of several processes
+each reads its share of every batch, and the chief alone reads and writes the run's folder.
 """
 
 import contextlib
@@ -16,10 +17,11 @@ import numpy as np
 from absl import logging
 
 from diffusion_tf import __version__
-from diffusion_tf.data.in_memory import ImageArray
-from diffusion_tf.data.order import batch_indices, order_seed
+from diffusion_tf.data.order import order_seed
+from diffusion_tf.data.training_images import TrainingImages
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import DivergedError, PreemptedError, StoppedError
+from diffusion_tf.interop.processes import any_process, are_several, from_chief, is_chief, require_same
 from diffusion_tf.interop.train_loop import TrainLoop, memory_errors
 from diffusion_tf.presets import Preset
 from diffusion_tf.progress_bar import progress_bar
@@ -32,7 +34,7 @@ from diffusion_tf.training.progress import Progress, restore_run
 
 def train_in_workdir(
     loop: TrainLoop,
-    images: ImageArray,
+    images: TrainingImages,
     path: str,
     *,
     preset: Preset,
@@ -53,34 +55,47 @@ def train_in_workdir(
 
     Raises:
       ConfigError: the folder holds another run or is in use.
-      InputError: a checkpoint does not fit, or a file cannot be written.
+      InputError: a checkpoint does not fit, a file cannot be read or written, or the processes train different runs.
       DivergedError: too many steps in a row were skipped, again after a rollback.
       PreemptedError: the machine is about to be taken away, or (StoppedError) the user stopped training; it is saved.
     """
     workdir = Workdir(path)
-    count, classes = len(images.images), images.classes if preset.num_classes else ()
-    workdir.refuse_other_run(preset, count, classes=classes, data=data)
-    with workdir.lock():
-        step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
-        workdir.write_config(preset, count, command, step=step, data=data, init_from=loop.init_from, classes=classes)
-        with make_notice() as notice, memory_errors(), contextlib.closing(_Run(loop, preset, images, workdir)) as run:
-            run.train(notice)
+    require_same({"program": loop.text_sha256, "recipe": preset, "images": images.shuffle})
+    with contextlib.ExitStack() as stack:
+        if is_chief():
+            count, classes = images.shuffle.num_examples, images.classes if preset.num_classes else ()
+            workdir.refuse_other_run(preset, count, classes=classes, data=data)
+            stack.enter_context(workdir.lock())
+            step = max(checkpoints.all_steps(workdir.checkpoints), default=0)
+            workdir.write_config(
+                preset, count, command, step=step, data=data, init_from=loop.init_from, classes=classes
+            )
+        notice = stack.enter_context(make_notice())
+        stack.enter_context(memory_errors())
+        stack.enter_context(contextlib.closing(_Run(loop, preset, images, workdir))).train(notice)
 
 
 class _Run:
-    """A run in this process, from its newest checkpoint or the export's weights on."""
+    """A run in this process, from its newest checkpoint or the export's weights on.
 
-    def __init__(self, loop: TrainLoop, preset: Preset, images: ImageArray, workdir: Workdir):
+    Only the chief has a `writer` and a `bar`.
+    """
+
+    def __init__(self, loop: TrainLoop, preset: Preset, images: TrainingImages, workdir: Workdir):
         self.loop, self.preset, self.images, self.workdir = loop, preset, images, workdir
         self.versions = {"diffusion_tf": __version__, "jax": version("jax"), "numpy": np.__version__}
         save = functools.partial(checkpoints.save, written_by=self.versions)
-        self.writer = CheckpointWriter(workdir, preset, save)
+        self.writer = CheckpointWriter(workdir, preset, save) if is_chief() else None
         progress = self._restore()
         if progress is None:
             loop.start()
-            if loop.init_from:  # `train` could not go on from these weights
+            if are_several():  # their exports may hold other weights
+                loop.share_state(from_chief)
+            if loop.init_from and self.writer:  # `train` could not go on from these weights
                 save(workdir.checkpoints, 0, loop.to_arrays(), {"config_sha256": preset.recipe_sha256()})
-        self.bar = progress_bar(initial=loop.step, total=preset.num_steps, unit="step", desc=preset.dataset)
+        self.bar = None
+        if self.writer:
+            self.bar = progress_bar(initial=loop.step, total=preset.num_steps, unit="step", desc=preset.dataset)
         self._start(progress or Progress())
 
     def train(self, notice: PreemptionNotice) -> None:
@@ -100,11 +115,12 @@ class _Run:
                 continue
             if self.step % preset.steps_per_loop == 0 or self.step == preset.num_steps:
                 self._report()
-            if notice.reason is not None and self.step < preset.num_steps:
+            if any_process(notice.reason is not None) and self.step < preset.num_steps:
                 self._save()
-                self.writer.wait()
-                error = StoppedError if notice.reason == "SIGINT" else PreemptedError
-                raise error(f"{notice.reason}: saved step {self.step}, run it again to go on")
+                self._wait_for_checkpoint()
+                reason = notice.reason or "another process"
+                error = StoppedError if reason == "SIGINT" else PreemptedError
+                raise error(f"{reason}: saved step {self.step}, run it again to go on")
 
     def close(self) -> None:
         """Closes the progress bar, and waits for the last checkpoint.
@@ -112,18 +128,31 @@ class _Run:
         Raises:
           InputError: it could not be written.
         """
-        self.bar.close()
-        self.writer.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer:
+            self.writer.close()
 
     def _restore(self) -> Progress | None:
-        return restore_run(self.workdir, self.preset, self.loop.restore, self.versions)
+        """Restores the newest sound checkpoint of the chief, and returns its progress; None if there is none."""
+        progress = restore_run(self.workdir, self.preset, self.loop.restore, self.versions) if self.writer else None
+        if not are_several():
+            return progress
+        found = from_chief(
+            {"progress": (progress or Progress()).to_array(), "restored": np.array(progress is not None)}
+        )
+        if not found["restored"]:
+            return None
+        self.loop.share_state(from_chief)
+        return Progress.from_array(found["progress"])
 
     def _start(self, progress: Progress) -> None:
         """Starts from the state of the loop."""
         self.progress = progress
         self.step = self.saved_step = self.loop.step
-        self.workdir.rewind_metrics(self.step)
-        self.bar.update(self.step - self.bar.n)
+        if self.bar is not None:
+            self.workdir.rewind_metrics(self.step)
+            self.bar.update(self.step - self.bar.n)
         self._start_clock()
 
     def _start_clock(self) -> None:
@@ -135,22 +164,26 @@ class _Run:
         return min(self.loop.steps_per_call, until_report, self.preset.num_steps - self.step)
 
     def _examples(self) -> dict[str, Any]:
-        """The examples of the next call, on their way to the device."""
-        size = self.preset.batch_size
-        indices = np.zeros((self.loop.steps_per_call, size), np.int64)
+        """The examples of the next call, on their way to the devices; none after the last."""
+        if not (count := self._steps_of_call()):
+            return {}
+        loop, size = self.loop, self.preset.batch_size
+        here = slice(loop.shares.start * size // loop.replicas, loop.shares.stop * size // loop.replicas)
         seed = order_seed(self.preset.seed, self.progress.data_order)
-        for place in range(self._steps_of_call()):
-            indices[place] = batch_indices(len(self.images.images), size, seed, self.step + place)
-        examples = {"images": self.images.images[indices]}
-        if self.preset.num_classes and self.images.labels is not None:
-            examples["labels"] = self.images.labels[indices]
-        return self.loop.put(**examples)
+        indices = np.stack([self.images.shuffle.batch(size, seed, self.step + place)[here] for place in range(count)])
+        images, labels = self.images.take(indices)
+        examples = {"images": images} | ({"labels": labels} if self.preset.num_classes and labels is not None else {})
+        rest = loop.steps_per_call - count  # which the call does not look at
+        return loop.put(**{name: _padded(array, rest) for name, array in examples.items()})
 
     def _report(self) -> None:
         """Writes a line of metrics, and saves when it is time."""
         preset, seconds = self.preset, time.monotonic() - self.clock_start
+        means = self.progress.take_metrics()
+        if self.bar is None:
+            return
         metrics = {
-            **self.progress.take_metrics(),
+            **means,
             "learning_rate": _learning_rate(preset, self.step - 1),
             "images_per_sec": (self.step - self.clock_step) * preset.batch_size / seconds,
         }
@@ -163,10 +196,16 @@ class _Run:
 
     def _save(self) -> None:
         """Starts writing a checkpoint of this step, unless there is one."""
-        if self.step != self.saved_step:
+        if self.writer and self.step != self.saved_step:
             manifest = {"config_sha256": self.preset.recipe_sha256(), "progress": dataclasses.asdict(self.progress)}
             self.writer.write(self.step, self.loop.to_arrays(), manifest)
             self.saved_step = self.step
+
+    def _wait_for_checkpoint(self) -> None:
+        """Waits, in all processes, until the chief's last checkpoint is complete."""
+        if self.writer:
+            self.writer.wait()
+        any_process(True)
 
     def _roll_back(self) -> None:
         """Restores the last checkpoint, from which the run continues with the data in another order.
@@ -175,7 +214,7 @@ class _Run:
           DivergedError: the run was rolled back before, or there is no checkpoint.
         """
         what = f"the run diverged before step {self.step}"
-        self.writer.wait()
+        self._wait_for_checkpoint()
         restored = None if self.progress.data_order else self._restore()
         if restored is None:
             raise DivergedError(
@@ -183,6 +222,11 @@ class _Run:
             )
         self._start(dataclasses.replace(restored, data_order=1))
         logging.warning("%s: going back to step %d, with the data in another order", what, self.step)
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    """An array with rows of zeros after it."""
+    return np.concatenate([array, np.zeros((rows, *array.shape[1:]), array.dtype)]) if rows else array
 
 
 def _learning_rate(preset: Preset, step: int) -> float:

@@ -1,9 +1,10 @@
 """An exported train_loop on the devices of JAX: the program and the state of training. Needs no TensorFlow."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -54,6 +55,7 @@ class TrainLoop:
       steps_per_call: the most steps of a call.
       replicas: the number of devices, each of which computes an equal share of the batch.
       shares: which of these shares this process computes, after `compile`.
+      text_sha256: the SHA-256 of the program.
       init_from: `path` and `sha256` of the checkpoint whose weights the export holds; None: they are initial ones.
 
     Raises:
@@ -62,7 +64,7 @@ class TrainLoop:
 
     def __init__(self, folder: str):
         if not importlib.util.find_spec("jax"):
-            raise InputError("training from an export needs JAX: pip install '.[jax_gpu]'")
+            raise InputError("training from an export needs JAX: pip install '.[jax_gpu]', on a TPU VM '.[tpu_jax]'")
         path = os.path.join(folder, "manifest.json")
         manifest: _Manifest = read_json(path, _Manifest)
         self.steps_per_call = manifest.get("steps_per_call", 0)
@@ -75,7 +77,8 @@ class TrainLoop:
         self.replicas = manifest.get("replicas", 1)
         self.shares = range(self.replicas)
         self.init_from = manifest.get("init_from")
-        self._text = read_file(os.path.join(folder, manifest["program"])).decode()
+        text = read_file(os.path.join(folder, manifest["program"]))
+        self._text, self.text_sha256 = text.decode(), hashlib.sha256(text).hexdigest()
         self._weights = os.path.join(folder, manifest["weights"])
         self._arguments = {array["name"]: array for array in manifest["arguments"]}
         self._results = {array["name"]: tuple(array["shape"]) for array in manifest["results"]}
@@ -136,6 +139,15 @@ class TrainLoop:
         arrays = checkpoints.load(path, sum(spec.num_bytes for spec in wanted.values()))
         check_specs(_specs(arrays), wanted, path)
         self._assign(arrays)
+
+    def share_state(self, from_chief: Callable[[Arrays], Arrays]) -> None:
+        """Takes over the state of the chief of several processes, which `from_chief` returns for that of each."""
+        arrays = {name: self._arguments[name] for name in self._initial}
+        state = {
+            name: np.asarray(_local(self._state[name])) if self._state else np.zeros(array["shape"], array["dtype"])
+            for name, array in arrays.items()
+        }
+        self._assign(from_chief(state))
 
     @property
     def step(self) -> int:

@@ -7,6 +7,7 @@ import socket
 import socketserver
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -35,7 +36,7 @@ def read_cluster() -> tuple[list[str], int]:
             if job not in _JOBS:
                 raise ValueError(f"the job {job!r} is not one of {', '.join(_JOBS)}")
             for address in _expect(addresses, list, job):
-                _split_address(address)
+                split_address(_expect(address, str, "an address"))
         if len(cluster.get("chief", ())) > 1:
             raise ValueError("there is more than one chief")
         mine = cluster[task["type"]][_expect(task["index"], int, "index")]
@@ -58,8 +59,13 @@ def _expect(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _split_address(address: Any) -> tuple[str, int]:
-    host, _, port = _expect(address, str, "an address").rpartition(":")
+def split_address(address: str) -> tuple[str, int]:
+    """Splits HOST:PORT.
+
+    Raises:
+      ValueError: it is malformed.
+    """
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"{address!r} is not HOST:PORT")
     return host.strip("[]"), int(port)
@@ -92,19 +98,29 @@ def wait_for_all(addresses: list[str], index: int, seconds: float = 10.0) -> Non
                     self.wfile.write(_GREETING)
 
     try:
-        server = _Server(("", _split_address(addresses[index])[1]), Answer)
+        server = _Server(("", split_address(addresses[index])[1]), Answer)
     except OSError as error:
         raise InputError(f"TF_CONFIG: cannot listen at {addresses[index]} ({error.strerror})") from error
-    answered, began, reported = {index}, time.strftime("%H:%M:%S"), time.monotonic()
+    answered = {index}
+
+    def missing() -> list[str]:
+        answered.update(i for i, a in enumerate(addresses) if i not in answered and _is_here(a, index))
+        return [a for i, a in enumerate(addresses) if i != index and not (i in heard and i in answered)]
+
     with server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        while missing := [a for i, a in enumerate(addresses) if i != index and not (i in heard and i in answered)]:
-            answered |= {i for i, a in enumerate(addresses) if i not in answered and _is_here(a, index)}
-            if time.monotonic() - reported >= seconds:
-                logging.warning("waiting since %s for %s", began, ", ".join(missing))
-                reported = time.monotonic()
-            time.sleep(0.05)
+        wait_for(missing, seconds)
         server.shutdown()
+
+
+def wait_for(missing: Callable[[], Sequence[str]], seconds: float) -> None:
+    """Calls `missing` until it returns nothing; says every `seconds` what it returned, and since when it waits."""
+    began, reported = time.strftime("%H:%M:%S"), time.monotonic()
+    while names := missing():
+        if time.monotonic() - reported >= seconds:
+            logging.warning("waiting since %s for %s", began, ", ".join(names))
+            reported = time.monotonic()
+        time.sleep(0.05)
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -115,7 +131,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 def _is_here(address: str, index: int) -> bool:
     """Whether the process at `address` waits too; tells it that the process of `index` does."""
-    with contextlib.suppress(OSError), socket.create_connection(_split_address(address), _TIMEOUT) as connection:
+    with contextlib.suppress(OSError), socket.create_connection(split_address(address), _TIMEOUT) as connection:
         connection.sendall(b"%s %d\n" % (_GREETING, index))
         return connection.recv(len(_GREETING)) == _GREETING
     return False

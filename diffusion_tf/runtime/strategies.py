@@ -2,6 +2,8 @@
 
 import functools
 import importlib.metadata
+import signal
+import threading
 
 import tensorflow as tf
 
@@ -9,6 +11,8 @@ from diffusion_tf import tpu_attached
 from diffusion_tf.errors import ConfigError
 from diffusion_tf.runtime import STRATEGIES
 from diffusion_tf.runtime.cluster import read_cluster, wait_for_all
+from diffusion_tf.runtime.slices import slice_workers, wait_for_servers
+from diffusion_tf.runtime.workers import lost_server
 from diffusion_tf.storage.files import first_line
 
 
@@ -20,13 +24,14 @@ def make_strategy(name: str = "auto", tpu: str | None = None) -> tf.distribute.S
 
     Args:
       name: one of STRATEGIES.
-      tpu: `local` for the chips of the TPU VM that this process runs on, or a TPU's name or grpc address. To use all
-        chips of a slice of several hosts, give its name, on its first host and with TPU_LOAD_LIBRARY=0.
+      tpu: `local` for the chips of the TPU VM that this process runs on; `slice` for all chips of its slice, on worker
+        0 and with TPU_LOAD_LIBRARY=0; `grpc://HOST:PORT,HOST:PORT,...` for those of these servers; or a TPU's name.
 
     Raises:
       ConfigError: the name is unknown, the machine has no TPU, TensorFlow is not built for TPUs, or the TPU or cluster
         cannot be reached.
       InputError: TF_CONFIG does not describe the cluster.
+      PreemptedError: a server of the TPU's slice is gone.
     """
     if name not in STRATEGIES:
         raise ConfigError("strategy", f"={name}: choose one of {', '.join(STRATEGIES)}")
@@ -87,12 +92,50 @@ def _check_local_tpu() -> None:
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
     if tpu == "local":
         _check_local_tpu()
+    workers = slice_workers(tpu)
+    if workers:
+        wait_for_servers(workers)
+        tpu = "grpc://" + ",".join(workers)
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
         if tpu != "local":
             tf.config.experimental_connect_to_cluster(resolver)
+            _keep_signals()
+        if workers and any(name.endswith("/device:CPU:1") for name in _cpus_of_servers()):
+            return _rehearsal_strategy(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ImportError, OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        if isinstance(error, tf.errors.OpError) and (lost := lost_server(workers, error)):
+            raise lost from error
         hint = ": another process may be using it" if tpu == "local" else ""
         raise ConfigError("tpu", f"={tpu}: cannot reach the TPU ({first_line(error)}){hint}") from error
     return tf.distribute.TPUStrategy(resolver)
+
+
+def _keep_signals() -> None:
+    """Sets this process's handler of SIGTERM again: TensorFlow's coordination service has set its own, a no-op."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+
+def _cpus_of_servers() -> list[str]:
+    return [device.name for device in tf.config.list_logical_devices("CPU") if device.name.startswith("/job:worker/")]
+
+
+def _rehearsal_strategy(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    """A strategy over the virtual CPUs of servers without a TPU: on each, CPU:0 is the host, the others are replicas.
+
+    TensorFlow refuses to make a MirroredStrategy over several hosts, but runs one. It is used as a TPUStrategy is: one
+    replica for each device, and input on each host.
+    """
+    cpus = _cpus_of_servers()
+    hosts = {name: name.removesuffix("0") for name in cpus if name.endswith(":CPU:0")}
+    inputs = tuple(
+        (host, tuple(name for name in cpus if name.startswith(prefix) and name != host))
+        for host, prefix in hosts.items()
+    )
+    strategy = tf.distribute.MirroredStrategy(inputs[0][1], tf.distribute.ReductionToOneDevice())
+    strategy.extended._initialize_strategy([name for _, names in inputs for name in names])
+    strategy.extended._input_workers_devices = inputs
+    strategy.extended._cluster_resolver = resolver  # as a TPUStrategy has it
+    return strategy

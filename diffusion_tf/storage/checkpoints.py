@@ -262,8 +262,19 @@ def check_specs(found: Mapping[str, ArraySpec], wanted: Mapping[str, ArraySpec],
             )
 
 
-def assign_arrays(variables: Mapping[str, Any], arrays: Arrays, path: str) -> None:
-    """Assigns arrays from the file at `path` to tf.Variables by name; floating-point arrays must be float32.
+def assign_arrays(
+    variables: Mapping[str, Any],
+    arrays: Arrays,
+    path: str,
+    assign: Callable[[Any, np.ndarray], object] = lambda variable, array: variable.assign(array),
+) -> None:
+    """Assigns arrays to tf.Variables by name; floating-point arrays must be float32.
+
+    Args:
+      variables: the variables.
+      arrays: their values, of which all are there, and no others.
+      path: the file that they are from, for messages.
+      assign: assigns an array of the variable's dtype to a variable.
 
     Raises:
       InputError: the arrays are not those of the variables; no variable has changed.
@@ -275,4 +286,4 @@ def assign_arrays(variables: Mapping[str, Any], arrays: Arrays, path: str) -> No
     }
     check_specs(found, wanted, path)
     for name, variable in variables.items():
-        variable.assign(arrays[name].astype(variable.dtype.as_numpy_dtype))
+        assign(variable, arrays[name].astype(variable.dtype.as_numpy_dtype))

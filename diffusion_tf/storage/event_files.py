@@ -49,7 +49,9 @@ def _rewind(path: str, step: int) -> None:
 def _records(path: str) -> Iterator[tuple[int, bytes]]:
     """Yields each event with its step, but not an incomplete last one, which a killed process leaves."""
     with contextlib.suppress(tf.errors.DataLossError):
-        for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
+        with tf.device(None):  # in this process, and not on a TPU slice's worker 0
+            records = tf.data.TFRecordDataset(path).as_numpy_iterator()
+        for record in records:
             yield tf.compat.v1.Event.FromString(record).step, record
 
 

@@ -11,13 +11,22 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from diffusion_tf.data import data_paths
 from diffusion_tf.data.source import READ_ERRORS, ImageSource
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.diffusion_utils import x_to_images
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError, StoppedError
 from diffusion_tf.presets import Preset
 from diffusion_tf.runtime.replicas import shared_batch_size
-from diffusion_tf.runtime.workers import any_worker, is_chief, is_multi_worker, lost_worker_errors
+from diffusion_tf.runtime.slices import check_shared_paths, notice_servers
+from diffusion_tf.runtime.workers import (
+    any_worker,
+    is_chief,
+    is_multi_worker,
+    lost_server,
+    lost_worker_errors,
+    slice_servers,
+)
 from diffusion_tf.samplers import Sampler
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.workdir import Workdir
@@ -40,7 +49,7 @@ def train(
     *,
     callbacks: Sequence[MetricsCallback] = (),
     max_call_seconds: float = 4.0,
-    make_notice: Callable[[], contextlib.AbstractContextManager[PreemptionNotice]] = PreemptionNotice,
+    make_notice: Callable[[], contextlib.AbstractContextManager[PreemptionNotice]] | None = None,
     save_checkpoint: Callable[..., Any] = checkpoints.save,
 ) -> None:
     """Trains up to step `preset.num_steps`, from the newest sound checkpoint in `workdir` if there is one.
@@ -52,7 +61,7 @@ def train(
       callbacks: each is called as `callback(step, metrics)` after each line of metrics.jsonl, in the chief only.
       max_call_seconds: how long the device may train between two looks at the preemption notice; one process adapts
         the number of steps per call to it. Compute Engine stops a machine 30 seconds after its notice.
-      make_notice: makes the preemption notice to look at.
+      make_notice: makes the preemption notice to look at. Default: one for the machines that train.
       save_checkpoint: writes one checkpoint, with the signature of `checkpoints.save`.
 
     Raises:
@@ -60,8 +69,13 @@ def train(
       DivergedError: too many steps in a row were skipped, again after a rollback.
       PreemptedError: the machine is about to be taken away, or (StoppedError) the user stopped training; it is saved.
     """
-    loop = _Loop(trainer, workdir, source, callbacks, save_checkpoint)
-    with make_notice() as notice, lost_worker_errors(trainer.strategy), contextlib.closing(loop):
+    if make_notice is None:
+        make_notice = functools.partial(PreemptionNotice, notice_servers(slice_servers(trainer.strategy)))
+    with (
+        make_notice() as notice,
+        lost_worker_errors(trainer.strategy),
+        contextlib.closing(_Loop(trainer, workdir, source, callbacks, save_checkpoint)) as loop,
+    ):
         loop.run(notice, max_call_seconds)
 
 
@@ -94,6 +108,7 @@ def train_in_workdir(
       ConfigError: the folder holds another run or is in use, or the preset cannot be trained on these images.
       InputError, DivergedError, PreemptedError: as `train`.
     """
+    check_shared_paths(slice_servers(strategy), {"workdir": path, **data_paths(preset, data)})
     workdir = Workdir(path)
     classes = source.classes if preset.num_classes else ()
     if preset.num_classes:
@@ -193,6 +208,8 @@ class _Loop:
             sums = self.trainer.run_steps(self.batches, tf.constant(num_steps), sums)
             self.progress.sums = {name: float(value) for name, value in sums.items()}
         except READ_ERRORS as error:
+            if isinstance(error, tf.errors.OpError) and (lost := lost_server(slice_servers(self.strategy), error)):
+                raise lost from error
             raise self.source.read_error(error) from error
         except tf.errors.ResourceExhaustedError as error:
             raise InputError("out of memory: a smaller `batch_size`, or more replicas, may fit") from error

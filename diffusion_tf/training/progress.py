@@ -45,6 +45,16 @@ class Progress:
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(f"{path} does not tell the run's progress: remove it") from error
 
+    def to_array(self) -> np.ndarray:
+        """The progress as float32 [1 + len(SUMS)], without loss: the sums are float32."""
+        return np.array([self.data_order, *(self.sums[name] for name in SUMS)], np.float32)
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> "Progress":
+        """The progress of which `to_array` returned `array`."""
+        data_order, *sums = array.tolist()
+        return cls(int(data_order), dict(zip(SUMS, sums, strict=True)))
+
     def add(self, losses: np.ndarray, grad_norms: np.ndarray, param_norm: float) -> None:
         """Adds steps to the sums, in float32 and one by one as `Trainer.run_steps` does.
 

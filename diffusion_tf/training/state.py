@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.presets import Preset
+from diffusion_tf.runtime.workers import assign_on_hosts
 from diffusion_tf.storage import checkpoints
 from diffusion_tf.storage.checkpoints import assign_arrays
 from diffusion_tf.storage.files import Arrays
@@ -69,7 +70,7 @@ class TrainState:
         """
         variables = self._named_variables()
         size = sum(v.shape.num_elements() * v.dtype.size for v in variables.values())
-        assign_arrays(variables, checkpoints.load(path, size), path)
+        assign_arrays(variables, checkpoints.load(path, size), path, assign_on_hosts)
 
     def start_from(self, initial: InitialWeights) -> None:
         """Assigns weights to `params` and to their EMA.
@@ -86,7 +87,7 @@ class TrainState:
             if table is None or given is None or given.shape != table.shape:
                 variables.pop(CLASSES, None)
                 weights.pop(CLASSES, None)
-            assign_arrays(variables, weights, initial.path)
+            assign_arrays(variables, weights, initial.path, assign_on_hosts)
 
     def tensors(self) -> StateTensors:
         """The state as tensors. Call it in replica context."""

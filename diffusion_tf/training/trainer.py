@@ -8,9 +8,11 @@ import tensorflow as tf
 from diffusion_tf.data.order import order_seed
 from diffusion_tf.data.source import ImageSource, training_batches
 from diffusion_tf.diffusion_utils import GaussianDiffusion
+from diffusion_tf.errors import ConfigError
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
 from diffusion_tf.runtime.replicas import cpu_backend, per_replica_batch_size, replica_function
+from diffusion_tf.runtime.workers import slice_servers
 from diffusion_tf.training.optimizer import assign_adam_step, is_finite_step
 from diffusion_tf.training.progress import SUMS
 from diffusion_tf.training.state import TrainState
@@ -55,6 +57,7 @@ class Trainer:
         self._microbatch_bytes = microbatch_bytes
         on_cpu = cpu_backend(preset.image_pixels, training=True)
         self._replica_step = replica_function(self._train_step, strategy, on_cpu)
+        self._replica_param_norm = replica_function(self._param_norm, strategy, on_cpu)
 
     def _train_step(self, images: tf.Tensor, labels: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """`train_step` on the state's variables, in replica context: (loss, gradient norm) of the global batch."""
@@ -77,6 +80,10 @@ class Trainer:
         )
         assign_adam_step(self.state, before, gradients, self.preset)
         return loss, gradients.norm
+
+    def _param_norm(self) -> tf.Tensor:
+        """The global norm of the weights, in replica context."""
+        return tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
 
     @tf.function
     def run_steps(
@@ -102,14 +109,24 @@ class Trainer:
                 "most_in_row": tf.maximum(sums["most_in_row"], skipped_in_row),
                 "param_norm": sums["param_norm"],
             }
-        param_norm = tf.linalg.global_norm([tf.convert_to_tensor(w) for w in self.state.params])
-        return {**sums, "param_norm": param_norm}
+        # On the device, so that the host reads one number and not every weight; equal on all replicas.
+        param_norm = self.strategy.run(self._replica_param_norm)
+        return {**sums, "param_norm": self.strategy.experimental_local_results(param_norm)[0]}
 
     def batches(self, source: ImageSource, data_order: int = 0) -> Iterator[Any]:
         """An iterator over `training_batches` from the state's step on, with labels if the preset has classes.
 
-        `data_order` selects their order.
+        `data_order` selects their order. Each host of the strategy reads and decodes the images of its replicas.
+
+        Raises:
+          ConfigError: this process alone can read the source, and other hosts should.
         """
+        if source.in_python and slice_servers(self.strategy):
+            raise ConfigError(
+                "data_dir",
+                f": {source.name} is in array_record files, which the workers of a TPU slice cannot read: prepare it"
+                " with `tfds build --file_format=tfrecord`",
+            )
 
         def worker_batches(context: tf.distribute.InputContext) -> tf.data.Dataset:
             return training_batches(

@@ -12,11 +12,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorboard.summary.writer.record_writer import masked_crc32c
 
-from diffusion_tf.data import conditional_preset, open_source
+from diffusion_tf.data import conditional_preset, data_paths, open_source
 from diffusion_tf.data.arrays import array_source
 from diffusion_tf.data.digits import load_digit_labels, load_digits
+from diffusion_tf.data.order import shuffle_buffer_size
 from diffusion_tf.data.record_files import check_lengths
-from diffusion_tf.data.source import ImageReader, label_reader, shuffle_buffer_size, training_batches
+from diffusion_tf.data.source import ImageReader, label_reader, training_batches
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.errors import ConfigError, InputError
 from diffusion_tf.presets import get_preset
@@ -108,6 +109,35 @@ def test_replicas_and_workers_share_the_global_batch():
     np.testing.assert_array_equal(by_replica.reshape(whole.shape), whole)
     workers = [batches(source, 5, batch_size=16, per_replica=8, worker=w, workers=2) for w in range(2)]
     np.testing.assert_array_equal(np.concatenate(workers, axis=1), whole)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_read_only_their_own_records_of_the_same_batches(tmp_path, workers):
+    images = np.random.RandomState(0).randint(0, 256, (600, 16, 16, 3)).astype(np.uint8)
+    for name, some in (("a", images[:350]), ("b", images[350:360]), ("c", images[360:])):
+        write_tfrecord(tmp_path / f"{name}.tfrecords", some)
+    content = bytearray((tmp_path / "a.tfrecords").read_bytes())
+    content[len(content) // 2] ^= 1  # a pixel of a record that is read as the one before it
+    (tmp_path / "a.tfrecords").write_bytes(content)
+    settings = DataSettings(tfrecord=str(tmp_path / "*.tfrecords"), skip_bad_records=1)
+    source, read = open_source(SMALL_IMAGES, "train", settings), []
+
+    def spy(place):
+        with tf.control_dependencies([tf.py_function(lambda place: read.append(int(place)), [place], [])]):
+            return source.read(place)
+
+    start = 145  # five steps before the second epoch
+    shares, all_read = [], []
+    for worker in range(workers):
+        read.clear()
+        spied = dataclasses.replace(source, read=spy)
+        shares.append(batches(spied, 8, start_step=start, per_replica=4 // workers, worker=worker, workers=workers))
+        all_read.append(list(read))
+    np.testing.assert_array_equal(np.concatenate(shares, axis=1), batches(source, 8, start_step=start))
+    stream = np.concatenate([list(source.places(tf.constant(e, tf.int64)).as_numpy_iterator()) for e in range(2)])
+    for own, worker in zip(all_read, range(workers), strict=True):
+        mine = stream[4 * start :].reshape(-1, workers, 4 // workers)[:, worker].ravel()
+        assert 8 * 4 // workers <= len(own) and set(own) <= set(mine), "a record of another worker, or of the past"
 
 
 def test_all_tfrecord_shards_are_read(tmp_path, images):
@@ -288,6 +318,23 @@ def test_what_exists_is_no_glob(tmp_path, images):
     assert count(folder / "b[2].tfrecords") == count(folder / "c?.tfrecords") == 5
     assert count(folder / "*.tfrecords") == 15 and count(folder / "b*") == 10
     assert count(tmp_path / "a*" / "b2.tfrecords") == 5
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "paths"),
+    [
+        ("digits", {}, {}),
+        ("cifar10", {}, {"data_dir": "~/tensorflow_datasets"}),
+        ("cifar10", {"data_dir": "gs://b/tfds"}, {"data_dir": "gs://b/tfds"}),
+        ("cifar10", {"tfrecord": "gs://b/*"}, {"tfrecord": "gs://b/*"}),
+        ("lsun_cat", {"tfrecord": "/data/*"}, {"tfrecord": "/data/*"}),
+        ("digits", {"npz": "a.npz"}, {"npz": "a.npz"}),
+        ("digits", {"images": "gs://b/pictures"}, {"cache_dir": "~/.cache/diffusion_tf"}),
+    ],
+)
+def test_the_paths_of_a_run_include_the_defaults(dataset, settings, paths):
+    found = data_paths(get_preset(dataset), DataSettings(**settings))
+    assert {name: path for name, path in found.items() if path} == paths
 
 
 def test_the_shuffle_buffer_has_bounded_memory():

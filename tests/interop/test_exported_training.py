@@ -18,7 +18,9 @@ from support.forked_programs import ROOT, run_fork
 
 import diffusion_tf as dtf
 from diffusion_tf.data.arrays import array_source
-from diffusion_tf.data.in_memory import ImageArray, load_images
+from diffusion_tf.data.in_memory import ImageArray
+from diffusion_tf.data.order import EpochShuffle
+from diffusion_tf.data.training_images import open_training_images
 from diffusion_tf.data_settings import PRESETS_OWN, DataSettings
 from diffusion_tf.errors import DivergedError, InputError, PreemptedError
 from diffusion_tf.interop import export, exported_training
@@ -123,6 +125,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(loop, tmp_path):
     assert metrics(whole) == metrics(parts) and len(metrics(parts)) == 2
 
 
+def test_an_export_for_more_devices_than_there_are_is_refused(exported, tmp_path):
+    manifest = json.loads((pathlib.Path(exported) / "manifest.json").read_text())
+    for name in ("program", "weights"):
+        manifest[name] = os.path.join(exported, manifest[name])
+    write_json(f"{tmp_path}/manifest.json", manifest | {"replicas": 8})
+    with pytest.raises(InputError, match="the export is for 8 devices, and there are 1: export with `replicas=1`"):
+        TrainLoop(str(tmp_path)).compile()
+
+
 def test_a_longer_run_goes_on_and_another_recipe_is_refused(loop, tmp_path):
     train(loop, tmp_path)
     longer = dataclasses.replace(PRESET, num_steps=9)
@@ -134,7 +145,7 @@ def test_a_longer_run_goes_on_and_another_recipe_is_refused(loop, tmp_path):
 class Diverging:
     """A loop whose loss is NaN from step 5 on."""
 
-    steps_per_call, init_from = 3, None
+    steps_per_call, replicas, shares, text_sha256, init_from = 3, 1, range(1), "", None
 
     def start(self):
         self.step = 0
@@ -161,31 +172,66 @@ def test_a_run_that_diverges_goes_back_once(tmp_path):
     assert checkpoints.all_steps(Workdir(str(tmp_path)).checkpoints) == [4]
 
 
-def test_labels_go_with_their_images(tmp_path):
-    class Recording(Diverging):
-        def run_steps(self, num_steps, examples):
-            np.testing.assert_array_equal(examples["labels"][:num_steps], examples["images"][:num_steps, ..., 0, 0, 0])
-            self.step += num_steps
-            return dict.fromkeys(("loss", "grad_norm"), np.ones(3, np.float32)) | {"param_norm": np.float32(1)}
+class Recording(Diverging):
+    """A loop that does not diverge, and keeps the examples of its steps."""
 
-    preset = dataclasses.replace(PRESET, num_classes=11)
-    labels = np.arange(11, dtype=np.int32)
-    images = np.broadcast_to(labels.astype(np.uint8)[:, None, None, None], IMAGES.shape)
+    def __init__(self, replicas=1, shares=range(1)):
+        self.replicas, self.shares, self.examples = replicas, shares, []
+
+    def run_steps(self, num_steps, examples):
+        self.examples.append({name: array[:num_steps] for name, array in examples.items()})
+        self.step += num_steps
+        return dict.fromkeys(("loss", "grad_norm"), np.ones(3, np.float32)) | {"param_norm": np.float32(1)}
+
+    def seen(self, name):
+        return np.concatenate([examples[name] for examples in self.examples])
+
+
+class Numbered:
+    """Labelled images of their own indices, which keeps those that were read."""
+
+    name, classes, shuffle = "numbers", tuple(map(str, range(11))), EpochShuffle((5, 6), 4)
+
+    def __init__(self):
+        self.read = []
+
+    def take(self, indices):
+        self.read.append(indices)
+        return np.broadcast_to(indices[..., None, None, None], (*indices.shape, 4, 4, 1)).astype(np.uint8), indices
+
+
+def train_on_numbers(loop, path):
+    images = Numbered()
     exported_training.train_in_workdir(
-        Recording(),
-        ImageArray("numbers", images, labels, tuple(map(str, labels))),
-        str(tmp_path),
-        preset=preset,
+        loop,
+        images,
+        str(path),
+        preset=dataclasses.replace(PRESET, num_classes=11),
         command="",
         data=PRESETS_OWN,
         make_notice=lambda: contextlib.nullcontext(Notice()),
     )
-    assert Workdir(str(tmp_path)).read_classes() == tuple(map(str, labels))
+    return np.concatenate(images.read)
+
+
+def test_labels_go_with_their_images(tmp_path):
+    loop = Recording()
+    train_on_numbers(loop, tmp_path)
+    np.testing.assert_array_equal(loop.seen("labels"), loop.seen("images")[..., 0, 0, 0])
+    assert Workdir(str(tmp_path)).read_classes() == Numbered.classes
+
+
+def test_processes_read_their_shares_of_each_batch(tmp_path):
+    whole = train_on_numbers(Recording(), tmp_path / "whole")
+    shares = [range(1), range(1, 4)]  # of two processes with one and three devices
+    read = [train_on_numbers(Recording(4, share), tmp_path / str(share)) for share in shares]
+    assert [array.shape for array in read] == [(8, 1), (8, 3)]
+    np.testing.assert_array_equal(np.concatenate(read, axis=1), whole)
 
 
 def test_training_from_an_export_imports_no_tensorflow():
     code = (
-        "import sys, diffusion_tf.interop.exported_training, diffusion_tf.data.in_memory\n"
+        "import sys, diffusion_tf.interop.exported_training, diffusion_tf.data.training_images\n"
         "assert not {'tensorflow', 'keras'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -196,23 +242,25 @@ def test_images_are_read_without_their_held_out_part(tmp_path):
     for index in range(4):
         (tmp_path / f"pictures/{index}.png").write_bytes(tf.io.encode_png(IMAGES[index]).numpy())
     np.savez(tmp_path / "images.npz", images=IMAGES)
-    pictures = load_images(PRESET, DataSettings(images=f"{tmp_path}/pictures", held_out=0))
+    pictures = open_training_images(PRESET, DataSettings(images=f"{tmp_path}/pictures", held_out=0))
     np.testing.assert_array_equal(pictures.images, IMAGES[:4])
-    found = load_images(PRESET, DataSettings(npz=f"{tmp_path}/images.npz", held_out=0.3)).images
+    found = open_training_images(PRESET, DataSettings(npz=f"{tmp_path}/images.npz", held_out=0.3)).images
     assert 0 < len(found) < 11 and {image.tobytes() for image in found} < {image.tobytes() for image in IMAGES}
-    assert load_images(get_preset("digits"), PRESETS_OWN).images.shape == (1618, 8, 8, 1)
+    assert open_training_images(get_preset("digits"), PRESETS_OWN).images.shape == (1618, 8, 8, 1)
 
 
 def test_a_bad_picture_and_missing_images_are_named(tmp_path):
     (tmp_path / "1.png").write_bytes(b"no picture")
     (tmp_path / "2.png").write_bytes(tf.io.encode_png(IMAGES[0]).numpy())
     with pytest.raises(InputError, match=r"1\.png cannot be read .*: remove it"):
-        load_images(PRESET, DataSettings(images=str(tmp_path), held_out=0))
-    with pytest.raises(InputError, match="name the training images by `images=FOLDER` or `npz=FILE`"):
-        load_images(get_preset("cifar10"), PRESETS_OWN)
+        open_training_images(PRESET, DataSettings(images=str(tmp_path), held_out=0))
+    with pytest.raises(InputError, match="name the training images by `images=FOLDER`, `npz=FILE`"):
+        open_training_images(get_preset("cifar10"), PRESETS_OWN)
     np.savez(tmp_path / "images.npz", images=IMAGES, labels=np.arange(11) % 3)
     with pytest.raises(InputError, match="num_classes=2 in the export, and .* has 3 classes"):
-        load_images(dataclasses.replace(PRESET, num_classes=2), DataSettings(npz=f"{tmp_path}/images.npz", held_out=0))
+        open_training_images(
+            dataclasses.replace(PRESET, num_classes=2), DataSettings(npz=f"{tmp_path}/images.npz", held_out=0)
+        )
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from diffusion_tf.compression.image_files import open_files, read_image_file
 from diffusion_tf.compression.tables import Table
 from diffusion_tf.data import open_source
 from diffusion_tf.data.fitting import read_picture
+from diffusion_tf.data.record_images import RecordImages
 from diffusion_tf.data.source import ImageReader
 from diffusion_tf.data_settings import DataSettings
 from diffusion_tf.evaluation.best_checkpoint import read_best
@@ -270,6 +271,11 @@ def _read_records(folder: pathlib.Path) -> None:
     assert ImageReader(source)(0, source.num_examples).shape == (source.num_examples, 4, 4, 3)
 
 
+def _read_records_alone(folder: pathlib.Path) -> None:
+    images = RecordImages([str(folder / "x.tfrecords")], CATS.image_shape, "records")
+    images.take(np.arange(images.shuffle.num_examples))
+
+
 def _seal_records(content: bytes) -> bytes:
     """Corrects the checksum of each record's length, and of its contents if their length is right."""
     data = bytearray(content)
@@ -313,6 +319,7 @@ READERS = {
         _graph_files, lambda folder: inception_network(str(folder / "graph.pb"), tf.distribute.get_strategy())
     ),
     "tfrecord": Reader(_record_files, _read_records, _seal_records, cost=10),
+    "tfrecord_alone": Reader(_record_files, _read_records_alone, _seal_records),
     "picture": Reader(lambda: {name: _picture(*kind) for name, kind in _PICTURES.items()}, _read_pictures, _seal_png),
     "compressed": Reader(_compressed_files, _read_compressed, _seal_compressed),
     "table": Reader(lambda: {"x.json": TABLE.to_json()}, lambda folder: Table.read(str(folder / "x.json"))),

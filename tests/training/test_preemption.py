@@ -1,14 +1,13 @@
 """Notices of preemption."""
 
 import functools
-import http.server
 import os
 import signal
-import threading
+import socket
 import time
 
 import pytest
-from support import killed_runs
+from support import killed_runs, metadata_server
 
 from diffusion_tf.training.preemption import PreemptionNotice
 
@@ -49,32 +48,35 @@ def test_a_signal_that_the_process_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_metadata_server_is_polled_through_its_errors_until_it_announces_a_preemption(monkeypatch):
-    answers, requests = iter([b"FALSE", None, b"", b"TRUE"]), []
+@pytest.mark.parametrize("of_a_worker", [False, True])
+def test_a_metadata_server_is_polled_through_its_errors_until_it_announces_a_preemption(monkeypatch, of_a_worker):
+    failures = [503, metadata_server.SLOW, metadata_server.MALFORMED, metadata_server.NONSENSE, 404]
+    answers, paths = iter([*failures, "FALSE", *failures, "", "TRUE"]), []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append((self.path, self.headers["Metadata-Flavor"]))
-            answer = next(answers)
-            self.send_response(503 if answer is None else 200)
-            self.end_headers()
-            self.wfile.write(answer or b"")
+    def answer(path):
+        paths.append(path)
+        return next(answers)
 
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
-        with quick_notice() as notice:
+    with metadata_server.serving(answer) as host:
+        if not of_a_worker:
+            monkeypatch.setenv("GCE_METADATA_HOST", host)
+        with quick_notice([host] if of_a_worker else []) as notice:
             killed_runs.wait_for(lambda: notice.reason is not None)
-        assert notice.reason == "a preemption notice of Compute Engine"
-        assert requests == [("/computeMetadata/v1/instance/preempted", "Google")] * 4
-        server.shutdown()
+    assert notice.reason == "a preemption notice of Compute Engine" + (f" for {host}" if of_a_worker else "")
+    assert paths == [metadata_server.PREEMPTED] * 13
 
 
-def test_polling_stops_if_no_metadata_server_answers():
-    before = threading.active_count()
+def test_a_server_that_answers_late_is_still_heard(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{port}")
     with quick_notice() as notice:
-        killed_runs.wait_for(lambda: threading.active_count() == before)
-    assert notice.reason is None
+        time.sleep(0.1)
+        with metadata_server.serving(lambda _: "TRUE", port=port):
+            killed_runs.wait_for(lambda: notice.reason is not None)
+
+
+def test_signals_can_be_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    with quick_notice(signals=()):
+        assert signal.getsignal(signal.SIGTERM) == before
