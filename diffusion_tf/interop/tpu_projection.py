@@ -13,8 +13,8 @@ from diffusion_tf.reports import paper_numbers as paper
 NOTE = """\
 Nothing ran on a TPU. The programs are those that a TPUStrategy starts, for one device of the slice, with their
 all-reduces; the times are lower bounds, and the speeds upper ones. A program takes the scheduler's cycles at the chip's
-clock, and no less than the roofline and than the compiler's own estimate, plus the all-reduces at the bandwidth of the
-links. The host starts the next training step while the device computes one, and waits for the device after
+clock, or where that is unknown the compiler's own estimate, and no less than the roofline; and then the all-reduces, at
+the bandwidth of the links. The host starts the next training step while the device computes one, and waits for the device after
 `steps_per_loop` of them, and after each call that samples; a start is assumed to take {start_ms:g} ms. Not counted:
 reading data, checkpoints, samples during training."""
 START_SECONDS = 1e-3  # in which the host starts a program: an assumption
@@ -84,7 +84,7 @@ class SliceProjector:
             "estimated_seconds": estimate,
             "roofline_seconds": roofline,
             "all_reduce_seconds": all_reduce,
-            "program_seconds": max(cycles or 0.0, estimate or 0.0, roofline) + all_reduce,
+            "program_seconds": max(cycles or estimate or 0.0, roofline) + all_reduce,
         }
 
     def project_largest_batch(self, preset: Preset) -> dict[str, Any]:
