@@ -14,8 +14,8 @@ NOTE = """\
 Nothing ran on a TPU. The programs are those that a TPUStrategy starts, for one device of the slice, with their
 all-reduces; the times are lower bounds, and the speeds upper ones. A program takes the scheduler's cycles at the chip's
 clock, or where that is unknown the compiler's own estimate, and no less than the roofline; and then the all-reduces, at
-the bandwidth of the links. The host starts the next training step while the device computes one. It waits for the device
-after `steps_per_loop` of them, and after each call that samples; a start is assumed to take {start_ms:g} ms. Not
+the bandwidth of the links. The host starts the next training step while the device computes one. It waits for the
+device after `steps_per_loop` of them, and after each call that samples; a start is assumed to take {start_ms:g} ms. Not
 counted: reading data, checkpoints, samples during training."""
 START_SECONDS = 1e-3  # in which the host starts a program: an assumption
 TOP = 10  # operations of a profile
