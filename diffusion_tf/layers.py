@@ -110,12 +110,13 @@ class UpsampleConv2D(keras.layers.Conv2D):
         return ops.upsampled_conv2d(tf.cast(x, self.compute_dtype), kernel, bias)
 
 
-class Dense(keras.layers.Dense):
-    """Keras' layer along the channels of positions [B, N, C], computed by `ops.dense`."""
+class Projection(keras.layers.Dense):
+    """The weights of a dense layer along the channels that another layer computes, as a part of its own operation."""
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps x [B, N, C] to [B, N, units]."""
-        return ops.dense(x, tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias))
+    def kernel_and_bias(self) -> ops.Projection:
+        """The kernel [C, units] and the bias [units] in the compute dtype."""
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        return tf.cast(kernel, self.compute_dtype), tf.cast(bias, self.compute_dtype)
 
 
 class DenseAndBias(keras.layers.Dense):

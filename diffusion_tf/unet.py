@@ -78,35 +78,16 @@ class AttentionBlock(keras.layers.Layer):
     def __init__(self, channels: int, head_dim: int, build: LayerBuilder, name: str):
         super().__init__(name=name, autocast=False)
         self.heads = channels // (head_dim or channels)
-        self.scale = (channels // self.heads) ** -0.5
         with keras.name_scope(name):
             self.norm = build.norm(channels, "norm")
-            self.q, self.k, self.v = (build.dense(channels, channels, f"{name}/{part}", layers.Dense) for part in "qkv")
-            self.proj_out = build.dense(channels, channels, f"{name}/proj_out", layers.Dense, scale=NEAR_ZERO)
+            project = functools.partial(build.dense, channels, channels, kind=layers.Projection)
+            self.q, self.k, self.v = (project(f"{name}/{part}") for part in "qkv")
+            self.proj_out = project(f"{name}/proj_out", scale=NEAR_ZERO)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps x [B, H, W, C]; the softmax is float32."""
-        _, height, width, channels = x.shape
-        h = tf.reshape(self.norm([x]), [-1, height * width, channels])
-        q, k, v = (self._heads(part(h)) for part in (self.q, self.k, self.v))
-        logits = tf.einsum("...qc,...kc->...qk", q, k) * self.scale
-        weights = tf.cast(tf.nn.softmax(tf.cast(logits, tf.float32)), h.dtype)
-        h = self._heads_side_by_side(tf.einsum("...qk,...kc->...qc", weights, v))
-        return x + tf.reshape(self.proj_out(h), [-1, height, width, channels])
-
-    def _heads(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps [B, N, C] to [B, heads, N, C / heads]; the same for one head."""
-        if self.heads == 1:
-            return x
-        _, positions, channels = x.shape
-        return tf.transpose(tf.reshape(x, [-1, positions, self.heads, channels // self.heads]), [0, 2, 1, 3])
-
-    def _heads_side_by_side(self, x: tf.Tensor) -> tf.Tensor:
-        """The inverse of `_heads`."""
-        if self.heads == 1:
-            return x
-        _, heads, positions, channels = x.shape
-        return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [-1, positions, heads * channels])
+        projections = [layer.kernel_and_bias() for layer in (self.q, self.k, self.v, self.proj_out)]
+        return x + ops.self_attention(self.norm([x]), *projections, heads=self.heads)
 
 
 CLASSES = "class_embedding/kernel"  # the name of the table of classes

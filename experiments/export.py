@@ -16,7 +16,7 @@ import os
 from absl import flags
 
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop import PROGRAMS, STEPS_PER_CALL
+from diffusion_tf.interop import ANY_DEVICE, DEVICES, PROGRAMS, STEPS_PER_CALL
 
 from . import _flags, _program
 
@@ -41,6 +41,12 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
     "steps_per_call", STEPS_PER_CALL, "train_loop: the most training steps in a call of the program.", lower_bound=1
+)
+flags.DEFINE_enum(
+    "device",
+    ANY_DEVICE,
+    DEVICES,
+    "Device that the StableHLO is for; `tpu`: computed in ways that take fewer cycles there.",
 )
 _flags.define_path("out", None, "Folder to write.")
 
@@ -92,6 +98,7 @@ def main() -> None:
         model,
         steps_per_call=FLAGS.steps_per_call,
         replicas=FLAGS.replicas,
+        device=FLAGS.device,
         init_from=init_from,
     ):
         print(path)

@@ -57,7 +57,7 @@ def test_learned_variance_doubles_the_output():
     assert model(tf.zeros([2, 32, 32, 3]), tf.zeros([2], tf.int32)).shape == (2, 32, 32, 6)
 
 
-@pytest.mark.parametrize("how", ["graph", "xla", "regions"])
+@pytest.mark.parametrize("how", ["graph", "xla", "regions", "tpu"])
 def test_output_and_gradients_are_the_authors(how):
     fixture, stream = golden.load("unet_small"), np.random.RandomState(4242)
     model = UNet.from_preset(golden.SMALL)
@@ -66,7 +66,7 @@ def test_output_and_gradients_are_the_authors(how):
 
     @tf.function(jit_compile=how == "xla")
     def output_and_gradients(x):
-        with tf.GradientTape() as tape, entered(Backend(cpu_graph=how == "regions")):
+        with tf.GradientTape() as tape, entered(Backend(tpu=how == "tpu", cpu_graph=how == "regions")):
             tape.watch(x)
             output = model(x, fixture["t"])
             loss = tf.reduce_sum(output * fixture["cotangent"])

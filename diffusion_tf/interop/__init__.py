@@ -8,3 +8,6 @@ DTYPES = ("float32", "bfloat16", "float16")  # of the weights in a diffusers fol
 PROGRAMS = ("train_step", "train_loop", "sample_step", "sampler", "denoiser")  # to export
 TPU_PROGRAMS = ("train_step", "sample")  # of a TPUStrategy
 STEPS_PER_CALL = 50  # of train_loop: starting it once then costs a GPU little beside the steps
+
+# The devices that a program is exported for.
+ANY_DEVICE, TPU_DEVICE = DEVICES = ("any", "tpu")

@@ -15,9 +15,10 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # TensorFlow has no publ
 
 from diffusion_tf.diffusion_utils import DenoiseFn, GaussianDiffusion
 from diffusion_tf.errors import ConfigError
-from diffusion_tf.interop import STEPS_PER_CALL
+from diffusion_tf.interop import ANY_DEVICE, STEPS_PER_CALL, TPU_DEVICE
 from diffusion_tf.presets import Preset
 from diffusion_tf.rng import CounterRng
+from diffusion_tf.runtime.replicas import computed_for_tpu
 from diffusion_tf.samplers import p_sample_loop, sample_noise
 from diffusion_tf.storage.files import check_writable, remove, replacing, write_file
 from diffusion_tf.storage.json_files import write_json
@@ -55,10 +56,11 @@ class Program:
     arguments: list[Array]
     results: list[Array]
 
-    def stablehlo(self) -> str:
-        """Returns the function as StableHLO text."""
+    def stablehlo(self, *, for_tpu: bool = False) -> str:
+        """Returns the function as StableHLO text; `for_tpu`: with the operations as a TPU computes them."""
+        function = computed_for_tpu(self.function) if for_tpu else self.function
         specs = [tf.TensorSpec(array.shape, array.dtype) for array in self.arguments]
-        compiled = tf.function(self.function, jit_compile=True, autograph=False)
+        compiled = tf.function(function, jit_compile=True, autograph=False)
         return compiled.experimental_get_compiler_ir(*specs)(stage="stablehlo")
 
 
@@ -278,6 +280,7 @@ def write(
     *,
     steps_per_call: int = STEPS_PER_CALL,
     replicas: int = 1,
+    device: str = ANY_DEVICE,
     init_from: dict[str, str] | None = None,
 ) -> list[str]:
     """Writes `WHAT.stablehlo.mlir`, `weights.safetensors`, `saved_model/` (for WITH_SAVED_MODEL) and `manifest.json`.
@@ -289,6 +292,7 @@ def write(
       model: the network, with the weights to write.
       steps_per_call: as for `build`.
       replicas: as for `build`.
+      device: one of DEVICES; the StableHLO for `tpu` takes fewer cycles there, with other rounding.
       init_from: `path` and `sha256` of the checkpoint that holds the weights; None: they are initial ones.
 
     Returns:
@@ -303,7 +307,7 @@ def write(
     names = (f"{what}.stablehlo.mlir", "weights.safetensors", "saved_model", "manifest.json")
     program_path, weights_path, saved_model_path, manifest_path = (os.path.join(folder, name) for name in names)
     check_writable(manifest_path)  # before the work
-    write_file(program_path, program.stablehlo().encode())
+    write_file(program_path, program.stablehlo(for_tpu=device == TPU_DEVICE).encode())
     write_file(weights_path, safetensors.numpy.save(weights))
     paths = [program_path, weights_path]
     if what in WITH_SAVED_MODEL:
@@ -311,6 +315,7 @@ def write(
         paths.append(saved_model_path)
     manifest: dict[str, Any] = {
         "what": what,
+        "device": device,
         "program": os.path.basename(program_path),
         "weights": os.path.basename(weights_path),
         "preset": dataclasses.asdict(preset),

@@ -1,7 +1,7 @@
 """The operations of the network and its training: one function each, computed as suits the program's device.
 
-Each function asks `backend.current()`, and calls the function of the same name and signature in `ops.xla` or
-`ops.cpu`. The results differ by rounding only.
+Each function asks `backend.current()`, and calls the function of the same name and signature in `ops.xla`,
+`ops.tpu` or `ops.cpu`. The results differ by rounding only.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.ops import backend, cpu, xla
+from diffusion_tf.ops import backend, cpu, tpu, xla
+from diffusion_tf.ops.attention import Projection
 
 
 def _implementation() -> Any:
-    return cpu if backend.current().cpu_graph else xla
+    current = backend.current()
+    return cpu if current.cpu_graph else tpu if current.tpu else xla
 
 
 def side_by_side(maps: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -78,6 +80,27 @@ def dense(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
 def dense_side_by_side(maps: Sequence[tf.Tensor], kernel: tf.Tensor) -> tf.Tensor:
     """The product of maps [B, H, W, C_i], side by side, with kernel [sum C_i, units]: [B, H, W, units]."""
     return _implementation().dense_side_by_side(maps, kernel)
+
+
+def self_attention(
+    h: tf.Tensor, q: Projection, k: Projection, v: Projection, proj_out: Projection, *, heads: int
+) -> tf.Tensor:
+    """Self-attention over all positions of h [B, H, W, C]: proj_out(softmax(q(h) k(h)^T / sqrt(C / heads)) v(h)).
+
+    The softmax is float32.
+
+    Args:
+      h: [B, H, W, C].
+      q: the kernel [C, C] and the bias [C] of the queries; like all kernels and biases in the dtype of h.
+      k: those of the keys.
+      v: those of the values.
+      proj_out: those of the last projection.
+      heads: heads of C / heads channels each.
+
+    Returns:
+      [B, H, W, C] in the dtype of h.
+    """
+    return _implementation().self_attention(h, q, k, v, proj_out, heads=heads)
 
 
 def group_norm(

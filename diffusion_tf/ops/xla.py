@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_tf.ops import hashing, taps
+from diffusion_tf.ops import attention, hashing, taps
 
 normal, bernoulli = hashing.normal, hashing.bernoulli
 
@@ -84,11 +84,31 @@ def _dense_side_by_side(kernel: tf.Tensor, *maps: tf.Tensor) -> tuple[tf.Tensor,
     """Computes a gradient for each map: that of the concatenated maps would be written, then read again in slices."""
 
     def grad(grad_y: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        kernels = tf.split(kernel, [x.shape[-1] for x in maps], axis=0)
-        grad_kernel = tf.concat([tf.einsum("bhwi,bhwo->io", x, grad_y) for x in maps], axis=0)
-        return grad_kernel, *(tf.einsum("bhwo,io->bhwi", grad_y, k) for k in kernels)
+        return dense_side_by_side_gradients(kernel, maps, grad_y)
 
     return tf.einsum("bhwi,io->bhwo", tf.concat(maps, axis=-1), kernel), grad
+
+
+def dense_side_by_side_gradients(
+    kernel: tf.Tensor, maps: Sequence[tf.Tensor], grad_y: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
+    """The gradients of `dense_side_by_side` with respect to the kernel and to each map."""
+    kernels = tf.split(kernel, [x.shape[-1] for x in maps], axis=0)
+    grad_kernel = tf.concat([tf.einsum("bhwi,bhwo->io", x, grad_y) for x in maps], axis=0)
+    return grad_kernel, *(tf.einsum("bhwo,io->bhwi", grad_y, k) for k in kernels)
+
+
+def self_attention(
+    h: tf.Tensor,
+    q: attention.Projection,
+    k: attention.Projection,
+    v: attention.Projection,
+    proj_out: attention.Projection,
+    *,
+    heads: int,
+) -> tf.Tensor:
+    """See `ops.self_attention`."""
+    return attention.self_attention(h, q, k, v, proj_out, heads=heads, dense=dense)
 
 
 def group_norm(

@@ -37,6 +37,8 @@ def replica_function(function: Callable, strategy: tf.distribute.Strategy, on_cp
       on_cpu: the backend if that is one CPU; see `cpu_backend`.
     """
     function = tf.autograph.experimental.do_not_convert(function)
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return computed_for_tpu(function)
     if not isinstance(strategy, tf.distribute.OneDeviceStrategy):
         return function
     is_cpu = tf.DeviceSpec.from_string(strategy.extended.worker_devices[0]).device_type == "CPU"
@@ -46,13 +48,21 @@ def replica_function(function: Callable, strategy: tf.distribute.Strategy, on_cp
         return tf.function(function, jit_compile=True, autograph=False)
     # For the whole process. These passes take seconds for a network's graph, and XLA simplifies the regions anyway.
     tf.config.optimizer.set_experimental_options({"constant_folding": False, "arithmetic_optimization": False})
+    return _with_backend(function, on_cpu)
 
+
+def computed_for_tpu(function: Callable) -> Callable:
+    """`function` with the operations of the network as a TPU computes them."""
+    return _with_backend(function, backend.TPU)
+
+
+def _with_backend(function: Callable, its_backend: Backend) -> Callable:
     @tf.autograph.experimental.do_not_convert
-    def graph(*args: Any) -> Any:
-        with backend.entered(on_cpu):
+    def entered(*args: Any) -> Any:
+        with backend.entered(its_backend):
             return function(*args)
 
-    return graph
+    return entered
 
 
 def over_replicas(

@@ -1,4 +1,4 @@
-"""Every operation on both backends against its definition in float64: values, gradients, odd shapes."""
+"""Every operation on each backend against its definition in float64: values, gradients, odd shapes."""
 
 import inspect
 
@@ -7,12 +7,12 @@ import pytest
 import tensorflow as tf
 
 from diffusion_tf import ops
-from diffusion_tf.ops import cpu, xla
-from diffusion_tf.ops.backend import XLA, Backend, current, entered
+from diffusion_tf.ops import cpu, tpu, xla
+from diffusion_tf.ops.backend import TPU, XLA, Backend, current, entered
 from diffusion_tf.rng import CounterRng
 
-BACKENDS = {"xla": XLA, "cpu": Backend(cpu_graph=True)}
-on_both = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+BACKENDS = {"xla": XLA, "cpu": Backend(cpu_graph=True), "tpu": TPU}
+on_each = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 in_both_dtypes = pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda dtype: dtype.name)
 
 # Relative to the largest value. In bfloat16 TensorFlow sums even the bias gradient in bfloat16.
@@ -74,7 +74,7 @@ def convolution(x, kernel, stride=1):
     return y
 
 
-@on_both
+@on_each
 @in_both_dtypes
 @pytest.mark.parametrize(
     ("shape", "size", "strides"),
@@ -86,6 +86,7 @@ def convolution(x, kernel, stride=1):
         ((1, 8, 8, 4, 4), 3, 2),
         ((3, 7, 5, 4, 2), 3, 2),
         ((1, 4, 6, 8, 8), 1, 1),
+        ((2, 8, 12, 5, 3), 3, 1),  # blocks of 4x4 pixels on a TPU
     ],
 )
 def test_conv2d(backend, dtype, shape, size, strides):
@@ -105,7 +106,7 @@ def test_conv2d(backend, dtype, shape, size, strides):
     )
 
 
-@on_both
+@on_each
 @in_both_dtypes
 def test_conv2d_with_a_zero_on_all_sides(backend, dtype):
     arrays = draw(
@@ -126,7 +127,7 @@ def test_conv2d_with_a_zero_on_all_sides(backend, dtype):
     check(backend, dtype, lambda x, k, b: ops.conv2d(x, k, strides=2, padding=padding, bias=b), definition, arrays)
 
 
-@on_both
+@on_each
 @in_both_dtypes
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 4, 6), (1, 8, 6, 32, 40)])
 def test_upsampled_conv2d(backend, dtype, shape):
@@ -139,14 +140,14 @@ def test_upsampled_conv2d(backend, dtype, shape):
     check(backend, dtype, ops.upsampled_conv2d, definition, arrays)
 
 
-@on_both
+@on_each
 @in_both_dtypes
 def test_dense(backend, dtype):
     arrays = draw((2, 15, 12), (12, 7), (7,))
     check(backend, dtype, ops.dense, lambda x, kernel, bias: x @ kernel + bias, arrays)
 
 
-@on_both
+@on_each
 @in_both_dtypes
 @pytest.mark.parametrize("channels", [(5,), (3, 6), (1, 2, 4)])
 def test_dense_side_by_side(backend, dtype, channels):
@@ -160,6 +161,54 @@ def test_dense_side_by_side(backend, dtype, channels):
     )
 
 
+def self_attention(h, q, k, v, proj_out, *, heads):
+    """By its definition; q, k, v and proj_out are functions."""
+    batch, height, width, channels = h.shape
+
+    def split(x):
+        return tf.transpose(tf.reshape(x, [batch, -1, heads, channels // heads]), [0, 2, 1, 3])
+
+    queries, keys, values = (split(f(h)) for f in (q, k, v))
+    weights = tf.nn.softmax(queries @ tf.transpose(keys, [0, 1, 3, 2]) / np.sqrt(channels / heads))
+    return proj_out(tf.reshape(tf.transpose(weights @ values, [0, 2, 1, 3]), [batch, height, width, channels]))
+
+
+@on_each
+@in_both_dtypes
+@pytest.mark.parametrize("heads", [1, 2])
+def test_self_attention(backend, dtype, heads):
+    bias_k, h, *arrays = (a / 2 for a in draw((4,), (2, 3, 5, 4), *4 * [(4, 4)], *3 * [(4,)]))
+
+    def call(function, bias_k, h, q, k, v, out, *biases):
+        bias_q, bias_v, bias_out = biases
+        return function(h, (q, bias_q), (k, bias_k), (v, bias_v), (out, bias_out))
+
+    def definition(h, *projections):
+        return self_attention(h, *(lambda x, w=w, b=b: x @ w + b for w, b in projections), heads=heads)
+
+    def operation(h, *projections):
+        return ops.self_attention(h, *projections, heads=heads)
+
+    # The bias of the keys has no effect, and a gradient of rounding errors.
+    check(
+        backend,
+        dtype,
+        lambda *args: call(operation, tf.cast(bias_k, dtype), *args),
+        lambda *args: call(definition, bias_k, *args),
+        [h, *arrays],
+    )
+
+
+@on_each
+def test_the_bias_of_the_keys_has_a_gradient_of_zeros(backend):
+    h, kernel, bias, other = (tf.constant(a, tf.float32) for a in draw((1, 2, 2, 4), (4, 4), (4,), (4,)))
+    projections = [(kernel, other), (kernel, bias), (kernel, other), (kernel, other)]
+    with tf.GradientTape() as tape, entered(backend):
+        tape.watch(bias)
+        loss = tf.reduce_sum(ops.self_attention(h, *projections, heads=1) ** 2)
+    np.testing.assert_allclose(tape.gradient(loss, bias), np.zeros(4), atol=1e-4)
+
+
 def group_norm(x, gamma, beta, num_groups, epsilon):
     batch, height, width, channels = x.shape
     groups = tf.reshape(x, [batch, height * width, num_groups, channels // num_groups])
@@ -167,7 +216,7 @@ def group_norm(x, gamma, beta, num_groups, epsilon):
     return tf.reshape((groups - mean) / tf.sqrt(variance + epsilon), x.shape) * gamma + beta
 
 
-@on_both
+@on_each
 @in_both_dtypes
 @pytest.mark.parametrize(("channels", "size"), [((8,), (4, 4)), ((4, 8), (3, 5)), ((3, 5, 4), (1, 7))])
 def test_group_norm(backend, dtype, channels, size):
@@ -196,7 +245,7 @@ def test_group_norm(backend, dtype, channels, size):
     check(backend, dtype, operation, definition, [*affine, offset, *maps])
 
 
-@on_both
+@on_each
 def test_gradient_of_group_norm_from_tiny_numbers_to_where_exp_overflows(backend):
     random = np.random.RandomState(0)
     x, gamma, beta = random.standard_normal((2, 4, 4, 64)), random.uniform(0, 100, 64), random.uniform(-100, 100, 64)
@@ -212,7 +261,7 @@ def test_gradient_of_group_norm_from_tiny_numbers_to_where_exp_overflows(backend
     check(backend, tf.float32, operation, definition, [x, gamma, beta])
 
 
-@on_both
+@on_each
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 4, 4, 3)])
 def test_random_numbers_are_those_of_an_eager_call(backend, shape):
     """tests/test_rng.py holds the eager numbers to a second implementation."""
@@ -263,7 +312,7 @@ def test_adam_in_place_takes_the_step_of_its_definition():
         np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "taken"), [("cpu", True), ("xla", False)])
+@pytest.mark.parametrize(("name", "taken"), [("cpu", True), ("xla", False), ("tpu", False)])
 def test_adam_in_place_changes_nothing_if_unusable_or_left_to_the_compiler(name, taken):
     before = [np.square(a) for a in draw(*4 * [(4, 3)])]
     variables = [tf.Variable(array, dtype=tf.float32) for array in before]
@@ -274,9 +323,10 @@ def test_adam_in_place_changes_nothing_if_unusable_or_left_to_the_compiler(name,
 
 
 @pytest.mark.parametrize("name", sorted(set(cpu.__all__) - {"adam_in_place"}))
-def test_both_implementations_have_one_signature(name):
-    parameters = [list(inspect.signature(inspect.unwrap(getattr(module, name))).parameters) for module in (cpu, xla)]
-    assert parameters[0] == parameters[1]
+def test_all_implementations_have_one_signature(name):
+    functions = [inspect.unwrap(getattr(module, name)) for module in (cpu, tpu, xla)]
+    parameters = [list(inspect.signature(function).parameters) for function in functions]
+    assert parameters[0] == parameters[1] == parameters[2]
 
 
 def test_a_backend_is_entered_for_a_time():

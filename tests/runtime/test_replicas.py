@@ -31,6 +31,13 @@ def test_one_device_with_xla_compiles_the_whole_program(packages, strategy, on_c
     assert getattr(function, "_jit_compile", False) == compiled
 
 
+def test_replicas_on_a_tpu_compute_the_operations_for_it():
+    strategy = object.__new__(tf.distribute.TPUStrategy)  # without looking for the TPU
+    function = replica_function(lambda: backend.current(), strategy, cpu_backend(32**2))
+    assert function() == backend.TPU
+    assert backend.current() == backend.XLA
+
+
 @pytest.mark.parametrize(
     ("packages", "image_size", "training", "cpu_graph"),
     [

@@ -2,7 +2,14 @@
 
 from diffusion_tf.ops import hashing
 from diffusion_tf.ops.cpu.adam import adam_in_place
-from diffusion_tf.ops.cpu.convolutions import conv2d, dense, dense_side_by_side, side_by_side, upsampled_conv2d
+from diffusion_tf.ops.cpu.convolutions import (
+    conv2d,
+    dense,
+    dense_side_by_side,
+    self_attention,
+    side_by_side,
+    upsampled_conv2d,
+)
 from diffusion_tf.ops.cpu.normalization import group_norm
 from diffusion_tf.ops.cpu.regions import region
 
@@ -16,6 +23,7 @@ __all__ = [
     "dense_side_by_side",
     "group_norm",
     "normal",
+    "self_attention",
     "side_by_side",
     "upsampled_conv2d",
 ]

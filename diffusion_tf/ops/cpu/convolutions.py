@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from diffusion_tf.ops import taps, xla
+from diffusion_tf.ops import attention, taps, xla
 from diffusion_tf.ops.cpu import onednn
 from diffusion_tf.ops.cpu.regions import region_without_gradient
 from diffusion_tf.ops.cpu.winograd import conv3x3
@@ -98,3 +98,16 @@ def dense_side_by_side(maps: Sequence[tf.Tensor], kernel: tf.Tensor) -> tf.Tenso
     if not onednn.keeps_kernels(maps[0].dtype):
         return xla.dense_side_by_side(maps, kernel)
     return onednn.conv(tf.concat(maps, axis=-1), kernel[None, None])
+
+
+def self_attention(
+    h: tf.Tensor,
+    q: attention.Projection,
+    k: attention.Projection,
+    v: attention.Projection,
+    proj_out: attention.Projection,
+    *,
+    heads: int,
+) -> tf.Tensor:
+    """See `ops.self_attention`."""
+    return attention.self_attention(h, q, k, v, proj_out, heads=heads, dense=dense)
