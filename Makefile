@@ -3,9 +3,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/digits
+TPU_SLICES ?= v2-8 v3-8 v3-32 v4-8 v5e-8 v5e-16 v6e-8
 BUILDIFIER := npx --yes @bazel/buildifier@8.2.1
 
-.PHONY: demo test test-slow fuzz soak bench scaling lint format lock clean
+.PHONY: demo test test-slow fuzz soak bench scaling tpu-table lint format lock clean
 
 demo: $(VENV)/.installed  ## train the digits, sample, say what was learnt
 	$(BIN)/python -m experiments.demo --workdir=$(DEMO_DIR)
@@ -27,6 +28,12 @@ bench: $(VENV)/.installed  ## speed beside diffusers' on this CPU: BENCH="--quic
 
 scaling: $(VENV)/.installed  ## how time grows with batch, resolution, images, T and samples: a picture in build/bench
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/scaling.py
+
+tpu-table: $(VENV)/.installed  ## the paper's recipes on TPUs, compiled: cycles, speed, hours, price; takes hours
+	@for dataset in $(or $(DATASETS),cifar10 lsun_church); do \
+	  $(BIN)/python -m experiments.tpu_report --dataset=$$dataset --precision=bfloat16 $(TPU_SLICES:%=--topology=%) \
+	    --prices=docs/tpu-prices.json --out=build/tpu/$$dataset.json || exit 1; \
+	done
 
 lint: $(VENV)/.installed  ## style, types and build files
 	$(BIN)/ruff check .

@@ -185,6 +185,7 @@ class Sampler:
       seed: as given; another value takes effect at the next call, which does not compile again.
       condition: as given, with default labels filled in; other labels take effect at the next call, like another seed.
       num_steps: steps of a call: those of the settings, or the last ones if their strength is below 1.
+      steps_per_call: steps of one call of the devices; the last one may take fewer.
 
     Raises:
       ConfigError: the batch size is not divisible by the replicas, or the settings do not fit the process.
@@ -204,6 +205,7 @@ class Sampler:
         shape = (per_replica_batch_size(batch_size, trained.strategy), *trained.preset.image_shape)
         num_steps = settings.last_steps(diffusion.num_timesteps) if table is None else len(table.timesteps)
         self.num_steps = num_steps
+        self.steps_per_call = -(-num_steps // CALLS)
         self.seed = seed
         self.condition = condition.resolve(trained.preset)
         self._trained = trained
@@ -260,10 +262,9 @@ class Sampler:
         elif self._settings.strength < 1:
             raise ConfigError("strength", f"={self._settings.strength} needs images to start from")
         pred_xstart = tf.zeros_like(x_t)
-        stride = -(-self.num_steps // CALLS)
         with progress_bar(total=self.num_steps, unit="step", desc="batch", nested=True) as bar:
-            for start in range(0, self.num_steps, stride):
-                stop = min(start + stride, self.num_steps)
+            for start in range(0, self.num_steps, self.steps_per_call):
+                stop = min(start + self.steps_per_call, self.num_steps)
                 steps = (tf.fill([self._batch_size], i) for i in (start, stop))
                 x_t, pred_xstart, finite = self._steps(first_image, x_t, pred_xstart, seed, labels, *steps)
                 # Reading it waits for the device, so that the bar shows finished steps.

@@ -9,8 +9,9 @@ import tensorflow as tf
 
 from diffusion_tf.budgets import USABLE, Budget, Choices, Cost, fit_memory, fit_time
 from diffusion_tf.errors import InputError
-from diffusion_tf.interop.tpu_compiler import TOPOLOGIES, require_compiler
+from diffusion_tf.interop.tpu_compiler import require_compiler
 from diffusion_tf.interop.tpu_projection import SliceProjector
+from diffusion_tf.interop.tpu_slices import TOPOLOGIES
 from diffusion_tf.network_size import network_size, training_bytes
 from diffusion_tf.presets import Preset
 from diffusion_tf.recipes import copying_warning
@@ -74,7 +75,7 @@ def _fit_slice(choices: Choices, budget: Budget) -> Fitted:
     row = rows[preset]
     memory = f"{_gibibytes(row['hbm_bytes'])} of the {_gibibytes(topology.hbm_bytes)} of a device, by the TPU compiler"
     step = row["step_seconds"]
-    return Fitted(preset, memory, f"{step:.3g} s a step projected: {_duration(preset.num_steps * step)} in all")
+    return Fitted(preset, memory, f"{step:.3g} s a step at least: {_duration(preset.num_steps * step)} in all")
 
 
 def describe(preset: Preset, num_images: int | None, fitted: Fitted | None) -> str:

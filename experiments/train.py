@@ -17,7 +17,7 @@ from absl import flags
 
 from diffusion_tf.budgets import Choices, parse_budget
 from diffusion_tf.data_settings import PICTURES_SHAPE, DataSettings
-from diffusion_tf.interop.tpu_compiler import TOPOLOGIES
+from diffusion_tf.interop.tpu_slices import TOPOLOGIES
 from diffusion_tf.presets import CHANGEABLE, PRETRAINED
 from diffusion_tf.recipes import choose_preset
 from diffusion_tf.runtime.slices import check_shared_paths, slice_workers

@@ -22,6 +22,7 @@ def compile_for(devices: Sequence[Any], text: str, in_place: Mapping[int, int], 
     Raises:
       jax.errors.JaxRuntimeError: the compiler failed.
     """
+    import jax
     import numpy as np
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
@@ -37,9 +38,10 @@ def compile_for(devices: Sequence[Any], text: str, in_place: Mapping[int, int], 
         # TensorFlow writes this operation under its old name.
         module = ir.Module.parse(text.replace("mhlo.copy", "stablehlo.optimization_barrier"))
         _share_memory(module, in_place, ir)
-        if not load:
-            return client.compile(module, device_list, options)
-        return client.compile_and_load(mlir.module_to_bytecode(module), device_list, options)  # 0.7 takes no module
+        bytecode = mlir.module_to_bytecode(module)
+        if load:
+            return client.compile_and_load(bytecode, device_list, options)  # 0.7 takes no module
+        return client.compile(bytecode if jax.__version_info__ < (0, 8) else module, device_list, options)
 
 
 def call(executable: Any, arguments: Sequence[Any], shapes: Sequence[tuple[int, ...]], sharding: Any) -> list[Any]:

@@ -1,24 +1,29 @@
-"""Compiles StableHLO for Cloud TPUs on any CPU, and reports memory, cost and estimated time. Nothing runs on a TPU.
+"""Lowers the programs of a TPUStrategy and compiles them for Cloud TPUs on any CPU. Nothing runs on a TPU.
 
-The compiler is in libtpu, which is on PyPI; JAX passes it a program and the name of a slice. Both run in a separate
-process, because libtpu may crash and may not work beside TensorFlow.
+The compiler is in libtpu, which is on PyPI; JAX passes it a program and the name of a slice. TensorFlow lowers in one
+process and libtpu compiles in another, because they may not work together, and libtpu may crash. Both may be those of
+another Python environment, such as one that holds what runs on a TPU VM.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusion_tf.errors import InputError
+from diffusion_tf.errors import ConfigError, InputError
+from diffusion_tf.interop.tpu_cycles import Operation, all_reduces, operations
+from diffusion_tf.interop.tpu_slices import Chip, Topology, roofline_seconds
+from diffusion_tf.presets import Preset
 
-_GIB = 2**30  # bytes
 _MAX_ERROR_LENGTH = 300  # characters of the compiler's error that are kept
 # The compiler's time estimate is discarded unless it is between these multiples of the roofline.
 _MIN_ESTIMATE, _MAX_ESTIMATE = 0.9, 10.0
@@ -26,118 +31,64 @@ _BATCH_STEPS = 8  # `largest_batch` is exact to an eighth
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of a TPU chip.
+class Lowered:
+    """A program of one device as StableHLO.
 
     Attributes:
-      devices: devices that one chip presents to a program: one for each core, or one for all.
-      flops_per_second: peak of bfloat16 matrix products.
-      hbm_bytes: memory.
-      hbm_bytes_per_second: memory bandwidth.
-      link_bytes_per_second: bandwidth of one link to a neighbouring chip, in one direction.
-      clock_hertz: clock of the cycles that the compiler counts; None: unknown.
+      stablehlo: the text, with the entry point `main`.
+      in_place: index of an argument to the index of the result that takes its memory.
+      num_steps: how often the program runs its loop; 1 without one.
+      calls: how many calls of it make one training step, or all steps of sampling.
+      kernels: whose kernels lowered it: TPU or CPU.
     """
 
-    devices: int
-    flops_per_second: float
-    hbm_bytes: int
-    hbm_bytes_per_second: float
-    link_bytes_per_second: float
-    clock_hertz: float | None
-
-
-# Peak and HBM: cloud.google.com/tpu/docs/v3, v4, v5e and v6e. v2, and the clock and links of v3 (496 and 656 Gbit/s):
-# Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks", CACM 2020. Clock and links of v4:
-# Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer", ISCA 2023. Links of v5e and v6e: the pages state
-# 400 and 800 GB/s for four links in both directions. Clock of v5e: its peak divided by the operations per cycle of four
-# 128x128 matrix units; the same division gives the published clocks of v2 to v4.
-_V2 = Chip(2, 46e12, 16 * _GIB, 700e9, 62e9, 700e6)
-_V3 = Chip(2, 123e12, 32 * _GIB, 900e9, 82e9, 940e6)
-_V4 = Chip(1, 275e12, 32 * _GIB, 1200e9, 50e9, 1050e6)
-_V5E = Chip(1, 197e12, 16 * _GIB, 819e9, 50e9, 1500e6)
-_V6E = Chip(1, 918e12, 32 * _GIB, 1638e9, 100e9, None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """A slice of one machine.
-
-    Attributes:
-      chip: the type of its chips.
-      num_chips: the number of chips, which form a ring.
-      libtpu_name: libtpu's name of the slice.
-      chip_config: libtpu's name for the use of a chip's cores, where there is a choice; `megacore`: as one device.
-    """
-
-    chip: Chip
-    num_chips: int
-    libtpu_name: str
-    chip_config: str | None = None
-
-    @property
-    def num_devices(self) -> int:
-        """The number of devices; each runs one replica."""
-        return self.num_chips * self.chip.devices
-
-    @property
-    def hbm_bytes(self) -> int:
-        """The memory of one device."""
-        return self.chip.hbm_bytes // self.chip.devices
-
-
-TOPOLOGIES = {
-    "v2-8": Topology(_V2, 4, "v2:2x2x1"),
-    "v3-8": Topology(_V3, 4, "v3:2x2x1"),
-    "v4-8": Topology(_V4, 4, "v4:2x2x1", "megacore"),
-    "v5e-8": Topology(_V5E, 8, "v5e:2x4"),
-    "v6e-8": Topology(_V6E, 8, "v6e:2x4"),
-}
+    stablehlo: str
+    in_place: dict[int, int]
+    num_steps: int = 1
+    calls: int = 1
+    kernels: str = "CPU"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """The compiler's report on a program for one device; None for a missing or implausible figure.
 
+    Loops count once, except in `cycles`.
+
     Attributes:
       compile_seconds: the time that compilation took.
       error: why compilation failed, in one line; None if it succeeded.
+      libtpu: the version of the compiler.
       hbm_bytes: memory of arguments, results and temporaries, counted once if shared.
       flops: floating-point operations.
       bytes_accessed: bytes that all operations read from and write to HBM.
       estimated_seconds: the sum over operations of the time at the chip's peak or bandwidth, whichever is longer.
-      cycles_seconds: the sum of the scheduler's estimated cycles of each operation, at the chip's clock.
+      cycles: the sum of the scheduler's estimated cycles of each operation, without all-reduces.
+      all_reduce_bytes: what each all-reduce sums over the devices.
+      operations: all operations that take cycles, the longest first.
     """
 
     compile_seconds: float
     error: str | None = None
+    libtpu: str | None = None
     hbm_bytes: int | None = None
     flops: float | None = None
     bytes_accessed: float | None = None
     estimated_seconds: float | None = None
-    cycles_seconds: float | None = None
+    cycles: int | None = None
+    all_reduce_bytes: tuple[int, ...] = ()
+    operations: tuple[Operation, ...] = ()
 
 
-def require_compiler() -> None:
-    """Raises InputError if JAX or libtpu is not installed."""
+def require_compiler(python: str | None = None) -> None:
+    """Raises InputError if JAX or libtpu is not installed, or if another `python` is to compile and is no program."""
+    if python:
+        if not shutil.which(python):
+            raise InputError(f"{python} is no program: name the Python of an environment with tensorflow-tpu and JAX")
+        return
     missing = [name for name in ("jax", "libtpu") if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"compiling for TPUs needs {' and '.join(missing)}: pip install '.[tpu_report]'")
-
-
-def roofline_seconds(flops: float, bytes_accessed: float, chip: Chip) -> float:
-    """Returns the least time that one device needs: max(flops / peak, bytes / HBM bandwidth)."""
-    return chip.devices * max(flops / chip.flops_per_second, bytes_accessed / chip.hbm_bytes_per_second)
-
-
-def all_reduce_seconds(num_bytes: float, topology: Topology) -> float:
-    """Returns the time of an all-reduce of `num_bytes` per device, without latency or other traffic.
-
-    A ring of n chips that sends both ways takes 2 (n - 1) / n * bytes / (2 * link). A chip with two devices first sums
-    the two (two reads, one write) and at last copies the result (one read, one write): 5 * bytes / HBM bandwidth more.
-    """
-    chip, n = topology.chip, topology.num_chips
-    ring = (n - 1) / n * num_bytes / chip.link_bytes_per_second
-    return ring + (5 * num_bytes / chip.hbm_bytes_per_second if chip.devices == 2 else 0.0)
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:
@@ -168,55 +119,104 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
     return choices[left]
 
 
-def compile_stablehlo(text: str, topology: Topology, in_place: Mapping[int, int] | None = None) -> Compiled:
-    """Compiles a program for one device of a slice in a separate process, which takes seconds to minutes.
+@functools.lru_cache(maxsize=4)  # slices with equally many devices share a program
+def lower(what: str, preset: Preset, num_replicas: int, python: str | None = None) -> Lowered:
+    """Lowers a program for one of `num_replicas` devices, each with `preset.batch_size` images; takes up to minutes.
+
+    Args:
+      what: one of TPU_PROGRAMS.
+      preset: the recipe.
+      num_replicas: the number of devices.
+      python: the Python whose TensorFlow lowers; default: this one.
+
+    Raises:
+      ConfigError: the preset's network cannot be built.
+      InputError: `python` cannot lower the program.
+    """
+    request = {"what": what, "preset": dataclasses.asdict(preset), "num_replicas": num_replicas}
+    answer, error = _ask("tpu_program", request, python)
+    if error:
+        raise InputError(f"{python or sys.executable} cannot lower {what}: {error}")
+    if isinstance(answer, list):
+        raise ConfigError(*answer)
+    return Lowered(**{**answer, "in_place": {int(i): result for i, result in answer["in_place"].items()}})
+
+
+def compile_stablehlo(
+    text: str,
+    topology: Topology,
+    in_place: Mapping[int, int] | None = None,
+    *,
+    num_replicas: int = 1,
+    num_steps: int = 1,
+    python: str | None = None,
+) -> Compiled:
+    """Compiles a program for devices of a slice, which takes seconds to minutes.
 
     Args:
       text: StableHLO with the entry point `main`.
       topology: the slice.
       in_place: index of an argument to the index of the result that takes its memory.
+      num_replicas: the number of devices that run the program together.
+      num_steps: how often its loop runs, for the cycles.
+      python: the Python whose JAX and libtpu compile; default: this one.
 
     Raises:
       InputError: JAX or libtpu is not installed.
     """
-    require_compiler()
+    require_compiler(python)
     request = {
         "text": text,
         "libtpu_name": topology.libtpu_name,
         "chip_config": topology.chip_config,
         "in_place": dict(in_place or {}),
+        "num_replicas": num_replicas,
     }
     start = time.monotonic()
+    answer, error = _ask("tpu_compiler", request, python)
+    if error:
+        return Compiled(time.monotonic() - start, f"the compiler's process {error}")
+    return _read_answer(answer, topology.chip, num_steps)
+
+
+def _ask(module: str, request: dict[str, Any], python: str | None) -> tuple[Any, str]:
+    """Runs a module of this package with a request on stdin; returns its answer, or None and an error."""
+    root = pathlib.Path(__file__).parents[2]
     process = subprocess.run(
-        [sys.executable, "-m", "diffusion_tf.interop.tpu_compiler"],
+        [python or sys.executable, "-m", f"diffusion_tf.interop.{module}"],
         input=json.dumps(request),
-        cwd=pathlib.Path(__file__).parents[2],  # where the package is found even if it is not installed
+        # A checkout may not be installed. Site-packages must not hide those of another Python.
+        cwd=root if python is None or (root / "setup.py").exists() else None,
+        env={**os.environ, "TPU_LOAD_LIBRARY": "0", "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,
         check=False,
     )
-    seconds = time.monotonic() - start
     if process.returncode != 0:
         says = (process.stderr.strip().splitlines() or ["nothing"])[-1].strip()
-        return Compiled(seconds, f"the compiler's process ended with code {process.returncode} and said: {says}")
-    return _read_answer(json.loads(process.stdout.splitlines()[-1]), topology.chip)
+        return None, f"ended with code {process.returncode} and said: {says}"
+    return json.loads(process.stdout.splitlines()[-1]), ""
 
 
-def _read_answer(answer: dict[str, Any], chip: Chip) -> Compiled:
+def _read_answer(answer: dict[str, Any], chip: Chip, num_steps: int) -> Compiled:
     """Returns the report that the answer of the separate process makes."""
     if "error" in answer:
-        return Compiled(answer["seconds"], answer["error"])
+        return Compiled(answer["seconds"], answer["error"], answer["libtpu"])
     flops, bytes_accessed = answer["flops"], answer["bytes_accessed"]
+    by_cycles = sorted((Operation(**fields) for fields in answer["operations"]), key=lambda op: -op.cycles)
     # The compiler counts each custom call, which only moves data, as -1 second.
     estimate = answer["optimal_seconds"] + (answer["custom_calls"] if answer["optimal_seconds"] < 0 else 0)
     roofline = roofline_seconds(flops, bytes_accessed, chip)
     return Compiled(
         compile_seconds=answer["seconds"],
+        libtpu=answer["libtpu"],
         hbm_bytes=answer["hbm_bytes"],
         flops=flops,
         bytes_accessed=bytes_accessed,
         estimated_seconds=estimate if _MIN_ESTIMATE * roofline <= estimate <= _MAX_ESTIMATE * roofline else None,
-        cycles_seconds=answer["cycles"] / chip.clock_hertz if chip.clock_hertz else None,
+        cycles=sum(op.cycles * (num_steps if op.loop else 1) for op in by_cycles),
+        all_reduce_bytes=tuple(answer["all_reduce_bytes"]),
+        operations=tuple(by_cycles),
     )
 
 
@@ -225,6 +225,8 @@ def _worker() -> None:
     # diffusion_tf/__init__.py prevents loading libtpu; libtpu asks Google's metadata server for the type of this
     # machine, and by default runs in only one process at a time.
     os.environ.update(TPU_LOAD_LIBRARY="1", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_PLATFORMS="cpu")
+    from importlib.metadata import version
+
     import jax
 
     request = json.load(sys.stdin)
@@ -233,7 +235,7 @@ def _worker() -> None:
         answer = _describe(_compile(request))
     except jax.errors.JaxRuntimeError as error:
         answer = {"error": " ".join(str(error).splitlines()[0].split())[:_MAX_ERROR_LENGTH]}
-    print(json.dumps({**answer, "seconds": time.monotonic() - start}))
+    print(json.dumps({**answer, "seconds": time.monotonic() - start, "libtpu": version("libtpu")}))
 
 
 def _compile(request: dict[str, Any]) -> Any:
@@ -244,7 +246,8 @@ def _compile(request: dict[str, Any]) -> Any:
     config = {"chip_config_name": request["chip_config"]} if request["chip_config"] else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=request["libtpu_name"], **config)
     in_place = {int(argument): result for argument, result in request["in_place"].items()}
-    return stablehlo.compile_for(topology.devices[:1], request["text"], in_place, load=False)
+    devices = topology.devices[: request["num_replicas"]]
+    return stablehlo.compile_for(devices, request["text"], in_place, load=False)
 
 
 def _describe(executable: Any) -> dict[str, Any]:
@@ -259,7 +262,8 @@ def _describe(executable: Any) -> dict[str, Any]:
         "bytes_accessed": costs["bytes accessed"],
         "optimal_seconds": costs["optimal_seconds"],
         "custom_calls": len(re.findall(r"\bcustom_call_target=", entry)),
-        "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry))),
+        "all_reduce_bytes": all_reduces(text),
+        "operations": [dataclasses.asdict(operation) for operation in operations(text)],
         "hbm_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
