@@ -42,18 +42,18 @@ setup(
         "tensorflow-datasets==4.9.10",
         "tqdm>=4.66,<5",  # progress bars
     ],
-    extras_require={
+    extras_require={  # names with hyphens: the pip of Python 3.11 finds no others
         "cpu": ["tensorflow==2.20.*", *EVALUATION],
         "gpu": ["tensorflow[and-cuda]==2.20.*", *EVALUATION],
         # The last release of TensorFlow for TPUs, of August 2025; TensorFlow itself goes on, and later ones have none.
         # It also admits newer versions of libtpu, which lack functions that it calls.
         "tpu": ["libtpu==0.0.21", "tensorflow-tpu==2.20.0"],
         # For train_exported, without TensorFlow: the way that lasts on a TPU.
-        "jax_gpu": ["jax[cuda12]>=0.7,<0.11"],
-        "tpu_jax": ["jax[tpu]>=0.7,<0.11"],
+        "jax-gpu": ["jax[cuda12]>=0.7,<0.11"],
+        "jax-tpu": ["jax[tpu]>=0.7,<0.11"],
         "lsun": ["lmdb>=1.6,<4"],  # LSUN's own format
         # The compiler for TPUs, on any machine but a TPU VM. Exact versions: JAX has no public function for this.
-        "tpu_report": ["jax==0.10.2", "libtpu==0.0.52"],
+        "tpu-report": ["jax==0.10.2", "libtpu==0.0.52"],
         "dev": [
             "hypothesis>=6.100,<7",
             "jax==0.10.2",

@@ -60,7 +60,7 @@ pip() {
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 if [ "$runner" = jax ]; then
-  pip "${root}[tpu-jax]" # not tpu_jax: until 23.2 pip finds an extra only by its normalised name
+  pip "${root}[jax-tpu]"
   # JAX_PLATFORMS=cpu: another process may use the TPU.
   JAX_PLATFORMS=cpu "$venv/bin/python" -c '
 import importlib.metadata

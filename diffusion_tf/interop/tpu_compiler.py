@@ -88,7 +88,7 @@ def require_compiler(python: str | None = None) -> None:
         return
     missing = [name for name in ("jax", "libtpu") if not importlib.util.find_spec(name)]
     if missing:
-        raise InputError(f"compiling for TPUs needs {' and '.join(missing)}: pip install '.[tpu_report]'")
+        raise InputError(f"compiling for TPUs needs {' and '.join(missing)}: pip install '.[tpu-report]'")
 
 
 def largest_batch(fits: Callable[[int], bool], start: int) -> int:

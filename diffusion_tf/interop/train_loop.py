@@ -64,7 +64,7 @@ class TrainLoop:
 
     def __init__(self, folder: str):
         if not importlib.util.find_spec("jax"):
-            raise InputError("training from an export needs JAX: pip install '.[jax_gpu]', on a TPU VM '.[tpu_jax]'")
+            raise InputError("training from an export needs JAX: pip install '.[jax-gpu]', on a TPU VM '.[jax-tpu]'")
         path = os.path.join(folder, "manifest.json")
         manifest: _Manifest = read_json(path, _Manifest)
         self.steps_per_call = manifest.get("steps_per_call", 0)

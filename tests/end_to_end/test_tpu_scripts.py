@@ -307,7 +307,7 @@ def test_install_for_jax_is_without_tensorflow(machine, fake_venv, tmp_path):
     shutil.rmtree(site / "tensorflow")
     result = machine.run("install", "--runner=jax", f"--venv={fake_venv}")
     assert result.stdout.splitlines() == [
-        f"-m pip install --quiet --disable-pip-version-check {ROOT}[tpu-jax]",
+        f"-m pip install --quiet --disable-pip-version-check {ROOT}[jax-tpu]",
         "install: jax 0.10.2 with libtpu 0.0.21 and no TensorFlow",
     ]
 
