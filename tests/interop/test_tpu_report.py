@@ -85,7 +85,7 @@ def test_a_crash_of_the_compiler_is_an_error():
 def test_missing_packages_are_named(monkeypatch):
     for name in ("jax", "libtpu"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(InputError, match=r"needs jax and libtpu: pip install '\.\[tpu_report\]'"):
+    with pytest.raises(InputError, match=r"needs jax and libtpu: pip install '\.\[tpu-report\]'"):
         compile_stablehlo("", V3)
 
 
