@@ -134,7 +134,9 @@ def _rehearsal_strategy(resolver: tf.distribute.cluster_resolver.ClusterResolver
         (host, tuple(name for name in cpus if name.startswith(prefix) and name != host))
         for host, prefix in hosts.items()
     )
-    strategy = tf.distribute.MirroredStrategy(inputs[0][1], tf.distribute.ReductionToOneDevice())
+    # AddN, the default, begins with the term whose memory is free first: its sum of three terms depends on timing.
+    in_order = tf.distribute.ReductionToOneDevice(accumulation_fn=lambda terms: tf.reduce_sum(tf.stack(terms), axis=0))
+    strategy = tf.distribute.MirroredStrategy(inputs[0][1], in_order)
     strategy.extended._initialize_strategy([name for _, names in inputs for name in names])
     strategy.extended._input_workers_devices = inputs
     strategy.extended._cluster_resolver = resolver  # as a TPUStrategy has it
