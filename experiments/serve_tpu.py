@@ -10,10 +10,10 @@ learns its place in the slice from the metadata server: GCE_METADATA_HOST names 
 The program runs until a signal. After SIGTERM or SIGHUP it goes on for up to 25 s if a process trains, which saves
 meanwhile. Anyone who reaches the ports can run programs here: keep them inside the slice's network.
 
-A rehearsal needs no TPU. Start two servers, then train on their 16 virtual replicas:
+A rehearsal needs no TPU. Start two servers, then train on the virtual replica of each:
 
-  python -m experiments.serve_tpu --virtual_cpus=9 --port=8470
-  python -m experiments.serve_tpu --virtual_cpus=9 --port=8480
+  python -m experiments.serve_tpu --virtual_cpus=2 --port=8470
+  python -m experiments.serve_tpu --virtual_cpus=2 --port=8480
   python -m experiments.train --tpu=grpc://127.0.0.1:8470,127.0.0.1:8480 --workdir=runs/rehearsal
 """
 

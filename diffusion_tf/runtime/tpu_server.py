@@ -37,7 +37,7 @@ def tpu_environment(read: Callable[[str], str] = read_metadata) -> dict[str, str
         address = read("instance/network-interfaces/0/ip")
     except (OSError, ValueError, IndexError) as error:
         raise InputError(
-            f"the metadata server describes no TPU VM ({error}): run on a TPU VM, or rehearse with `virtual_cpus=9`"
+            f"the metadata server describes no TPU VM ({error}): run on a TPU VM, or rehearse with `virtual_cpus=2`"
         ) from error
     return {
         "CLOUD_TPU_TASK_ID": worker,
