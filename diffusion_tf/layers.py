@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from diffusion_tf import ops
 from diffusion_tf.errors import ConfigError
+from diffusion_tf.ops import attention
 from diffusion_tf.rng import CounterRng
 
 WeightsMode = Literal["trainable", "inference", "frozen"]
@@ -113,7 +114,7 @@ class UpsampleConv2D(keras.layers.Conv2D):
 class Projection(keras.layers.Dense):
     """The weights of a dense layer along the channels that another layer computes, as a part of its own operation."""
 
-    def kernel_and_bias(self) -> ops.Projection:
+    def kernel_and_bias(self) -> attention.Projection:
         """The kernel [C, units] and the bias [units] in the compute dtype."""
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
         return tf.cast(kernel, self.compute_dtype), tf.cast(bias, self.compute_dtype)

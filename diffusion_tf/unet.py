@@ -86,8 +86,9 @@ class AttentionBlock(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps x [B, H, W, C]; the softmax is float32."""
-        projections = [layer.kernel_and_bias() for layer in (self.q, self.k, self.v, self.proj_out)]
-        return x + ops.self_attention(self.norm([x]), *projections, heads=self.heads)
+        dense_layers = (self.q, self.k, self.v, self.proj_out)
+        projections = ops.Projections(*(layer.kernel_and_bias() for layer in dense_layers))
+        return x + ops.self_attention(self.norm([x]), projections, heads=self.heads)
 
 
 CLASSES = "class_embedding/kernel"  # the name of the table of classes

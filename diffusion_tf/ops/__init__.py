@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_tf.ops import backend, cpu, tpu, xla
-from diffusion_tf.ops.attention import Projection
+from diffusion_tf.ops.attention import Projections
 
 
 def _implementation() -> Any:
@@ -82,25 +82,20 @@ def dense_side_by_side(maps: Sequence[tf.Tensor], kernel: tf.Tensor) -> tf.Tenso
     return _implementation().dense_side_by_side(maps, kernel)
 
 
-def self_attention(
-    h: tf.Tensor, q: Projection, k: Projection, v: Projection, proj_out: Projection, *, heads: int
-) -> tf.Tensor:
-    """Self-attention over all positions of h [B, H, W, C]: proj_out(softmax(q(h) k(h)^T / sqrt(C / heads)) v(h)).
+def self_attention(h: tf.Tensor, projections: Projections, *, heads: int) -> tf.Tensor:
+    """Self-attention over all positions of h [B, H, W, C]: out(softmax(q(h) k(h)^T / sqrt(C / heads)) v(h)).
 
     The softmax is float32.
 
     Args:
       h: [B, H, W, C].
-      q: the kernel [C, C] and the bias [C] of the queries; like all kernels and biases in the dtype of h.
-      k: those of the keys.
-      v: those of the values.
-      proj_out: those of the last projection.
+      projections: the dense layers q, k, v and out.
       heads: heads of C / heads channels each.
 
     Returns:
       [B, H, W, C] in the dtype of h.
     """
-    return _implementation().self_attention(h, q, k, v, proj_out, heads=heads)
+    return _implementation().self_attention(h, projections, heads=heads)
 
 
 def group_norm(

@@ -1,31 +1,39 @@
 """Self-attention by its definition, for any way to compute a dense layer."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
 Projection = tuple[tf.Tensor, tf.Tensor]  # a kernel [in, out] and a bias [out]
 
 
-def self_attention(
-    h: tf.Tensor,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    proj_out: Projection,
-    *,
-    heads: int,
-    dense: Callable[..., tf.Tensor],
-) -> tf.Tensor:
+class Projections(NamedTuple):
+    """The dense layers of self-attention, each a kernel [C, C] and a bias [C] in the dtype of the map.
+
+    Attributes:
+      q: makes the queries.
+      k: makes the keys.
+      v: makes the values.
+      out: maps the means of the values to the result.
+    """
+
+    q: Projection
+    k: Projection
+    v: Projection
+    out: Projection
+
+
+def self_attention(h: tf.Tensor, projections: Projections, *, heads: int, dense: Callable[..., tf.Tensor]) -> tf.Tensor:
     """See `ops.self_attention`; `dense` is the backend's function of that name."""
     _, height, width, channels = h.shape
     positions = height * width
     h = tf.reshape(h, [-1, positions, channels])
-    queries, keys, values = (_split(dense(h, *part), heads) for part in (q, k, v))
+    queries, keys, values = (_split(dense(h, *part), heads) for part in projections[:3])
     logits = tf.einsum("...qc,...kc->...qk", queries, keys) * (channels // heads) ** -0.5
     weights = tf.cast(tf.nn.softmax(tf.cast(logits, tf.float32)), h.dtype)
     h = _side_by_side(tf.einsum("...qk,...kc->...qc", weights, values), heads)
-    return tf.reshape(dense(h, *proj_out), [-1, height, width, channels])
+    return tf.reshape(dense(h, *projections.out), [-1, height, width, channels])
 
 
 def _split(x: tf.Tensor, heads: int) -> tf.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_tf.ops import xla
-from diffusion_tf.ops.attention import Projection
+from diffusion_tf.ops.attention import Projections
 from diffusion_tf.ops.xla import adam_in_place, bernoulli, dense, group_norm, normal, side_by_side, upsampled_conv2d
 
 __all__ = [
@@ -89,9 +89,7 @@ def _dense_side_by_side(kernel: tf.Tensor, *maps: tf.Tensor) -> tuple[tf.Tensor,
     return y, lambda grad_y: xla.dense_side_by_side_gradients(kernel, maps, grad_y)
 
 
-def self_attention(
-    h: tf.Tensor, q: Projection, k: Projection, v: Projection, proj_out: Projection, *, heads: int
-) -> tf.Tensor:
+def self_attention(h: tf.Tensor, projections: Projections, *, heads: int) -> tf.Tensor:
     """See `ops.self_attention`. One head takes 4 products of the map instead of 6.
 
     The logits are h (W_q W_k^T) h^T, plus terms that depend on the key by the bias of the queries only: softmax ignores
@@ -99,11 +97,12 @@ def self_attention(
     over the values.
     """
     if heads > 1:
-        return xla.self_attention(h, q, k, v, proj_out, heads=heads)
+        return xla.self_attention(h, projections, heads=heads)
+    q, k, v, out = projections
     _, height, width, channels = h.shape
     unused = 0.0 * k[1]  # gives the bias of the keys a gradient, of zeros
     query_key = tf.matmul(q[0], k[0], transpose_b=True), tf.linalg.matvec(k[0], q[1]) + unused
-    value_out = tf.matmul(v[0], proj_out[0]), tf.linalg.matvec(proj_out[0], v[1], transpose_a=True) + proj_out[1]
+    value_out = tf.matmul(v[0], out[0]), tf.linalg.matvec(out[0], v[1], transpose_a=True) + out[1]
 
     positions = tf.reshape(h, [-1, height * width, channels])
     queries = tf.reshape(_pointwise(h, *query_key), [-1, height * width, channels])

@@ -98,17 +98,9 @@ def dense_side_by_side_gradients(
     return grad_kernel, *(tf.einsum("bhwo,io->bhwi", grad_y, k) for k in kernels)
 
 
-def self_attention(
-    h: tf.Tensor,
-    q: attention.Projection,
-    k: attention.Projection,
-    v: attention.Projection,
-    proj_out: attention.Projection,
-    *,
-    heads: int,
-) -> tf.Tensor:
+def self_attention(h: tf.Tensor, projections: attention.Projections, *, heads: int) -> tf.Tensor:
     """See `ops.self_attention`."""
-    return attention.self_attention(h, q, k, v, proj_out, heads=heads, dense=dense)
+    return attention.self_attention(h, projections, heads=heads, dense=dense)
 
 
 def group_norm(

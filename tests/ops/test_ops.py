@@ -187,7 +187,7 @@ def test_self_attention(backend, dtype, heads):
         return self_attention(h, *(lambda x, w=w, b=b: x @ w + b for w, b in projections), heads=heads)
 
     def operation(h, *projections):
-        return ops.self_attention(h, *projections, heads=heads)
+        return ops.self_attention(h, ops.Projections(*projections), heads=heads)
 
     # The bias of the keys has no effect, and a gradient of rounding errors.
     check(
@@ -205,7 +205,7 @@ def test_the_bias_of_the_keys_has_a_gradient_of_zeros(backend):
     projections = [(kernel, other), (kernel, bias), (kernel, other), (kernel, other)]
     with tf.GradientTape() as tape, entered(backend):
         tape.watch(bias)
-        loss = tf.reduce_sum(ops.self_attention(h, *projections, heads=1) ** 2)
+        loss = tf.reduce_sum(ops.self_attention(h, ops.Projections(*projections), heads=1) ** 2)
     np.testing.assert_allclose(tape.gradient(loss, bias), np.zeros(4), atol=1e-4)
 
 

@@ -100,14 +100,6 @@ def dense_side_by_side(maps: Sequence[tf.Tensor], kernel: tf.Tensor) -> tf.Tenso
     return onednn.conv(tf.concat(maps, axis=-1), kernel[None, None])
 
 
-def self_attention(
-    h: tf.Tensor,
-    q: attention.Projection,
-    k: attention.Projection,
-    v: attention.Projection,
-    proj_out: attention.Projection,
-    *,
-    heads: int,
-) -> tf.Tensor:
+def self_attention(h: tf.Tensor, projections: attention.Projections, *, heads: int) -> tf.Tensor:
     """See `ops.self_attention`."""
-    return attention.self_attention(h, q, k, v, proj_out, heads=heads, dense=dense)
+    return attention.self_attention(h, projections, heads=heads, dense=dense)
